@@ -1,1 +1,23 @@
-//! Placeholder.
+//! The daemon: reads tokenized documents from Kafka, scores every token with a reference model, and publishes the
+//! losses. See ARCHITECTURE.md for the way a record takes through these modules.
+
+pub mod assemble;
+pub mod batch;
+pub mod cli;
+pub mod config;
+pub mod dev_broker;
+pub mod exit;
+pub mod health;
+pub mod http;
+pub mod ingest;
+pub mod kafka;
+pub mod ledger;
+pub mod logging;
+pub mod metrics;
+pub mod pipeline;
+pub mod score;
+pub mod serve;
+pub mod sink;
+pub mod source;
+pub mod tokenizer;
+pub mod topics;

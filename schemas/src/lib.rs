@@ -2,6 +2,7 @@
 //! and ONNX's own protobuf types. No I/O happens here.
 
 pub mod fingerprint;
+pub mod graph;
 pub mod names;
 pub mod record;
 

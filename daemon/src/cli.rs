@@ -1,0 +1,189 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use sluice_schemas::names;
+
+use crate::config::{self, Config};
+use crate::exit::{ExitCode as _, USAGE};
+use crate::ingest::{Fields, Format, Ingest};
+use crate::logging;
+use crate::{dev_broker, ingest, serve, tokenizer, topics};
+
+/// Scores a stream of tokenized documents with a reference model.
+#[derive(Debug, Parser)]
+#[command(name = "sluiced", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Score the documents topic until stopped.
+    Serve(ConfigFile),
+    /// Check configuration, model, tokenizer and broker as `serve` would, and say what is wrong.
+    Validate(ConfigFile),
+    /// Tokenize text and publish it to the documents topic.
+    Ingest(IngestArgs),
+    /// Train a tokenizer.
+    #[command(subcommand)]
+    Tokenizer(TokenizerCommand),
+    /// Manage topics.
+    #[command(subcommand)]
+    Topics(TopicsCommand),
+    /// Run a broker in memory, for trying things out; prints its address.
+    DevBroker(DevBrokerArgs),
+}
+
+#[derive(Debug, Args)]
+struct ConfigFile {
+    /// Settings in TOML; flags and environment variables win over it.
+    #[arg(long, short, env = "SLUICED_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct FieldArgs {
+    /// Field of a JSON line that holds the text.
+    #[arg(long, default_value = "text", value_name = "NAME")]
+    text_field: String,
+    /// Field of a JSON line that holds the document's id; file name and line number where it is missing.
+    #[arg(long, default_value = "id", value_name = "NAME")]
+    id_field: String,
+    /// Field of a JSON line that says where the document comes from.
+    #[arg(long, default_value = "source", value_name = "NAME")]
+    source_field: String,
+}
+
+impl FieldArgs {
+    fn fields(&self) -> Fields {
+        Fields { text: self.text_field.clone(), id: self.id_field.clone(), source: self.source_field.clone() }
+    }
+}
+
+#[derive(Debug, Args)]
+struct IngestArgs {
+    /// Brokers to begin with, as HOST:PORT, separated by commas.
+    #[arg(long, env = "SLUICED_KAFKA_BOOTSTRAP_SERVERS", value_name = "HOST:PORT")]
+    bootstrap_servers: String,
+    /// Topic of tokenized documents.
+    #[arg(long, default_value = names::DOCUMENTS_TOPIC, env = "SLUICED_KAFKA_DOCUMENTS_TOPIC", value_name = "NAME")]
+    topic: String,
+    /// The tokenizer.json of the reference model and of the model in training.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: PathBuf,
+    #[command(flatten)]
+    fields: FieldArgs,
+    /// What the files are.
+    #[arg(long, value_enum, default_value_t = Format::Auto)]
+    format: Format,
+    /// Source of documents that do not name their own.
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    source: String,
+    /// Any other setting of librdkafka; may be repeated.
+    #[arg(long = "property", value_name = "NAME=VALUE", value_parser = parse_property)]
+    properties: Vec<(String, String)>,
+    /// Most bytes of one record, as the broker's message.max.bytes.
+    #[arg(long, default_value_t = 1_000_000, value_name = "N")]
+    record_bytes_max: u32,
+    /// JSON Lines or plain text, as they are or compressed with gzip or zstd; `-` is standard input.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+}
+
+fn parse_property(text: &str) -> Result<(String, String), String> {
+    text.split_once('=')
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .ok_or_else(|| "give NAME=VALUE".to_owned())
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenizerCommand {
+    /// Train a byte-level BPE with single digits.
+    Train {
+        /// Number of token ids.
+        #[arg(long, default_value_t = 4096, value_name = "N")]
+        vocab_size: usize,
+        /// Where to write tokenizer.json.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        #[command(flatten)]
+        fields: FieldArgs,
+        /// JSON Lines or plain text.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum TopicsCommand {
+    /// Create topics that do not exist yet.
+    Create {
+        /// Brokers to begin with, as HOST:PORT, separated by commas.
+        #[arg(long, env = "SLUICED_KAFKA_BOOTSTRAP_SERVERS", value_name = "HOST:PORT")]
+        bootstrap_servers: String,
+        /// Copies of each partition.
+        #[arg(long, default_value_t = 1, value_name = "N")]
+        replication: i32,
+        /// Topics, as NAME:PARTITIONS.
+        #[arg(required = true, value_name = "NAME:PARTITIONS")]
+        topics: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct DevBrokerArgs {
+    /// A topic to create, as NAME:PARTITIONS; may be repeated.
+    #[arg(long = "topic", value_name = "NAME:PARTITIONS")]
+    topics: Vec<String>,
+    /// Stop when standard input ends, so that no broker outlives the program that started it.
+    #[arg(long)]
+    until_stdin_closes: bool,
+}
+
+/// Does what the process's arguments say.
+pub fn run() -> anyhow::Result<()> {
+    let command = Cli::command()
+        .mut_subcommand("serve", config::add_flags)
+        .mut_subcommand("validate", config::add_flags);
+    let matches = command.try_get_matches().unwrap_or_else(|error| {
+        let _ = error.print();
+        // `--help` and `--version` come this way too.
+        std::process::exit(if error.use_stderr() { i32::from(USAGE) } else { 0 })
+    });
+    let cli = Cli::from_arg_matches(&matches).exit_code(USAGE)?;
+    let configured = |file: &ConfigFile| -> anyhow::Result<Config> {
+        let (_, matches) = matches.subcommand().unwrap_or(("", &matches));
+        let config = config::load(file.config.as_deref(), matches).exit_code(USAGE)?;
+        logging::start(&config.log).exit_code(USAGE)?;
+        Ok(config)
+    };
+    match &cli.command {
+        Command::Serve(file) => return serve::serve(&configured(file)?),
+        Command::Validate(file) => return serve::validate(&configured(file)?),
+        _ => logging::start(&config::Log::default()).exit_code(USAGE)?,
+    }
+    match cli.command {
+        Command::Ingest(args) => ingest::run(&Ingest {
+            bootstrap_servers: args.bootstrap_servers,
+            topic: args.topic,
+            tokenizer: args.tokenizer,
+            fields: args.fields.fields(),
+            format: args.format,
+            source: args.source,
+            properties: args.properties.into_iter().collect(),
+            record_bytes_max: args.record_bytes_max,
+            files: args.files,
+        }),
+        Command::Tokenizer(TokenizerCommand::Train { vocab_size, out, fields, files }) => {
+            tokenizer::train(&files, &fields.fields(), vocab_size, &out)
+        }
+        Command::Topics(TopicsCommand::Create { bootstrap_servers, replication, topics }) => {
+            topics::create(&bootstrap_servers, &topics, replication)
+        }
+        Command::DevBroker(args) => dev_broker::run(&args.topics, args.until_stdin_closes),
+        Command::Serve(_) | Command::Validate(_) => Ok(()),
+    }
+}

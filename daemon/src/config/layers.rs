@@ -1,0 +1,249 @@
+//! File, environment and flags into one [`Config`]; flags and their help come from the types' schema.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use schemars::generate::SchemaSettings;
+use serde_json::Value;
+
+use super::Config;
+
+/// Settings that cannot be used. The process exits 64 before anything has started.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A file that cannot be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file that is not TOML, or has a key or a type that is not known; the message shows the line.
+    #[error("in the configuration {path}:\n{message}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with line, column and key.
+        message: String,
+    },
+    /// A flag or an environment variable that does not fit its key.
+    #[error("{0}")]
+    Override(String),
+    /// Keys whose values do not make sense.
+    #[error("the configuration cannot be used:\n  {}", .0.join("\n  "))]
+    Problems(Vec<String>),
+}
+
+/// A key of the configuration, as the schema describes it.
+struct Key {
+    /// Such as `["kafka", "group_id"]`.
+    path: Vec<String>,
+    help: String,
+    kind: Kind,
+    default: String,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Text,
+    Integer,
+    Boolean,
+    /// `NAME=VALUE`, any number of times.
+    Map,
+}
+
+impl Key {
+    fn id(&self) -> String {
+        self.path.join(".")
+    }
+
+    fn flag(&self) -> String {
+        self.path.join("-").replace('_', "-")
+    }
+
+    fn variable(&self) -> String {
+        format!("SLUICED_{}", self.path.join("_").to_uppercase())
+    }
+}
+
+fn keys() -> Vec<Key> {
+    let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
+    let schema = settings.into_generator().into_root_schema_for::<Config>().to_value();
+    let defaults = serde_json::to_value(Config::default()).unwrap_or_default();
+    let mut keys = Vec::new();
+    collect(&schema, &defaults, &mut Vec::new(), &mut keys);
+    keys
+}
+
+fn collect(schema: &Value, default: &Value, path: &mut Vec<String>, keys: &mut Vec<Key>) {
+    if let Some(properties) = schema["properties"].as_object() {
+        for (name, schema) in properties {
+            path.push(name.clone());
+            collect(schema, &default[name], path, keys);
+            path.pop();
+        }
+        return;
+    }
+    let kind = match schema["type"].as_str() {
+        Some("integer") => Kind::Integer,
+        Some("boolean") => Kind::Boolean,
+        Some("object") => Kind::Map,
+        _ => Kind::Text,
+    };
+    keys.push(Key {
+        path: path.clone(),
+        help: schema["description"].as_str().unwrap_or_default().replace('\n', " "),
+        kind,
+        default: match default {
+            Value::String(text) => text.clone(),
+            Value::Object(_) => String::new(),
+            other => other.to_string(),
+        },
+    });
+}
+
+/// Adds a flag for every key of the configuration to `command`.
+pub fn add_flags(mut command: Command) -> Command {
+    for key in keys() {
+        let default = if key.default.is_empty() { String::new() } else { format!(" [default: {}]", key.default) };
+        let arg = Arg::new(key.id())
+            .long(key.flag())
+            .help(format!("{}{default}", key.help))
+            .env(key.variable())
+            .value_name(match key.kind {
+                Kind::Text => "TEXT",
+                Kind::Integer => "N",
+                Kind::Boolean => "true|false",
+                Kind::Map => "NAME=VALUE",
+            })
+            .help_heading(format!("Settings of [{}]", key.path[0]))
+            .action(if key.kind == Kind::Map { ArgAction::Append } else { ArgAction::Set });
+        command = command.arg(if key.kind == Kind::Map { arg.value_delimiter(',') } else { arg });
+    }
+    command
+}
+
+/// The settings of `file`, with those of the environment and the flags in `matches` laid over them, checked.
+pub fn load(file: Option<&Path>, matches: &ArgMatches) -> Result<Config, ConfigError> {
+    let mut table = toml::Table::new();
+    if let Some(path) = file {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+        let invalid = |error: toml::de::Error| ConfigError::Invalid {
+            path: path.to_owned(),
+            message: error.to_string().trim_end().to_owned(),
+        };
+        // Read as the real type first, whose errors point at line, column and key.
+        toml::from_str::<Config>(&text).map_err(invalid)?;
+        table = toml::from_str(&text).map_err(invalid)?;
+    }
+    for key in keys() {
+        let Some(values) = matches.get_many::<String>(&key.id()) else { continue };
+        overlay(&mut table, &key, &values.map(String::as_str).collect::<Vec<_>>())?;
+    }
+    let config: Config = table.try_into().map_err(|error: toml::de::Error| {
+        ConfigError::Override(format!("a flag or environment variable does not fit: {}", error.message()))
+    })?;
+    let problems = config.problems();
+    if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems(problems)) }
+}
+
+fn overlay(table: &mut toml::Table, key: &Key, values: &[&str]) -> Result<(), ConfigError> {
+    let refuse = |value: &str, wanted: &str| {
+        ConfigError::Override(format!(
+            "--{} (or {}): `{value}` is not {wanted}",
+            key.flag(),
+            key.variable()
+        ))
+    };
+    let Some((leaf, groups)) = key.path.split_last() else { return Ok(()) };
+    let mut table = table;
+    for group in groups {
+        let entry = table.entry(group.clone()).or_insert_with(|| toml::Table::new().into());
+        table = entry.as_table_mut().ok_or_else(|| refuse(group, "a table"))?;
+    }
+    let Some(&last) = values.last() else { return Ok(()) };
+    let value: toml::Value = match key.kind {
+        Kind::Text => last.into(),
+        Kind::Integer => last.parse::<i64>().map_err(|_| refuse(last, "a whole number"))?.into(),
+        Kind::Boolean => last.parse::<bool>().map_err(|_| refuse(last, "true or false"))?.into(),
+        Kind::Map => {
+            let entry = table.entry(leaf.clone()).or_insert_with(|| toml::Table::new().into());
+            let map = entry.as_table_mut().ok_or_else(|| refuse(leaf, "a table"))?;
+            for pair in values.iter().filter(|pair| !pair.is_empty()) {
+                let (name, value) = pair.split_once('=').ok_or_else(|| refuse(pair, "NAME=VALUE"))?;
+                map.insert(name.to_owned(), value.into());
+            }
+            return Ok(());
+        }
+    };
+    table.insert(leaf.clone(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn run(file: &str, flags: &[&str]) -> Result<Config, ConfigError> {
+        let mut path = tempfile::NamedTempFile::new().unwrap();
+        path.write_all(file.as_bytes()).unwrap();
+        let command = add_flags(Command::new("serve"));
+        let matches = command.get_matches_from([&["serve"], flags].concat());
+        load(Some(path.path()), &matches)
+    }
+
+    const MINIMAL: &str = "[kafka]\nbootstrap_servers = \"b:9092\"\n[model]\npath = \"m\"\n";
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let flags = ["--kafka-group-id", "other", "--score-entropies", "true", "--batch-tokens-max", "64"];
+        let config = run(MINIMAL, &flags).unwrap();
+        assert_eq!(config.kafka.group_id, "other");
+        assert!(config.score.entropies);
+        assert_eq!(config.batch.tokens_max, 64);
+        assert_eq!(config.kafka.bootstrap_servers, "b:9092");
+    }
+
+    #[test]
+    fn properties_come_from_file_and_flags_together() {
+        let file = format!("{MINIMAL}[kafka.properties]\n\"socket.nagle.disable\" = \"true\"\n");
+        let config = run(&file, &["--kafka-properties", "client.id=a", "--kafka-properties", "x=y=z"]).unwrap();
+        let pairs: Vec<_> = config.kafka.properties.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        assert_eq!(pairs, [("client.id", "a"), ("socket.nagle.disable", "true"), ("x", "y=z")]);
+    }
+
+    #[test]
+    fn an_unknown_key_is_shown_with_its_line() {
+        let error = run("[kafka]\nbootstrap_server = \"b\"\n", &[]).unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("bootstrap_server"), "{error}");
+    }
+
+    #[test]
+    fn senseless_values_are_all_named_at_once() {
+        let flags = ["--model-device", "gpu", "--score-window-tokens", "9000", "--kafka-properties", "group.id=x"];
+        let error = run(MINIMAL, &flags).unwrap_err().to_string();
+        for part in ["model.device", "score.window_tokens (9000)", "group.id"] {
+            assert!(error.contains(part), "{part} in {error}");
+        }
+    }
+
+    #[test]
+    fn a_number_must_be_one() {
+        let error = run(MINIMAL, &["--batch-tokens-max", "many"]).unwrap_err().to_string();
+        assert_eq!(error, "--batch-tokens-max (or SLUICED_BATCH_TOKENS_MAX): `many` is not a whole number");
+    }
+
+    #[test]
+    fn every_key_has_help_and_a_variable_of_its_own() {
+        let keys = keys();
+        assert!(keys.len() > 20);
+        assert!(keys.iter().all(|key| key.help.ends_with('.')), "a sentence for each key");
+        let variables: std::collections::HashSet<_> = keys.iter().map(Key::variable).collect();
+        assert_eq!(variables.len(), keys.len());
+    }
+}

@@ -1,0 +1,272 @@
+//! The daemon's settings: what there is to set, what each means, and what may not be.
+//!
+//! Every key can stand in the TOML file, in an environment variable (`SLUICED_KAFKA_GROUP_ID`) and in a flag
+//! (`--kafka-group-id`); the later of these wins. The flags and their help are made from these types.
+
+mod layers;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use sluice_schemas::{names, record::LossFormat};
+
+pub use layers::{ConfigError, add_flags, load};
+
+use crate::score::runtime::Device;
+
+/// Settings of `sluiced serve`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Kafka: where records come from and go to.
+    pub kafka: Kafka,
+    /// The reference model and where it runs.
+    pub model: ModelSettings,
+    /// What is computed and recorded.
+    pub score: Score,
+    /// How documents are put together for the model.
+    pub batch: BatchSettings,
+    /// Bounds of memory and time.
+    pub limits: Limits,
+    /// The HTTP endpoint for metrics and health.
+    pub http: Http,
+    /// What is logged.
+    pub log: Log,
+}
+
+/// Kafka: where records come from and go to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Kafka {
+    /// Brokers to begin with, as HOST:PORT, separated by commas.
+    pub bootstrap_servers: String,
+    /// Consumer group; daemons of one group share the partitions.
+    pub group_id: String,
+    /// Topic of tokenized documents.
+    pub documents_topic: String,
+    /// Topic of scored documents.
+    pub scored_topic: String,
+    /// Topic of records that could not be scored.
+    pub dead_letter_topic: String,
+    /// Most bytes of one record, as the broker's `message.max.bytes`; larger ones are dead-lettered.
+    pub record_bytes_max: u32,
+    /// Any other setting of librdkafka, passed on as it is.
+    pub properties: BTreeMap<String, String>,
+}
+
+impl Default for Kafka {
+    fn default() -> Self {
+        Self {
+            bootstrap_servers: String::new(),
+            group_id: "sluiced".to_owned(),
+            documents_topic: names::DOCUMENTS_TOPIC.to_owned(),
+            scored_topic: names::SCORED_TOPIC.to_owned(),
+            dead_letter_topic: names::DEAD_LETTER_TOPIC.to_owned(),
+            record_bytes_max: 1_000_000,
+            properties: BTreeMap::new(),
+        }
+    }
+}
+
+/// The reference model and where it runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelSettings {
+    /// Folder with model.onnx, tokenizer.json and config.json.
+    pub path: PathBuf,
+    /// Path of libonnxruntime.so; empty for the environment variable ORT_DYLIB_PATH, else the system's library.
+    pub onnxruntime: PathBuf,
+    /// Where the model runs: `cpu`, or `cuda:N` for the GPU with index N.
+    pub device: String,
+    /// Threads of one operator on the CPU; 0 for one a core.
+    pub threads: usize,
+    /// Most bytes of device memory for the model's arena; 0 for no limit.
+    pub device_memory_bytes: usize,
+}
+
+impl Default for ModelSettings {
+    fn default() -> Self {
+        Self {
+            path: PathBuf::new(),
+            onnxruntime: PathBuf::new(),
+            device: "cpu".to_owned(),
+            threads: 0,
+            device_memory_bytes: 0,
+        }
+    }
+}
+
+/// What is computed and recorded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Score {
+    /// Longest run of tokens given to the model at once; 0 for the model's own limit.
+    pub window_tokens: u32,
+    /// Tokens between the starts of two windows of a longer document; 0 for half a window.
+    pub stride_tokens: u32,
+    /// Layout of a loss in the record: `f32`, or `f16` for half the bytes.
+    #[schemars(with = "String")]
+    pub loss_format: LossFormat,
+    /// Whether the entropy of each prediction is recorded too.
+    pub entropies: bool,
+}
+
+impl Default for Score {
+    fn default() -> Self {
+        Self { window_tokens: 0, stride_tokens: 0, loss_format: LossFormat::F32, entropies: false }
+    }
+}
+
+/// How documents are put together for the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BatchSettings {
+    /// Most tokens of one batch, padding included.
+    pub tokens_max: usize,
+    /// Tokens that are read ahead, sorted by length and cut into batches; more means less padding.
+    pub lookahead_tokens: usize,
+    /// Longest wait for more documents while the look-ahead is not full, in milliseconds.
+    pub delay_ms_max: u64,
+    /// Rows are padded to a multiple of this many tokens.
+    pub padding_multiple: usize,
+}
+
+impl Default for BatchSettings {
+    fn default() -> Self {
+        Self { tokens_max: 4096, lookahead_tokens: 32_768, delay_ms_max: 5, padding_multiple: 8 }
+    }
+}
+
+/// Bounds of memory and time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Most tokens in flight, from reading to committing; reading pauses there and goes on at half of it.
+    pub in_flight_tokens: usize,
+    /// Tokens that are published and committed together.
+    pub publish_tokens: usize,
+    /// Longest time that SIGTERM, or a partition moving away, waits for what is in flight, in seconds.
+    pub drain_seconds: u64,
+    /// Age of a loop's last sign of life, in seconds, at which `/live` fails.
+    pub stalled_seconds: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { in_flight_tokens: 262_144, publish_tokens: 65_536, drain_seconds: 30, stalled_seconds: 120 }
+    }
+}
+
+impl Limits {
+    /// [`Self::drain_seconds`] as a duration.
+    pub fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_seconds)
+    }
+}
+
+/// The HTTP endpoint for metrics and health.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Http {
+    /// Address of /metrics, /live and /ready; port 0 takes a free one, and the log says which.
+    pub listen: String,
+}
+
+impl Default for Http {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:9464".to_owned() }
+    }
+}
+
+/// What is logged, on standard error.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// Least severity: `error`, `warn`, `info`, `debug`, `trace`, or a filter as RUST_LOG takes it.
+    pub level: String,
+    /// `human` or `json`.
+    pub format: String,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), format: "human".to_owned() }
+    }
+}
+
+impl Config {
+    /// Everything that can be said against these settings without looking at a file or a broker.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut demand = |holds: bool, problem: String| {
+            if !holds {
+                problems.push(problem);
+            }
+        };
+        demand(
+            !self.kafka.bootstrap_servers.is_empty(),
+            "kafka.bootstrap_servers is not set; give HOST:PORT".to_owned(),
+        );
+        demand(
+            !self.model.path.as_os_str().is_empty(),
+            "model.path is not set; give the folder of the model".to_owned(),
+        );
+        if let Err(problem) = self.model.device.parse::<Device>() {
+            demand(false, format!("model.device: {problem}"));
+        }
+        for (key, value) in [
+            ("kafka.group_id", &self.kafka.group_id),
+            ("kafka.documents_topic", &self.kafka.documents_topic),
+            ("kafka.scored_topic", &self.kafka.scored_topic),
+            ("kafka.dead_letter_topic", &self.kafka.dead_letter_topic),
+        ] {
+            demand(!value.is_empty(), format!("{key} is empty"));
+        }
+        demand(
+            self.kafka.documents_topic != self.kafka.scored_topic
+                && self.kafka.documents_topic != self.kafka.dead_letter_topic
+                && self.kafka.scored_topic != self.kafka.dead_letter_topic,
+            "kafka.documents_topic, scored_topic and dead_letter_topic must be three different topics".to_owned(),
+        );
+        for key in self.kafka.properties.keys().filter_map(|key| crate::kafka::owned_property(key)) {
+            demand(false, key);
+        }
+        for (key, value) in [
+            ("batch.tokens_max", self.batch.tokens_max),
+            ("batch.lookahead_tokens", self.batch.lookahead_tokens),
+            ("batch.padding_multiple", self.batch.padding_multiple),
+            ("limits.in_flight_tokens", self.limits.in_flight_tokens),
+            ("limits.publish_tokens", self.limits.publish_tokens),
+            ("kafka.record_bytes_max", self.kafka.record_bytes_max as usize),
+        ] {
+            demand(value > 0, format!("{key} must be at least 1"));
+        }
+        demand(
+            self.score.window_tokens == 0 || self.score.window_tokens >= 2,
+            "score.window_tokens must be at least 2: one token alone predicts nothing".to_owned(),
+        );
+        demand(
+            self.score.window_tokens == 0 || self.score.stride_tokens < self.score.window_tokens,
+            "score.stride_tokens must be less than score.window_tokens, so that windows overlap".to_owned(),
+        );
+        demand(
+            self.score.window_tokens as usize <= self.batch.tokens_max,
+            format!(
+                "score.window_tokens ({}) is more than batch.tokens_max ({}): the longest window must fit a batch",
+                self.score.window_tokens, self.batch.tokens_max
+            ),
+        );
+        demand(
+            self.http.listen.parse::<std::net::SocketAddr>().is_ok(),
+            format!("http.listen: `{}` is no ADDRESS:PORT, such as 127.0.0.1:9464", self.http.listen),
+        );
+        demand(
+            matches!(self.log.format.as_str(), "human" | "json"),
+            format!("log.format: `{}` is neither human nor json", self.log.format),
+        );
+        problems
+    }
+}

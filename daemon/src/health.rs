@@ -1,0 +1,122 @@
+//! Signs of life: whether each loop still turns, and whether the daemon can take work.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// A loop that must keep turning.
+#[derive(Clone, Copy, Debug)]
+pub enum Loop {
+    /// Polls Kafka.
+    Source,
+    /// Runs the model.
+    Score,
+    /// Publishes and commits.
+    Sink,
+}
+
+const LOOPS: [(Loop, &str); 3] = [(Loop::Source, "source"), (Loop::Score, "score"), (Loop::Sink, "sink")];
+
+#[derive(Debug)]
+struct Inner {
+    started: Instant,
+    /// Milliseconds after `started` of each loop's last turn.
+    beats: [AtomicU64; 3],
+    warm: AtomicBool,
+    assigned: AtomicBool,
+    broker_down: AtomicBool,
+    stopping: AtomicBool,
+    aborted: AtomicBool,
+}
+
+/// The daemon's health. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Health(Arc<Inner>);
+
+impl Default for Health {
+    fn default() -> Self {
+        Self(Arc::new(Inner {
+            started: Instant::now(),
+            beats: Default::default(),
+            warm: AtomicBool::new(false),
+            assigned: AtomicBool::new(false),
+            broker_down: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            aborted: AtomicBool::new(false),
+        }))
+    }
+}
+
+impl Health {
+    /// Notes that a loop has turned.
+    pub fn beat(&self, of: Loop) {
+        let now = self.0.started.elapsed().as_millis() as u64;
+        self.0.beats[of as usize].store(now, Ordering::Relaxed);
+    }
+
+    /// Notes that the model is loaded and warm.
+    pub fn set_warm(&self) {
+        self.0.warm.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes whether partitions are assigned.
+    pub fn set_assigned(&self, assigned: bool) {
+        self.0.assigned.store(assigned, Ordering::Relaxed);
+    }
+
+    /// Notes whether the brokers answer; true where that is news.
+    pub fn set_broker_down(&self, down: bool) -> bool {
+        self.0.broker_down.swap(down, Ordering::Relaxed) != down
+    }
+
+    /// Whether the brokers were last heard to be down.
+    pub fn is_broker_down(&self) -> bool {
+        self.0.broker_down.load(Ordering::Relaxed)
+    }
+
+    /// Asks every loop to finish what it has and stop.
+    pub fn stop(&self) {
+        self.0.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`Self::stop`] was called.
+    pub fn is_stopping(&self) -> bool {
+        self.0.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Asks every loop to give up at once: one of them has failed.
+    pub fn abort(&self) {
+        self.0.aborted.store(true, Ordering::Relaxed);
+        self.stop();
+    }
+
+    /// Whether [`Self::abort`] was called.
+    pub fn is_aborted(&self) -> bool {
+        self.0.aborted.load(Ordering::Relaxed)
+    }
+
+    /// Names of the loops that have not turned for `stalled`.
+    pub fn stalled(&self, stalled: Duration) -> Vec<&'static str> {
+        let now = self.0.started.elapsed();
+        let age = |of: Loop| {
+            now.saturating_sub(Duration::from_millis(self.0.beats[of as usize].load(Ordering::Relaxed)))
+        };
+        LOOPS.iter().filter(|(of, _)| age(*of) >= stalled).map(|(_, name)| *name).collect()
+    }
+
+    /// Why no work can be taken; nothing where it can.
+    pub fn not_ready(&self) -> Option<&'static str> {
+        let inner = &self.0;
+        if inner.stopping.load(Ordering::Relaxed) {
+            Some("stopping")
+        } else if !inner.warm.load(Ordering::Relaxed) {
+            Some("the model is loading")
+        } else if inner.broker_down.load(Ordering::Relaxed) {
+            Some("no broker answers")
+        } else if !inner.assigned.load(Ordering::Relaxed) {
+            Some("no partition is assigned yet")
+        } else {
+            None
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Every metric of the daemon, in one place.
+
+use prometheus::{
+    Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder, core::Collector,
+};
+use sluice_schemas::record::RecordError;
+
+/// Reasons for a dead letter that are not a [`RecordError`].
+pub const RECORD_TOO_LARGE: &str = "record_too_large";
+/// The model failed on this document alone.
+pub const MODEL_FAILED: &str = "model_failed";
+
+/// The daemon's metrics. Cloning shares them.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Records read from the documents topic.
+    pub documents_read: IntCounter,
+    /// Tokens of the documents read.
+    pub tokens_read: IntCounter,
+    /// Documents published to the scored topic.
+    pub documents_scored: IntCounter,
+    /// Tokens of the documents published to the scored topic.
+    pub tokens_scored: IntCounter,
+    /// Records published to the dead-letter topic, by reason.
+    pub dead_letters: IntCounterVec,
+    /// Tokens computed by the model without padding; windows that overlap count twice.
+    pub model_tokens: IntCounter,
+    /// Tokens computed by the model with padding.
+    pub padded_tokens: IntCounter,
+    /// Time of one run of the model.
+    pub batch_seconds: Histogram,
+    /// Batches that failed and were split.
+    pub batches_split: IntCounter,
+    /// Time from the first record of a group to its commit.
+    pub publish_seconds: Histogram,
+    /// Offset commits that the broker accepted.
+    pub commits: IntCounter,
+    /// Offset commits that failed; the next one covers them.
+    pub commit_failures: IntCounter,
+    /// Times that partitions were assigned or revoked.
+    pub rebalances: IntCounter,
+    /// Errors of the Kafka clients that they recover from by themselves.
+    pub kafka_errors: IntCounter,
+    /// Partitions that this daemon reads.
+    pub assigned_partitions: IntGauge,
+    /// 1 while reading is paused because the budget is used up.
+    pub paused: IntGauge,
+    /// Tokens from reading to committing.
+    pub in_flight_tokens: IntGauge,
+    /// Age of the oldest record in flight.
+    pub oldest_in_flight_seconds: IntGauge,
+    build_info: IntGaugeVec,
+    model_info: IntGaugeVec,
+}
+
+impl Metrics {
+    /// Registers every metric, each at zero.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str| register(&registry, IntCounter::new(name, help)?);
+        let gauge = |name: &str, help: &str| register(&registry, IntGauge::new(name, help)?);
+        let seconds = |name: &str, help: &str| {
+            let buckets = prometheus::exponential_buckets(0.001, 2.0, 16)?;
+            register(&registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?)
+        };
+        let metrics = Self {
+            documents_read: counter("sluiced_documents_read_total", "Records read from the documents topic.")?,
+            tokens_read: counter("sluiced_tokens_read_total", "Tokens of the documents read.")?,
+            documents_scored: counter("sluiced_documents_scored_total", "Documents published with their losses.")?,
+            tokens_scored: counter("sluiced_tokens_scored_total", "Tokens of the documents published.")?,
+            dead_letters: register(
+                &registry,
+                IntCounterVec::new(
+                    Opts::new("sluiced_dead_letters_total", "Records published to the dead-letter topic."),
+                    &["reason"],
+                )?,
+            )?,
+            model_tokens: counter("sluiced_model_tokens_total", "Tokens the model computed, without padding.")?,
+            padded_tokens: counter("sluiced_padded_tokens_total", "Tokens the model computed, with padding.")?,
+            batch_seconds: seconds("sluiced_batch_seconds", "Time of one run of the model.")?,
+            batches_split: counter("sluiced_batches_split_total", "Batches that failed and were split.")?,
+            publish_seconds: seconds("sluiced_publish_seconds", "Time to publish and commit a group of records.")?,
+            commits: counter("sluiced_commits_total", "Offset commits that the broker accepted.")?,
+            commit_failures: counter("sluiced_commit_failures_total", "Offset commits that failed.")?,
+            rebalances: counter("sluiced_rebalances_total", "Times that partitions were assigned or revoked.")?,
+            kafka_errors: counter("sluiced_kafka_errors_total", "Errors that the Kafka clients recover from.")?,
+            assigned_partitions: gauge("sluiced_assigned_partitions", "Partitions that this daemon reads.")?,
+            paused: gauge("sluiced_paused", "1 while reading is paused because the budget is used up.")?,
+            in_flight_tokens: gauge("sluiced_in_flight_tokens", "Tokens from reading to committing.")?,
+            oldest_in_flight_seconds: gauge(
+                "sluiced_oldest_in_flight_seconds",
+                "Age of the oldest record that is not yet published.",
+            )?,
+            build_info: register(
+                &registry,
+                IntGaugeVec::new(Opts::new("sluiced_build_info", "Always 1; the build."), &["version"])?,
+            )?,
+            model_info: register(
+                &registry,
+                IntGaugeVec::new(
+                    Opts::new("sluiced_model_info", "Always 1; the reference model being served."),
+                    &["fingerprint", "tokenizer", "precision", "device"],
+                )?,
+            )?,
+            registry,
+        };
+        for reason in RecordError::CODES.iter().chain(&[RECORD_TOO_LARGE, MODEL_FAILED]) {
+            metrics.dead_letters.with_label_values(&[reason]);
+        }
+        metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Ok(metrics)
+    }
+
+    /// Says which model is served.
+    pub fn set_model(&self, fingerprint: &str, tokenizer: &str, precision: &str, device: &str) {
+        self.model_info.reset();
+        self.model_info.with_label_values(&[fingerprint, tokenizer, precision, device]).set(1);
+    }
+
+    /// The metrics in Prometheus' text format.
+    pub fn render(&self) -> prometheus::Result<Vec<u8>> {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+}
+
+fn register<M: Collector + Clone + 'static>(registry: &Registry, metric: M) -> prometheus::Result<M> {
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}

@@ -1,0 +1,126 @@
+//! The scorer: batches of windows in, one loss for each token asked for out. Kafka is unknown here.
+
+pub mod graft;
+pub mod model;
+pub mod runtime;
+
+use anyhow::{Context as _, bail};
+use ort::session::{Session, SessionInputValue};
+use ort::value::TensorRef;
+use sluice_schemas::onnx::tensor_proto::DataType;
+
+use crate::batch::Batch;
+use graft::{ENTROPY_OUTPUT, LOSS_OUTPUT, ROWS_INPUT, TARGETS_INPUT};
+use model::Model;
+use runtime::SessionOptions;
+
+/// Losses, and entropies where they were asked for, in the order of a batch's targets; nats.
+#[derive(Debug, Default)]
+pub struct Scores {
+    /// `-log P(target | what stands before it)`.
+    pub losses: Vec<f32>,
+    /// Entropy of the distribution that the target was drawn from; empty where not asked for.
+    pub entropies: Vec<f32>,
+}
+
+/// The inputs that Sluice knows how to fill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Input {
+    TokenIds,
+    AttentionMask,
+    PositionIds,
+}
+
+/// A reference model on its device. One thread owns it.
+#[derive(Debug)]
+pub struct Scorer {
+    session: Session,
+    inputs: Vec<(Input, String, DataType)>,
+    entropies: bool,
+}
+
+impl Scorer {
+    /// Opens a session for `model`; an input that Sluice cannot fill is an error.
+    pub fn new(model: &Model, options: &SessionOptions, entropies: bool) -> anyhow::Result<Self> {
+        let mut inputs = Vec::new();
+        for (name, element) in &model.inputs {
+            let input = match name.as_str() {
+                "input_ids" => Input::TokenIds,
+                "attention_mask" => Input::AttentionMask,
+                "position_ids" => Input::PositionIds,
+                _ => bail!(
+                    "the model wants an input `{name}`, which Sluice does not feed; export it without a cache \
+                     (`use_cache=False`), with input_ids and at most attention_mask and position_ids"
+                ),
+            };
+            if !matches!(element, DataType::Int32 | DataType::Int64) {
+                bail!("the model's input `{name}` has elements of {element:?}; int32 and int64 are known");
+            }
+            inputs.push((input, name.clone(), *element));
+        }
+        if !inputs.iter().any(|(input, ..)| *input == Input::TokenIds) {
+            bail!("the model has no input named `input_ids`");
+        }
+        Ok(Self { session: runtime::open_session(model, options)?, inputs, entropies })
+    }
+
+    /// Scores every target of `batch`.
+    pub fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
+        if batch.targets.is_empty() {
+            return Ok(Scores::default());
+        }
+        let shape = [batch.rows(), batch.padded_len];
+        // One buffer for each input, alive until the run is over.
+        let filled: Vec<Integers> = self
+            .inputs
+            .iter()
+            .map(|(input, _, element)| {
+                let values = match input {
+                    Input::TokenIds => batch.tokens.clone(),
+                    Input::AttentionMask => batch.attention_mask(),
+                    Input::PositionIds => batch.position_ids(),
+                };
+                Integers::new(values, *element)
+            })
+            .collect();
+        let mut feed: Vec<(&str, SessionInputValue<'_>)> = Vec::new();
+        for ((_, name, _), values) in self.inputs.iter().zip(&filled) {
+            let tensor: SessionInputValue<'_> = match values {
+                Integers::Long(values) => TensorRef::from_array_view((shape, values.as_slice()))?.into(),
+                Integers::Short(values) => TensorRef::from_array_view((shape, values.as_slice()))?.into(),
+            };
+            feed.push((name, tensor));
+        }
+        let asked = [batch.targets.len()];
+        feed.push((ROWS_INPUT, TensorRef::from_array_view((asked, batch.target_rows.as_slice()))?.into()));
+        feed.push((TARGETS_INPUT, TensorRef::from_array_view((asked, batch.targets.as_slice()))?.into()));
+
+        let outputs = self.session.run(feed).context("the model failed on a batch")?;
+        let (_, losses) = outputs[LOSS_OUTPUT].try_extract_tensor::<f32>().context("the loss head's output")?;
+        let entropies = if self.entropies {
+            outputs[ENTROPY_OUTPUT].try_extract_tensor::<f32>().context("the loss head's entropies")?.1.to_vec()
+        } else {
+            Vec::new()
+        };
+        if losses.len() != batch.targets.len() {
+            bail!("the model returned {} losses for {} tokens", losses.len(), batch.targets.len());
+        }
+        Ok(Scores { losses: losses.to_vec(), entropies })
+    }
+}
+
+/// An input's values in the width that the model wants.
+enum Integers {
+    Long(Vec<i64>),
+    Short(Vec<i32>),
+}
+
+impl Integers {
+    fn new(values: Vec<i64>, element: DataType) -> Self {
+        if element == DataType::Int32 {
+            Self::Short(values.into_iter().map(|value| value as i32).collect())
+        } else {
+            Self::Long(values)
+        }
+    }
+}

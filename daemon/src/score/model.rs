@@ -1,0 +1,178 @@
+//! A model folder in the Hugging Face layout: `model.onnx`, its external data, `tokenizer.json`, `config.json`.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
+use sluice_schemas::onnx::{ModelProto, TensorProto};
+use sluice_schemas::record::Precision;
+
+use super::graft::{GraftReport, graft};
+
+/// A reference model, read and given its loss head, ready for a session.
+#[derive(Debug)]
+pub struct Model {
+    /// The rewritten ONNX file.
+    pub graph: Vec<u8>,
+    /// Folder of the external data that the graph refers to, where it has any.
+    pub data_folder: Option<PathBuf>,
+    /// What was found in the graph and done to it.
+    pub report: GraftReport,
+    /// Inputs that the graph wants beside those of the loss head, with their element types.
+    pub inputs: Vec<(String, DataType)>,
+    /// Fingerprint over the graph and its external data.
+    pub fingerprint: Fingerprint,
+    /// Fingerprint of `tokenizer.json`.
+    pub tokenizer: Fingerprint,
+    /// Number of token ids that the model knows.
+    pub vocabulary: u32,
+    /// Longest sequence that the model was made for, where `config.json` says so.
+    pub context_max: Option<u32>,
+    /// Arithmetic of the weights.
+    pub precision: Precision,
+}
+
+/// The keys of `config.json` that scoring needs.
+#[derive(Debug, Default, serde::Deserialize)]
+struct ModelConfig {
+    vocab_size: Option<u32>,
+    max_position_embeddings: Option<u32>,
+}
+
+impl Model {
+    /// Reads the model in `folder` and grafts a loss head onto it.
+    pub fn load(folder: &Path, entropies: bool) -> anyhow::Result<Self> {
+        if !folder.is_dir() {
+            bail!(
+                "the model folder {} does not exist; `model.path` must name a folder with model.onnx, \
+                 tokenizer.json and config.json",
+                folder.display()
+            );
+        }
+        let path = folder.join("model.onnx");
+        let bytes = Bytes::from(std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
+        let graph_digest = Fingerprint::of_bytes(&bytes);
+        let mut model = ModelProto::decode(bytes)
+            .with_context(|| format!("{} is not an ONNX file, or is cut short", path.display()))?;
+
+        let mut parts = vec![("model.onnx".to_owned(), graph_digest)];
+        let data_folder = resolve_external_data(&mut model, folder, &mut parts)?;
+        let report = graft(&mut model, entropies).with_context(|| path.display().to_string())?;
+        let inputs = model_inputs(&model);
+
+        let config_path = folder.join("config.json");
+        let config: ModelConfig = if config_path.exists() {
+            let text = std::fs::read_to_string(&config_path)
+                .with_context(|| format!("cannot read {}", config_path.display()))?;
+            serde_json::from_str(&text).with_context(|| config_path.display().to_string())?
+        } else {
+            ModelConfig::default()
+        };
+        // Some models pad their head beyond the ids that their embedding knows; the smaller bound is safe.
+        let vocabulary = match (report.vocabulary, config.vocab_size) {
+            (Some(head), Some(config)) => head.min(config),
+            (Some(one), None) | (None, Some(one)) => one,
+            (None, None) => bail!(
+                "neither {} nor the graph says how large the vocabulary is; add \"vocab_size\" to config.json",
+                config_path.display()
+            ),
+        };
+        let precision = match report.weight_type {
+            Some(DataType::Float16) => Precision::F16,
+            Some(DataType::Bfloat16) => Precision::Bf16,
+            _ => Precision::F32,
+        };
+        Ok(Self {
+            graph: model.encode_to_vec(),
+            data_folder,
+            report,
+            inputs,
+            fingerprint: Fingerprint::of_parts(&mut parts),
+            tokenizer: tokenizer_fingerprint(&folder.join("tokenizer.json"))?,
+            vocabulary,
+            context_max: config.max_position_embeddings,
+            precision,
+        })
+    }
+}
+
+/// Fingerprint of the `tokenizer.json` at `path`.
+pub fn tokenizer_fingerprint(path: &Path) -> anyhow::Result<Fingerprint> {
+    let bytes = std::fs::read(path).with_context(|| {
+        format!("cannot read the tokenizer {}; records are checked against its fingerprint", path.display())
+    })?;
+    Ok(Fingerprint::of_bytes(&bytes))
+}
+
+fn model_inputs(model: &ModelProto) -> Vec<(String, DataType)> {
+    use sluice_schemas::onnx::type_proto::Value::TensorType;
+    let Some(graph) = model.graph.as_ref() else { return Vec::new() };
+    let stored: BTreeSet<&str> = graph.initializer.iter().map(TensorProto::name).collect();
+    graph
+        .input
+        .iter()
+        // Files of IR version 3 list their weights among the inputs.
+        .filter(|input| !stored.contains(input.name()) && !input.name().starts_with("sluice_"))
+        .map(|input| {
+            let element = match input.r#type.as_ref().and_then(|t| t.value.as_ref()) {
+                Some(TensorType(tensor)) => DataType::try_from(tensor.elem_type()).unwrap_or_default(),
+                _ => DataType::Undefined,
+            };
+            (input.name().to_owned(), element)
+        })
+        .collect()
+}
+
+/// Points every external tensor at the real file behind any link, and adds each file to the fingerprint's parts.
+///
+/// ONNX Runtime refuses data files that are symbolic links, which is what a hub's cache folder is made of.
+fn resolve_external_data(
+    model: &mut ModelProto,
+    folder: &Path,
+    parts: &mut Vec<(String, Fingerprint)>,
+) -> anyhow::Result<Option<PathBuf>> {
+    let Some(graph) = model.graph.as_mut() else { return Ok(None) };
+    let mut seen = BTreeSet::new();
+    let mut data_folder: Option<PathBuf> = None;
+    let external = graph.initializer.iter_mut().filter(|t| t.data_location() == DataLocation::External);
+    for tensor in external {
+        let Some(entry) = tensor.external_data.iter_mut().find(|entry| entry.key() == "location") else {
+            bail!("the external tensor `{}` has no location", tensor.name());
+        };
+        let location = entry.value().to_owned();
+        let real = folder
+            .join(&location)
+            .canonicalize()
+            .with_context(|| format!("cannot find the model's external data `{location}` in {}", folder.display()))?;
+        let (Some(parent), Some(name)) = (real.parent(), real.file_name().and_then(|name| name.to_str())) else {
+            bail!("the external data `{location}` is not a file");
+        };
+        match &data_folder {
+            None => data_folder = Some(parent.to_owned()),
+            Some(folder) if folder == parent => {}
+            Some(folder) => bail!(
+                "the model's external data lies in two folders, {} and {}; put the files into one",
+                folder.display(),
+                parent.display()
+            ),
+        }
+        entry.value = Some(name.to_owned());
+        if seen.insert(location.clone()) {
+            parts.push((location, digest_file(&real)?));
+        }
+    }
+    Ok(data_folder)
+}
+
+fn digest_file(path: &Path) -> anyhow::Result<Fingerprint> {
+    let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut hasher = Sha256::new();
+    std::io::copy(&mut file, &mut hasher).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(Fingerprint::from(<[u8; 32]>::from(hasher.finalize())))
+}

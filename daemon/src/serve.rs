@@ -1,0 +1,144 @@
+//! `sluiced serve` and `sluiced validate`: from settings to a running pipeline, and what can be wrong on the way.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use sluice_schemas::record::ContextPolicy;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::config::Config;
+use crate::exit::{ExitCode as _, NO_INPUT, UNAVAILABLE, USAGE};
+use crate::health::Health;
+use crate::metrics::Metrics;
+use crate::score::Scorer;
+use crate::score::model::Model;
+use crate::score::runtime::{Device, SessionOptions};
+use crate::{http, kafka, pipeline};
+
+/// Runs the daemon until SIGTERM or SIGINT; returns once everything read is published and committed.
+pub fn serve(config: &Config) -> anyhow::Result<()> {
+    let metrics = Metrics::new().context("cannot register the metrics")?;
+    let health = Health::default();
+    let address: SocketAddr = config.http.listen.parse().exit_code(USAGE)?;
+    start_edge(address, config, &metrics, &health)?;
+
+    let (model, mut scorer, policy) = open_model(config)?;
+    metrics.set_model(
+        &model.fingerprint.to_string(),
+        &model.tokenizer.to_string(),
+        &format!("{:?}", model.precision).to_lowercase(),
+        &config.model.device,
+    );
+    pipeline::warm_up(&mut scorer, policy, &config.batch)?;
+    health.set_warm();
+    tracing::info!(
+        model = %model.fingerprint.short(),
+        tokenizer = %model.tokenizer.short(),
+        vocabulary = model.vocabulary,
+        window = policy.window,
+        stride = policy.stride,
+        device = config.model.device,
+        "reference model is warm"
+    );
+    pipeline::run(config, Arc::new(model), scorer, policy, &metrics, &health)?;
+    tracing::info!(scored = metrics.documents_scored.get(), "drained; everything read is committed");
+    Ok(())
+}
+
+/// HTTP and signals, on a thread of their own, so that no loop of the pipeline can hold them up.
+fn start_edge(address: SocketAddr, config: &Config, metrics: &Metrics, health: &Health) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
+    let listener = runtime.block_on(tokio::net::TcpListener::bind(address)).with_context(|| {
+        format!("cannot listen on http.listen = {address}; is another daemon running there?")
+    })?;
+    let bound = listener.local_addr().context("the listener has no address")?;
+    tracing::info!(address = %bound, "serving /metrics, /live and /ready");
+    let router =
+        http::router(metrics.clone(), health.clone(), Duration::from_secs(config.limits.stalled_seconds));
+    let health = health.clone();
+    let (mut terminate, mut interrupt) = {
+        let _guard = runtime.enter();
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+    };
+    std::thread::Builder::new().name("edge".to_owned()).spawn(move || {
+        runtime.block_on(async move {
+            tokio::spawn(async move {
+                if let Err(error) = axum::serve(listener, router).await {
+                    tracing::error!(%error, "the HTTP endpoint ended");
+                }
+            });
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                if health.is_stopping() || health.not_ready() == Some("the model is loading") {
+                    tracing::warn!("stopping at once; what is not committed will be read again");
+                    std::process::exit(130);
+                }
+                tracing::info!("stopping: finishing what is in flight (once more to stop at once)");
+                health.stop();
+            }
+        });
+    })?;
+    Ok(())
+}
+
+fn open_model(config: &Config) -> anyhow::Result<(Model, Scorer, ContextPolicy)> {
+    let model = Model::load(&config.model.path, config.score.entropies).exit_code(NO_INPUT)?;
+    let policy = pipeline::context_policy(config, &model).exit_code(USAGE)?;
+    let options = SessionOptions {
+        library: onnxruntime_library(config),
+        device: config.model.device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?,
+        threads: config.model.threads,
+        device_memory_bytes: config.model.device_memory_bytes,
+    };
+    let scorer = Scorer::new(&model, &options, config.score.entropies).exit_code(NO_INPUT)?;
+    Ok((model, scorer, policy))
+}
+
+fn onnxruntime_library(config: &Config) -> PathBuf {
+    if !config.model.onnxruntime.as_os_str().is_empty() {
+        return config.model.onnxruntime.clone();
+    }
+    std::env::var_os("ORT_DYLIB_PATH").map_or_else(|| PathBuf::from("libonnxruntime.so"), PathBuf::from)
+}
+
+/// Checks everything `serve` would need, and prints a line for each to standard output.
+#[allow(clippy::print_stdout)]
+pub fn validate(config: &Config) -> anyhow::Result<()> {
+    println!("configuration: ok");
+    let (model, mut scorer, policy) = open_model(config)?;
+    pipeline::warm_up(&mut scorer, policy, &config.batch)?;
+    println!("model: ok, {} with {} logits", model.fingerprint, model.vocabulary);
+    println!("  head: {}, then {:?}", model.report.head, model.report.after_head);
+    println!("  inputs: {}", model.inputs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", "));
+    println!("  windows of {} tokens every {} tokens, on {}", policy.window, policy.stride, config.model.device);
+    println!("tokenizer: ok, {}", model.tokenizer);
+
+    let settings = &config.kafka;
+    let consumer: BaseConsumer = kafka::client_config(&settings.bootstrap_servers, &settings.properties)
+        .create()
+        .context("kafka.properties")
+        .exit_code(USAGE)?;
+    let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))
+        .exit_code(UNAVAILABLE)?;
+    println!("broker: ok, {} at {}", metadata.brokers().len(), settings.bootstrap_servers);
+    for topic in [&settings.documents_topic, &settings.scored_topic, &settings.dead_letter_topic] {
+        match kafka::partitions(&metadata, topic) {
+            Some(partitions) => println!("topic {topic}: ok, {partitions} partitions"),
+            None => {
+                return Err(anyhow!(
+                    "the topic `{topic}` does not exist at {}; create it with `sluiced topics create`",
+                    settings.bootstrap_servers
+                ))
+                .exit_code(UNAVAILABLE);
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,287 @@
+//! Kafka in: reads records, refuses the bad ones, and pauses where the budget is used up. Models are unknown here.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use crossbeam_channel::Sender;
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, Rebalance};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Message as _};
+use rdkafka::topic_partition_list::TopicPartitionList;
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::{RecordError, TokenizedDocument};
+
+use crate::config::Config;
+use crate::health::{Health, Loop};
+use crate::kafka;
+use crate::ledger::{Ledger, Ticket};
+use crate::metrics::Metrics;
+use crate::sink::{DeadLetter, Outcome};
+
+const POLL: Duration = Duration::from_millis(100);
+/// How long a paused consumer waits before it looks at the budget again.
+const POLL_PAUSED: Duration = Duration::from_millis(2);
+
+/// How often, and how long, brokers that were down are asked for a sign of life.
+const PROBE_EVERY: Duration = Duration::from_secs(2);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A document to be scored, with its place in the ledger.
+#[derive(Debug)]
+pub struct Job {
+    /// Its place in the ledger.
+    pub ticket: Ticket,
+    /// The record's key.
+    pub key: Option<Bytes>,
+    /// The payload, of which the document holds parts.
+    pub payload: Bytes,
+    /// The document.
+    pub document: TokenizedDocument,
+}
+
+/// What a document is checked against.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected {
+    /// Fingerprint of the model's tokenizer.
+    pub tokenizer: Fingerprint,
+    /// Number of token ids that the model knows.
+    pub vocabulary: u32,
+}
+
+/// The consumer, shared with the sink, which commits through it.
+pub type DocumentsConsumer = BaseConsumer<Context>;
+
+/// Takes the consumer's callbacks: partitions that come and go, errors, log lines.
+pub struct Context {
+    ledger: Arc<Ledger<Outcome>>,
+    metrics: Metrics,
+    health: Health,
+    drain: Duration,
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log_client(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.metrics.kafka_errors.inc();
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+            if self.health.set_broker_down(true) {
+                tracing::warn!(reason, "no broker answers; waiting for one");
+            }
+        } else {
+            tracing::debug!(%error, reason, "kafka client error");
+        }
+    }
+}
+
+/// Passes a line of librdkafka's log on to ours.
+pub fn log_client(level: RDKafkaLogLevel, facility: &str, message: &str) {
+    match level {
+        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
+            tracing::error!(facility, "{message}");
+        }
+        // librdkafka calls a refused connection an error and tries again; what matters arrives as an event.
+        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning | RDKafkaLogLevel::Notice => {
+            tracing::debug!(facility, "{message}");
+        }
+        _ => tracing::trace!(facility, "{message}"),
+    }
+}
+
+impl ConsumerContext for Context {
+    fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        match rebalance {
+            Rebalance::Assign(list) => {
+                let partitions = numbers(list);
+                tracing::info!(?partitions, "partitions assigned");
+                self.ledger.assign(partitions);
+            }
+            Rebalance::Revoke(list) => {
+                let partitions = numbers(list);
+                // What is in flight can still be committed, unless the group has already given it to another.
+                let drained = !consumer.assignment_lost() && self.ledger.wait_drained(&partitions, self.drain);
+                tracing::info!(?partitions, drained, "partitions revoked");
+                self.ledger.revoke(partitions);
+            }
+            Rebalance::Error(error) => tracing::warn!(%error, "rebalance failed; the client tries again"),
+        }
+        self.metrics.rebalances.inc();
+    }
+
+    fn post_rebalance(&self, _consumer: &BaseConsumer<Self>, _rebalance: &Rebalance<'_>) {
+        self.health.set_assigned(self.ledger.is_assigned());
+        self.metrics.assigned_partitions.set(self.ledger.assigned_partitions() as i64);
+    }
+}
+
+fn numbers(list: &TopicPartitionList) -> Vec<i32> {
+    list.elements().iter().map(rdkafka::topic_partition_list::TopicPartitionListElem::partition).collect()
+}
+
+/// Connects to the brokers and joins the group.
+pub fn subscribe(
+    config: &Config,
+    ledger: Arc<Ledger<Outcome>>,
+    metrics: Metrics,
+    health: Health,
+) -> anyhow::Result<DocumentsConsumer> {
+    let settings = &config.kafka;
+    let context = Context { ledger, metrics, health, drain: config.limits.drain() };
+    let consumer: DocumentsConsumer = kafka::client_config(&settings.bootstrap_servers, &settings.properties)
+        .set("group.id", &settings.group_id)
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "earliest")
+        .set("isolation.level", "read_committed")
+        .set("partition.assignment.strategy", "cooperative-sticky")
+        // Read ahead little: what waits inside the client is thrown away at every pause.
+        .set("queued.max.messages.kbytes", "16384")
+        .create_with_context(context)
+        .context("kafka.properties")?;
+    let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))?;
+    if kafka::partitions(&metadata, &settings.documents_topic).is_none() {
+        bail!(
+            "the topic `{}` does not exist at {}; create it, or set kafka.documents_topic",
+            settings.documents_topic,
+            settings.bootstrap_servers
+        );
+    }
+    consumer.subscribe(&[&settings.documents_topic]).context("cannot subscribe")?;
+    Ok(consumer)
+}
+
+/// Reads until asked to stop, then waits until everything read is published.
+pub fn run(
+    consumer: &DocumentsConsumer,
+    jobs: &Sender<Job>,
+    ledger: &Ledger<Outcome>,
+    expected: Expected,
+    config: &Config,
+    metrics: &Metrics,
+    health: &Health,
+) -> anyhow::Result<()> {
+    let budget = config.limits.in_flight_tokens;
+    let mut paused = false;
+    let mut stopping: Option<Instant> = None;
+    let mut last_probe = Instant::now();
+    loop {
+        health.beat(Loop::Source);
+        let in_flight = ledger.tokens();
+        metrics.in_flight_tokens.set(in_flight as i64);
+        metrics.oldest_in_flight_seconds.set(ledger.oldest_age().as_secs() as i64);
+        if health.is_aborted() {
+            return Ok(());
+        }
+        if health.is_stopping() {
+            let since = *stopping.get_or_insert_with(Instant::now);
+            if ledger.is_drained() {
+                return Ok(());
+            }
+            if since.elapsed() > config.limits.drain() {
+                bail!("{in_flight} tokens were still in flight when the drain deadline passed; they will be read again");
+            }
+        }
+        let pause = health.is_stopping() || in_flight >= budget || (paused && in_flight > budget / 2);
+        if pause != paused {
+            set_paused(consumer, pause);
+            metrics.paused.set(i64::from(pause));
+            paused = pause;
+        }
+        if health.is_broker_down() && last_probe.elapsed() > PROBE_EVERY {
+            last_probe = Instant::now();
+            if consumer.client().fetch_metadata(Some(&config.kafka.documents_topic), PROBE_TIMEOUT).is_ok() {
+                broker_is_up(health);
+            }
+        }
+        match consumer.poll(if paused { POLL_PAUSED } else { POLL }) {
+            None => {}
+            Some(Err(error)) => consumer_error(&error, health, metrics)?,
+            // A record that was fetched before the drain began is left for the next reader.
+            Some(Ok(_)) if stopping.is_some() => {}
+            Some(Ok(message)) => {
+                broker_is_up(health);
+                accept(&message, jobs, ledger, expected, metrics);
+                if paused {
+                    // A rebalance has brought partitions that are not paused yet.
+                    set_paused(consumer, true);
+                }
+            }
+        }
+    }
+}
+
+fn broker_is_up(health: &Health) {
+    if health.set_broker_down(false) {
+        tracing::info!("a broker answers again");
+    }
+}
+
+fn set_paused(consumer: &DocumentsConsumer, pause: bool) {
+    let changed = consumer
+        .assignment()
+        .and_then(|assignment| if pause { consumer.pause(&assignment) } else { consumer.resume(&assignment) });
+    if let Err(error) = changed {
+        tracing::warn!(%error, pause, "cannot pause or resume; trying again with the next record");
+    }
+}
+
+/// Errors that the client recovers from are counted; the others end the daemon.
+fn consumer_error(error: &KafkaError, health: &Health, metrics: &Metrics) -> anyhow::Result<()> {
+    metrics.kafka_errors.inc();
+    match error.rdkafka_error_code() {
+        Some(RDKafkaErrorCode::Fatal) => bail!("the consumer failed for good: {error}"),
+        Some(RDKafkaErrorCode::AllBrokersDown) => {
+            if health.set_broker_down(true) {
+                tracing::warn!("no broker answers; waiting for one");
+            }
+        }
+        _ => tracing::warn!(%error, "kafka consumer error; the client tries again"),
+    }
+    Ok(())
+}
+
+fn accept(
+    message: &BorrowedMessage<'_>,
+    jobs: &Sender<Job>,
+    ledger: &Ledger<Outcome>,
+    expected: Expected,
+    metrics: &Metrics,
+) {
+    let payload = Bytes::copy_from_slice(message.payload().unwrap_or_default());
+    let key = message.key().map(Bytes::copy_from_slice);
+    let checked = check(payload.clone(), expected);
+    // A refused record takes room too: that of the tokens its bytes might have been.
+    let tokens = checked.as_ref().map_or(payload.len() / 2 + 1, |document| document.tokens.len());
+    let Some(ticket) = ledger.open(message.partition(), message.offset(), tokens) else {
+        return;
+    };
+    metrics.documents_read.inc();
+    match checked {
+        Ok(document) => {
+            metrics.tokens_read.inc_by(tokens as u64);
+            // The receiver is gone only while the daemon stops; the record is then read again.
+            let _ = jobs.send(Job { ticket, key, payload, document });
+        }
+        Err(error) => {
+            let reason = error.code();
+            tracing::debug!(partition = ticket.partition, offset = ticket.offset, %error, "dead letter");
+            ledger.complete(
+                ticket,
+                Outcome::DeadLetter(DeadLetter { key, payload: Some(payload), reason, detail: error.to_string() }),
+            );
+        }
+    }
+}
+
+fn check(payload: Bytes, expected: Expected) -> Result<TokenizedDocument, RecordError> {
+    let document = TokenizedDocument::decode(payload)?;
+    document.check_tokenizer(expected.tokenizer)?;
+    document.tokens.check_vocabulary(expected.vocabulary)?;
+    Ok(document)
+}

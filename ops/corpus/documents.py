@@ -1,0 +1,152 @@
+"""Cuts prose into documents, gathers problems into documents, and mixes the two."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Callable, NamedTuple
+
+import mathematics
+import prose
+
+
+class Source(NamedTuple):
+    name: str
+    articles: Callable[[Path], Iterator[prose.Article]]
+    share: float  # of the prose, in tokens
+    characters_per_token: float  # with a byte-level BPE of 4,096 tokens and single digits, trained on the mix
+
+
+SOURCES = [
+    Source("wikipedia", prose.wikipedia, 0.30, 3.1),
+    Source("wikipedia-markup", prose.wikipedia_markup, 0.12, 2.5),
+    Source("kjv", prose.kjv, 0.14, 3.5),
+    Source("botocore", prose.botocore, 0.24, 3.8),
+    Source("networkx", prose.docstrings("networkx"), 0.10, 3.0),
+    Source("sqlalchemy", prose.docstrings("sqlalchemy"), 0.10, 3.3),
+]
+MATHEMATICS_CHARACTERS_PER_TOKEN = 2.9
+# Of the mix, in tokens; the rest is the noise inside the mathematics.
+MATHEMATICS_SHARE = 0.20
+PROSE_SHARE = 0.76
+
+DOCUMENT_CHARACTERS_MIN = 350
+DOCUMENT_CHARACTERS_TYPICAL = (450, 2_000)
+DOCUMENT_CHARACTERS_LONG = (3_800, 7_000)
+LONG_SHARE = 0.03
+# More than any corpus takes from one source, so that what is taken comes from all over it.
+PROSE_POOL_DOCUMENTS = 2_500
+# Of the groups (articles, services, modules) of a prose source, one in so many is kept for evaluation.
+HELD_OUT_ONE_IN = 6
+NOISY_MATHEMATICS_SHARE = 1 / 3
+
+
+class Document(NamedTuple):
+    id: str
+    text: str
+    source: str
+
+
+def target_length(random: Random) -> int:
+    long = random.random() < LONG_SHARE
+    return random.randint(*(DOCUMENT_CHARACTERS_LONG if long else DOCUMENT_CHARACTERS_TYPICAL))
+
+
+def prose_texts(source: Source, wheels: Path, held_out: bool) -> Iterator[str]:
+    """The source's documents, shuffled; a small corpus takes the first of what a large one takes."""
+    pool = islice(_cut(source, wheels, held_out), PROSE_POOL_DOCUMENTS)
+    # As keys of a dictionary, because services share some of their documentation word for word.
+    return iter(sorted(dict.fromkeys(pool), key=prose.stable_hash))
+
+
+def _cut(source: Source, wheels: Path, held_out: bool) -> Iterator[str]:
+    """Paragraphs of one article, in order, up to a length drawn for each document."""
+    random = Random(f"lengths of {source.name}, held out: {held_out}")
+    for article in source.articles(wheels):
+        if (prose.stable_hash(f"held out {article.group}") % HELD_OUT_ONE_IN == 0) != held_out:
+            continue
+        wanted = target_length(random)
+        gathered: list[str] = []
+        length = 0
+        for paragraph in (piece for whole in article.paragraphs for piece in prose.split_long(whole)):
+            gathered.append(paragraph)
+            length += len(paragraph) + 1
+            if length >= wanted:
+                yield "\n".join(gathered)
+                wanted, gathered, length = target_length(random), [], 0
+        if length >= DOCUMENT_CHARACTERS_MIN:
+            yield "\n".join(gathered)
+
+
+def mathematics_texts(problems: mathematics.Problems, purpose: str) -> Iterator[str]:
+    """Sheets of problems, most of one to three."""
+    random = Random(f"lengths of {purpose}")
+    while True:
+        wanted = target_length(random)
+        sheet = [problems.next()]
+        # Half the wanted length, because one problem is as long as a short document.
+        while sum(map(len, sheet)) < wanted / 2:
+            sheet.append(problems.next())
+        yield "\n\n".join(sheet)
+
+
+def up_to(texts: Iterable[str], characters: float) -> Iterator[str]:
+    taken = 0
+    for text in texts:
+        if taken >= characters:
+            return
+        taken += len(text)
+        yield text
+
+
+def curated(wheels: Path, tokens: int) -> Iterator[Document]:
+    problems = mathematics.Problems(wheels, mathematics.TRAINING, "curated")
+    texts = up_to(mathematics_texts(problems, "curated"), tokens * MATHEMATICS_CHARACTERS_PER_TOKEN)
+    for index, text in enumerate(texts):
+        yield Document(f"curated-{index:06}", text, "gsm_symbolic")
+
+
+def mixed(wheels: Path, tokens: int) -> list[Document]:
+    """One part of mathematics to four of prose, and some of the prose put inside some of the mathematics."""
+    random = Random("noise")
+    prose_streams = {source: prose_texts(source, wheels, held_out=False) for source in SOURCES}
+    problems = mathematics.Problems(wheels, mathematics.TRAINING, "mixed")
+    texts = up_to(mathematics_texts(problems, "mixed"), MATHEMATICS_SHARE * tokens * MATHEMATICS_CHARACTERS_PER_TOKEN)
+
+    documents = []
+    for index, text in enumerate(texts):
+        label = "gsm_symbolic"
+        if random.random() < NOISY_MATHEMATICS_SHARE:
+            source = random.choice(SOURCES)
+            text = with_noise(text, next(prose_streams[source]), random)
+            label = f"gsm_symbolic+{source.name}"
+        documents.append(Document(f"mixed-mathematics-{index:06}", text, label))
+    for source, stream in prose_streams.items():
+        characters = PROSE_SHARE * tokens * source.share * source.characters_per_token
+        for index, text in enumerate(up_to(stream, characters)):
+            documents.append(Document(f"mixed-{source.name}-{index:06}", text, source.name))
+    # An order that no run, Python or size of the corpus changes.
+    return sorted(documents, key=lambda document: prose.stable_hash(document.id))
+
+
+def with_noise(text: str, unrelated: str, random: Random) -> str:
+    """Puts the beginning of an unrelated document before, after or between the lines of a sheet of problems."""
+    noise = next(prose.split_long(unrelated[: prose.PARAGRAPH_CHARACTERS_MAX // 2]))
+    lines = text.split("\n")
+    at = random.choice([0, random.randint(1, len(lines) - 1), len(lines)])
+    return "\n".join([*lines[:at], noise, *lines[at:]])
+
+
+def held_out_mathematics(wheels: Path, count: int) -> Iterator[Document]:
+    problems = mathematics.Problems(wheels, mathematics.HELD_OUT, "held out")
+    for index, text in zip(range(count), mathematics_texts(problems, "held out")):
+        yield Document(f"eval-math-{index:06}", text, "gsm_symbolic")
+
+
+def held_out_prose(wheels: Path, count: int) -> list[Document]:
+    documents = []
+    for source in SOURCES:
+        texts = prose_texts(source, wheels, held_out=True)
+        for index, text in zip(range(round(count * source.share)), texts):
+            documents.append(Document(f"eval-rest-{source.name}-{index:06}", text, source.name))
+    return sorted(documents, key=lambda document: prose.stable_hash(document.id))

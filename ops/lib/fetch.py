@@ -1,0 +1,87 @@
+"""What the scripts under ops/ share: the cache outside the repository, and wheels fetched by name, version and hash."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Callable, NoReturn
+
+EX_UNAVAILABLE = 69
+
+
+def say(message: str) -> None:
+    """Progress goes to stderr; stdout is for the path a script hands back."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    say(f"error: {message}")
+    sys.exit(EX_UNAVAILABLE)
+
+
+def cache_root() -> Path:
+    """`$SLUICE_CACHE`, else `sluice` in the user's cache directory."""
+    chosen = os.environ.get("SLUICE_CACHE")
+    if chosen:
+        return Path(chosen).absolute()
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user_cache).absolute() / "sluice"
+
+
+def publish(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Returns `target`, made by `fill` in a scratch folder and renamed, so that it is whole or absent.
+
+    Of two runs at the same time the second waits for the first, and finds its work done.
+    """
+    if target.is_dir():
+        return target
+    try:
+        return _publish_alone(target, fill)
+    except OSError as error:
+        fail(f"cannot write {target}: {error}; free some space, or name another folder as SLUICE_CACHE")
+
+
+def _publish_alone(target: Path, fill: Callable[[Path], None]) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            return target
+        # Left by a run that was killed; nobody else is at work here while we hold the lock.
+        for abandoned in target.parent.glob(f".{target.name}.*"):
+            if abandoned.is_dir():
+                shutil.rmtree(abandoned)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            scratch.chmod(0o755)
+            fill(scratch)
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def download_wheels(requirements: str, folder: Path) -> None:
+    """Downloads the wheels that `requirements` (pip's format, with a hash for each) names into `folder`.
+
+    The wheels are read here as archives and never installed, so the tags are fixed: every machine gets the same files,
+    whatever its own Python.
+    """
+    listing = folder / "requirements.txt"
+    listing.write_text(requirements)
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"),
+        *("--no-deps", "--require-hashes", "--only-binary=:all:", "--platform", "manylinux_2_28_x86_64"),
+        *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "none"),
+        *("--dest", str(folder), "--requirement", str(listing)),
+    ]
+    result = subprocess.run(command, stdout=sys.stderr)
+    listing.unlink()
+    if result.returncode != 0:
+        fail(
+            f"pip could not download the wheels (its message is above; exit status {result.returncode}); check that"
+            " this machine reaches its package index and that `ops/check-prerequisites` is silent, then run this again"
+        )
