@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, bail};
 use ort::environment::Environment;
@@ -48,8 +49,15 @@ pub struct SessionOptions {
     pub device_memory_bytes: usize,
 }
 
-/// Loads ONNX Runtime from `library`.
+/// ONNX Runtime allows one environment in a process.
+static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
+
+/// The process's environment; the first call loads ONNX Runtime from `library`, later ones share it.
 pub fn environment(library: &Path) -> anyhow::Result<Environment> {
+    let mut shared = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(environment) = shared.as_ref() {
+        return Ok(environment.clone());
+    }
     let builder = ort::init_from(library).with_context(|| {
         format!(
             "cannot load ONNX Runtime from {}; `ops/setup-onnxruntime` fetches it and prints its path, which belongs \
@@ -57,7 +65,9 @@ pub fn environment(library: &Path) -> anyhow::Result<Environment> {
             library.display()
         )
     })?;
-    builder.with_name("sluiced").with_telemetry(false).build().context("cannot start ONNX Runtime")
+    let environment =
+        builder.with_name("sluiced").with_telemetry(false).build().context("cannot start ONNX Runtime")?;
+    Ok(shared.insert(environment).clone())
 }
 
 /// Opens a session for `model`.
