@@ -63,7 +63,8 @@ impl Assembly {
     pub fn finish(self, policy: &RecordPolicy) -> (crate::ledger::Ticket, Outcome) {
         let ticket = self.job.ticket;
         let (key, origin) = (self.job.key.clone(), self.job.payload.clone());
-        let dead = |reason, detail| Outcome::DeadLetter(DeadLetter { key, payload: Some(origin), reason, detail });
+        let dead =
+            |reason, detail| Outcome::DeadLetter(DeadLetter { key, payload: Some(origin), reason, detail });
         if let Some((reason, detail)) = self.failure {
             return (ticket, dead(reason, detail));
         }

@@ -83,9 +83,9 @@ impl Batch {
             for (slot, &id) in tokens[start..].iter_mut().zip(ids) {
                 *slot = i64::from(id);
             }
-            for position in window.first_scored - window.span.start..ids.len() {
+            for (position, &id) in ids.iter().enumerate().skip(window.first_scored - window.span.start) {
                 target_rows.push((start + position - 1) as i64);
-                targets.push(i64::from(ids[position]));
+                targets.push(i64::from(id));
             }
         }
         Self { windows, padded_len, tokens, target_rows, targets }
@@ -162,7 +162,10 @@ mod tests {
                     assert!(part.first_scored > part.span.start, "a token needs one before it");
                     let context = part.first_scored - part.span.start;
                     let promised = if part.span.start == 0 { 1 } else { (window - stride) as usize };
-                    assert!(context >= promised, "{context} tokens of context where {promised} were promised");
+                    assert!(
+                        context >= promised,
+                        "{context} tokens of context where {promised} were promised"
+                    );
                     scored.extend(part.first_scored..part.span.end);
                 }
                 assert_eq!(scored, (1..len.max(1)).collect::<Vec<_>>(), "len {len}, window {window}");

@@ -45,6 +45,7 @@ struct ConfigFile {
 }
 
 #[derive(Debug, Args)]
+#[allow(clippy::struct_field_names, reason = "the names are those of the flags")]
 struct FieldArgs {
     /// Field of a JSON line that holds the text.
     #[arg(long, default_value = "text", value_name = "NAME")]

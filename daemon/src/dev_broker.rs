@@ -29,7 +29,8 @@ pub fn run(topics: &[String], until_stdin_closes: bool) -> anyhow::Result<()> {
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let (closed_in, closed) = tokio::sync::oneshot::channel::<()>();
         if until_stdin_closes {
             std::thread::spawn(move || {

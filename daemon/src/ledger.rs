@@ -128,14 +128,13 @@ impl<T> Ledger<T> {
         let ready = |state: &mut State<T>| {
             !state.partitions.values().any(|p| p.waiting.front().is_some_and(|entry| entry.outcome.is_some()))
         };
-        state = self
-            .changed
-            .wait_timeout_while(state, timeout, ready)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0;
+        state =
+            self.changed.wait_timeout_while(state, timeout, ready).unwrap_or_else(PoisonError::into_inner).0;
         let mut group = Group { outcomes: Vec::new(), tokens: 0 };
         for books in state.partitions.values_mut() {
-            while group.tokens < tokens_max && books.waiting.front().is_some_and(|entry| entry.outcome.is_some()) {
+            while group.tokens < tokens_max
+                && books.waiting.front().is_some_and(|entry| entry.outcome.is_some())
+            {
                 let Some(entry) = books.waiting.pop_front() else { break };
                 let Some(outcome) = entry.outcome else { break };
                 books.publishing += 1;
@@ -190,7 +189,8 @@ impl<T> Ledger<T> {
     /// Age of the oldest record in flight that was not yet taken.
     pub fn oldest_age(&self) -> Duration {
         let state = self.lock();
-        let oldest = state.partitions.values().filter_map(|books| books.waiting.front()).map(|e| e.opened).min();
+        let oldest =
+            state.partitions.values().filter_map(|books| books.waiting.front()).map(|e| e.opened).min();
         oldest.map_or(Duration::ZERO, |opened| opened.elapsed())
     }
 

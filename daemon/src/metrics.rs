@@ -66,9 +66,15 @@ impl Metrics {
             register(&registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?)
         };
         let metrics = Self {
-            documents_read: counter("sluiced_documents_read_total", "Records read from the documents topic.")?,
+            documents_read: counter(
+                "sluiced_documents_read_total",
+                "Records read from the documents topic.",
+            )?,
             tokens_read: counter("sluiced_tokens_read_total", "Tokens of the documents read.")?,
-            documents_scored: counter("sluiced_documents_scored_total", "Documents published with their losses.")?,
+            documents_scored: counter(
+                "sluiced_documents_scored_total",
+                "Documents published with their losses.",
+            )?,
             tokens_scored: counter("sluiced_tokens_scored_total", "Tokens of the documents published.")?,
             dead_letters: register(
                 &registry,
@@ -77,15 +83,30 @@ impl Metrics {
                     &["reason"],
                 )?,
             )?,
-            model_tokens: counter("sluiced_model_tokens_total", "Tokens the model computed, without padding.")?,
-            padded_tokens: counter("sluiced_padded_tokens_total", "Tokens the model computed, with padding.")?,
+            model_tokens: counter(
+                "sluiced_model_tokens_total",
+                "Tokens the model computed, without padding.",
+            )?,
+            padded_tokens: counter(
+                "sluiced_padded_tokens_total",
+                "Tokens the model computed, with padding.",
+            )?,
             batch_seconds: seconds("sluiced_batch_seconds", "Time of one run of the model.")?,
             batches_split: counter("sluiced_batches_split_total", "Batches that failed and were split.")?,
-            publish_seconds: seconds("sluiced_publish_seconds", "Time to publish and commit a group of records.")?,
+            publish_seconds: seconds(
+                "sluiced_publish_seconds",
+                "Time to publish and commit a group of records.",
+            )?,
             commits: counter("sluiced_commits_total", "Offset commits that the broker accepted.")?,
             commit_failures: counter("sluiced_commit_failures_total", "Offset commits that failed.")?,
-            rebalances: counter("sluiced_rebalances_total", "Times that partitions were assigned or revoked.")?,
-            kafka_errors: counter("sluiced_kafka_errors_total", "Errors that the Kafka clients recover from.")?,
+            rebalances: counter(
+                "sluiced_rebalances_total",
+                "Times that partitions were assigned or revoked.",
+            )?,
+            kafka_errors: counter(
+                "sluiced_kafka_errors_total",
+                "Errors that the Kafka clients recover from.",
+            )?,
             assigned_partitions: gauge("sluiced_assigned_partitions", "Partitions that this daemon reads.")?,
             paused: gauge("sluiced_paused", "1 while reading is paused because the budget is used up.")?,
             in_flight_tokens: gauge("sluiced_in_flight_tokens", "Tokens from reading to committing.")?,

@@ -69,8 +69,7 @@ pub fn run(
     health: &Health,
 ) -> anyhow::Result<()> {
     let ledger = Arc::new(Ledger::<Outcome>::default());
-    let consumer =
-        Arc::new(source::subscribe(config, Arc::clone(&ledger), metrics.clone(), health.clone())?);
+    let consumer = Arc::new(source::subscribe(config, Arc::clone(&ledger), metrics.clone(), health.clone())?);
     let sink = Sink::new(config)?;
     let expected = Expected { tokenizer: model.tokenizer, vocabulary: model.vocabulary };
     let record = RecordPolicy {
@@ -167,7 +166,8 @@ fn score_loop(
                 Err(error) => {
                     failures += 1;
                     if failures >= FAILURES_MAX {
-                        return Err(error).context(format!("the model failed on {failures} documents in a row"));
+                        return Err(error)
+                            .context(format!("the model failed on {failures} documents in a row"));
                     }
                     if let Some(assembly) = &mut assemblies[batch.windows[0].document] {
                         assembly.fail(MODEL_FAILED, format!("{error:#}"));

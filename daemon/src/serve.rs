@@ -50,8 +50,14 @@ pub fn serve(config: &Config) -> anyhow::Result<()> {
 }
 
 /// HTTP and signals, on a thread of their own, so that no loop of the pipeline can hold them up.
-fn start_edge(address: SocketAddr, config: &Config, metrics: &Metrics, health: &Health) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
+fn start_edge(
+    address: SocketAddr,
+    config: &Config,
+    metrics: &Metrics,
+    health: &Health,
+) -> anyhow::Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
     let listener = runtime.block_on(tokio::net::TcpListener::bind(address)).with_context(|| {
         format!("cannot listen on http.listen = {address}; is another daemon running there?")
     })?;
@@ -116,8 +122,14 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
     pipeline::warm_up(&mut scorer, policy, &config.batch)?;
     println!("model: ok, {} with {} logits", model.fingerprint, model.vocabulary);
     println!("  head: {}, then {:?}", model.report.head, model.report.after_head);
-    println!("  inputs: {}", model.inputs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", "));
-    println!("  windows of {} tokens every {} tokens, on {}", policy.window, policy.stride, config.model.device);
+    println!(
+        "  inputs: {}",
+        model.inputs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
+    );
+    println!(
+        "  windows of {} tokens every {} tokens, on {}",
+        policy.window, policy.stride, config.model.device
+    );
     println!("tokenizer: ok, {}", model.tokenizer);
 
     let settings = &config.kafka;

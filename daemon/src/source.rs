@@ -105,7 +105,8 @@ impl ConsumerContext for Context {
             Rebalance::Revoke(list) => {
                 let partitions = numbers(list);
                 // What is in flight can still be committed, unless the group has already given it to another.
-                let drained = !consumer.assignment_lost() && self.ledger.wait_drained(&partitions, self.drain);
+                let drained =
+                    !consumer.assignment_lost() && self.ledger.wait_drained(&partitions, self.drain);
                 tracing::info!(?partitions, drained, "partitions revoked");
                 self.ledger.revoke(partitions);
             }
@@ -184,7 +185,9 @@ pub fn run(
                 return Ok(());
             }
             if since.elapsed() > config.limits.drain() {
-                bail!("{in_flight} tokens were still in flight when the drain deadline passed; they will be read again");
+                bail!(
+                    "{in_flight} tokens were still in flight when the drain deadline passed; they will be read again"
+                );
             }
         }
         let pause = health.is_stopping() || in_flight >= budget || (paused && in_flight > budget / 2);
@@ -223,9 +226,9 @@ fn broker_is_up(health: &Health) {
 }
 
 fn set_paused(consumer: &DocumentsConsumer, pause: bool) {
-    let changed = consumer
-        .assignment()
-        .and_then(|assignment| if pause { consumer.pause(&assignment) } else { consumer.resume(&assignment) });
+    let changed = consumer.assignment().and_then(|assignment| {
+        if pause { consumer.pause(&assignment) } else { consumer.resume(&assignment) }
+    });
     if let Err(error) = changed {
         tracing::warn!(%error, pause, "cannot pause or resume; trying again with the next record");
     }
@@ -273,7 +276,12 @@ fn accept(
             tracing::debug!(partition = ticket.partition, offset = ticket.offset, %error, "dead letter");
             ledger.complete(
                 ticket,
-                Outcome::DeadLetter(DeadLetter { key, payload: Some(payload), reason, detail: error.to_string() }),
+                Outcome::DeadLetter(DeadLetter {
+                    key,
+                    payload: Some(payload),
+                    reason,
+                    detail: error.to_string(),
+                }),
             );
         }
     }

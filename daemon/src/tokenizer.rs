@@ -46,10 +46,16 @@ pub fn train(files: &[PathBuf], fields: &Fields, vocabulary: usize, out: &Path) 
         .show_progress(false)
         .build()
         .into();
-    tokenizer.train(&mut trainer, texts.iter()).map_err(|error| anyhow!("cannot train the tokenizer: {error}"))?;
+    tokenizer
+        .train(&mut trainer, texts.iter())
+        .map_err(|error| anyhow!("cannot train the tokenizer: {error}"))?;
     tokenizer
         .save(out, false)
         .map_err(|error| anyhow!("cannot write the tokenizer {}: {error}", out.display()))?;
-    tracing::info!(documents = texts.len(), vocabulary = tokenizer.get_vocab_size(true), "trained a tokenizer");
+    tracing::info!(
+        documents = texts.len(),
+        vocabulary = tokenizer.get_vocab_size(true),
+        "trained a tokenizer"
+    );
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Per-token losses of served models against PyTorch in float64 (`tests/golden/make_golden.py`).
+//! Per-token losses of served models against `PyTorch` in float64 (`tests/golden/make_golden.py`).
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::sync::Arc;
@@ -23,7 +23,12 @@ fn documents(model: &str) -> (ContextPolicy, Vec<Document>) {
     let documents = json["models"][model].as_array().unwrap();
     let documents = documents.iter().map(|document| Document {
         tokens: document["tokens"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect(),
-        losses: document["losses"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap_or(f64::NAN)).collect(),
+        losses: document["losses"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|l| l.as_f64().unwrap_or(f64::NAN))
+            .collect(),
     });
     (policy, documents.collect())
 }
@@ -45,7 +50,9 @@ fn worst_difference(name: &str, tokens_max: usize) -> f64 {
     for batch in plan(all, tokens_max, 8) {
         let scores = scorer.score(&batch).unwrap();
         assert_eq!(scores.entropies.len(), scores.losses.len());
-        assert!(scores.entropies.iter().all(|&e| (0.0..=f64::from(model.vocabulary).ln() as f32).contains(&e)));
+        assert!(
+            scores.entropies.iter().all(|&e| (0.0..=f64::from(model.vocabulary).ln() as f32).contains(&e))
+        );
         let mut next = scores.losses.iter();
         for window in &batch.windows {
             for loss in &mut losses[window.document][window.first_scored..window.span.end] {
@@ -70,7 +77,7 @@ fn float32_models_agree_to_1e_4_nats() {
     for model in ["tiny-llama", "tiny-llama-mask"] {
         for tokens_max in [64, 1024] {
             let worst = worst_difference(model, tokens_max);
-            println!("{model}, batches of {tokens_max}: worst difference {worst:.1e} nats");
+            eprintln!("{model}, batches of {tokens_max}: worst difference {worst:.1e} nats");
             assert!(worst < 1e-4, "{model}: {worst}");
         }
     }
@@ -79,7 +86,7 @@ fn float32_models_agree_to_1e_4_nats() {
 #[test]
 fn a_float16_model_agrees_to_its_rounding() {
     let worst = worst_difference("tiny-llama-half", 1024);
-    println!("tiny-llama-half: worst difference {worst:.1e} nats");
+    eprintln!("tiny-llama-half: worst difference {worst:.1e} nats");
     assert!(worst < 2e-2, "{worst}");
     assert!(worst > 1e-5, "half precision that costs nothing was not half precision");
 }

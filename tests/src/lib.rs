@@ -1,7 +1,15 @@
 //! What the end-to-end tests share: the real binaries, a broker, a daemon, and ways to look at topics.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
+mod broker;
+mod daemon;
+mod topic;
+
 use std::path::{Path, PathBuf};
+
+pub use broker::Broker;
+pub use daemon::Daemon;
+pub use topic::{Record, produce, read_all};
 
 /// The repository's root.
 pub fn root() -> PathBuf {
@@ -15,7 +23,25 @@ pub fn golden(name: &str) -> PathBuf {
 
 /// ONNX Runtime's library, as `ops/test` sets it up.
 pub fn onnxruntime() -> PathBuf {
-    let path = std::env::var_os("ORT_DYLIB_PATH")
-        .expect("ORT_DYLIB_PATH is not set; run `ops/test`, or export ORT_DYLIB_PATH=$(ops/setup-onnxruntime)");
-    PathBuf::from(path)
+    environment("ORT_DYLIB_PATH")
+}
+
+/// The Python with protobuf and a Kafka client in it, as `ops/test` sets it up.
+pub fn python() -> PathBuf {
+    environment("SLUICE_TEST_PYTHON")
+}
+
+fn environment(name: &str) -> PathBuf {
+    let value = std::env::var_os(name).unwrap_or_else(|| {
+        panic!("{name} is not set; `ops/test` sets up what the tests need, and `eval \"$(ops/test --env)\"` exports it")
+    });
+    PathBuf::from(value)
+}
+
+/// A binary of this workspace, built in the same profile as the tests.
+pub fn binary(name: &str) -> PathBuf {
+    let tests = std::env::current_exe().unwrap();
+    let path = tests.parent().unwrap().parent().unwrap().join(name);
+    assert!(path.exists(), "{} is not built; run `cargo build --release --bins` first", path.display());
+    path
 }

@@ -106,7 +106,8 @@ fn collect(schema: &Value, default: &Value, path: &mut Vec<String>, keys: &mut V
 /// Adds a flag for every key of the configuration to `command`.
 pub fn add_flags(mut command: Command) -> Command {
     for key in keys() {
-        let default = if key.default.is_empty() { String::new() } else { format!(" [default: {}]", key.default) };
+        let default =
+            if key.default.is_empty() { String::new() } else { format!(" [default: {}]", key.default) };
         let arg = Arg::new(key.id())
             .long(key.flag())
             .help(format!("{}{default}", key.help))
@@ -151,11 +152,7 @@ pub fn load(file: Option<&Path>, matches: &ArgMatches) -> Result<Config, ConfigE
 
 fn overlay(table: &mut toml::Table, key: &Key, values: &[&str]) -> Result<(), ConfigError> {
     let refuse = |value: &str, wanted: &str| {
-        ConfigError::Override(format!(
-            "--{} (or {}): `{value}` is not {wanted}",
-            key.flag(),
-            key.variable()
-        ))
+        ConfigError::Override(format!("--{} (or {}): `{value}` is not {wanted}", key.flag(), key.variable()))
     };
     let Some((leaf, groups)) = key.path.split_last() else { return Ok(()) };
     let mut table = table;
@@ -212,7 +209,8 @@ mod tests {
     #[test]
     fn properties_come_from_file_and_flags_together() {
         let file = format!("{MINIMAL}[kafka.properties]\n\"socket.nagle.disable\" = \"true\"\n");
-        let config = run(&file, &["--kafka-properties", "client.id=a", "--kafka-properties", "x=y=z"]).unwrap();
+        let config =
+            run(&file, &["--kafka-properties", "client.id=a", "--kafka-properties", "x=y=z"]).unwrap();
         let pairs: Vec<_> = config.kafka.properties.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         assert_eq!(pairs, [("client.id", "a"), ("socket.nagle.disable", "true"), ("x", "y=z")]);
     }
@@ -225,7 +223,8 @@ mod tests {
 
     #[test]
     fn senseless_values_are_all_named_at_once() {
-        let flags = ["--model-device", "gpu", "--score-window-tokens", "9000", "--kafka-properties", "group.id=x"];
+        let flags =
+            ["--model-device", "gpu", "--score-window-tokens", "9000", "--kafka-properties", "group.id=x"];
         let error = run(MINIMAL, &flags).unwrap_err().to_string();
         for part in ["model.device", "score.window_tokens (9000)", "group.id"] {
             assert!(error.contains(part), "{part} in {error}");

@@ -77,7 +77,7 @@ impl Default for Kafka {
 pub struct ModelSettings {
     /// Folder with model.onnx, tokenizer.json and config.json.
     pub path: PathBuf,
-    /// Path of libonnxruntime.so; empty for the environment variable ORT_DYLIB_PATH, else the system's library.
+    /// Path of libonnxruntime.so; empty for the environment variable `ORT_DYLIB_PATH`, else the system's library.
     pub onnxruntime: PathBuf,
     /// Where the model runs: `cpu`, or `cuda:N` for the GPU with index N.
     pub device: String,
@@ -185,7 +185,7 @@ impl Default for Http {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
-    /// Least severity: `error`, `warn`, `info`, `debug`, `trace`, or a filter as RUST_LOG takes it.
+    /// Least severity: `error`, `warn`, `info`, `debug`, `trace`, or a filter as `RUST_LOG` takes it.
     pub level: String,
     /// `human` or `json`.
     pub format: String,
@@ -229,7 +229,8 @@ impl Config {
             self.kafka.documents_topic != self.kafka.scored_topic
                 && self.kafka.documents_topic != self.kafka.dead_letter_topic
                 && self.kafka.scored_topic != self.kafka.dead_letter_topic,
-            "kafka.documents_topic, scored_topic and dead_letter_topic must be three different topics".to_owned(),
+            "kafka.documents_topic, scored_topic and dead_letter_topic must be three different topics"
+                .to_owned(),
         );
         for key in self.kafka.properties.keys().filter_map(|key| crate::kafka::owned_property(key)) {
             demand(false, key);

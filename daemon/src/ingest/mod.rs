@@ -4,7 +4,7 @@ mod read;
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -98,8 +98,8 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
     // A record holds the document's own tokens, neither cut nor padded, whatever the file says.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| anyhow!(error))?;
-    for key in ingest.properties.keys().filter_map(|key| kafka::owned_property(key)) {
-        return Err(anyhow!(key)).exit_code(USAGE);
+    if let Some(problem) = ingest.properties.keys().find_map(|key| kafka::owned_property(key)) {
+        return Err(anyhow!(problem)).exit_code(USAGE);
     }
     for file in ingest.files.iter().filter(|file| file.as_os_str() != "-") {
         if !file.is_file() {
@@ -113,7 +113,8 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
             .create_with_context(Delivery { failures: Arc::clone(&failures) })
             .context("--property")
             .exit_code(USAGE)?;
-    kafka::reach(producer.client(), &ingest.bootstrap_servers, Duration::from_secs(10)).exit_code(UNAVAILABLE)?;
+    kafka::reach(producer.client(), &ingest.bootstrap_servers, Duration::from_secs(10))
+        .exit_code(UNAVAILABLE)?;
 
     let progress = progress_bar(&ingest.files);
     let mut counts = Counts::default();
@@ -121,7 +122,9 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
         ingest_file(file, ingest, &tokenizer, fingerprint, &producer, &progress, &mut counts)?;
     }
     progress.set_message("waiting for the broker");
-    producer.flush(Duration::from_secs(300)).context("the broker did not confirm all documents within 5 minutes")?;
+    producer
+        .flush(Duration::from_mins(5))
+        .context("the broker did not confirm all documents within 5 minutes")?;
     progress.finish_and_clear();
     let failed = failures.load(Ordering::Relaxed);
     tracing::info!(
@@ -147,10 +150,11 @@ fn progress_bar(files: &[PathBuf]) -> ProgressBar {
     let sizes: Option<u64> =
         files.iter().map(|file| std::fs::metadata(file).ok().map(|metadata| metadata.len())).sum();
     let bar = match sizes {
-        Some(bytes) => ProgressBar::new(bytes).with_style(style(
-            "ingest {bar:40} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left  {msg}",
-        )),
-        None => ProgressBar::new_spinner().with_style(style("ingest {spinner} {bytes} {bytes_per_sec}  {msg}")),
+        Some(bytes) => ProgressBar::new(bytes)
+            .with_style(style("ingest {bar:40} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left  {msg}")),
+        None => {
+            ProgressBar::new_spinner().with_style(style("ingest {spinner} {bytes} {bytes_per_sec}  {msg}"))
+        }
     };
     if !std::io::stderr().is_terminal() {
         bar.set_draw_target(ProgressDrawTarget::hidden());
@@ -163,7 +167,7 @@ fn style(template: &str) -> ProgressStyle {
 }
 
 fn ingest_file(
-    file: &PathBuf,
+    file: &Path,
     ingest: &Ingest,
     tokenizer: &Tokenizer,
     fingerprint: Fingerprint,
@@ -244,7 +248,8 @@ fn send(
                 std::thread::sleep(Duration::from_millis(10));
             }
             Err((error, _)) => {
-                return Err(anyhow!(error)).with_context(|| format!("cannot publish document `{}`", document.id));
+                return Err(anyhow!(error))
+                    .with_context(|| format!("cannot publish document `{}`", document.id));
             }
         }
     }

@@ -163,7 +163,8 @@ mod tests {
         documents.map(|document| document.map_err(|error| format!("{error:#}"))).collect()
     }
 
-    const LINES: &str = "{\"id\":\"a\",\"text\":\"one\",\"source\":\"web\"}\n\n{\"text\":\"two\"}\n{\"id\":7,\"text\":\"\"}";
+    const LINES: &str =
+        "{\"id\":\"a\",\"text\":\"one\",\"source\":\"web\"}\n\n{\"text\":\"two\"}\n{\"id\":7,\"text\":\"\"}";
 
     fn expected() -> Vec<Result<Text, String>> {
         let text = |id: &str, text: &str, source: Option<&str>| {
@@ -183,7 +184,8 @@ mod tests {
 
     #[test]
     fn a_bad_line_is_named_and_the_next_is_read() {
-        let read = read("x.jsonl", b"{\"text\":\"good\"}\nnot json\n[1]\n{\"text\":5}\n\xff\n{\"text\":\"end\"}\n");
+        let read =
+            read("x.jsonl", b"{\"text\":\"good\"}\nnot json\n[1]\n{\"text\":5}\n\xff\n{\"text\":\"end\"}\n");
         assert_eq!(read.len(), 6);
         assert!(read[1].as_ref().unwrap_err().starts_with("x.jsonl:2: not a JSON object"), "{read:?}");
         assert!(read[3].as_ref().unwrap_err().contains("x.jsonl:4: no text in the field `text`"), "{read:?}");

@@ -16,7 +16,9 @@ use std::collections::{HashMap, HashSet};
 
 use sluice_schemas::graph::{Dim, GraphBuilder, graph_attribute, int_attribute, tensor_info};
 use sluice_schemas::onnx::tensor_proto::DataType;
-use sluice_schemas::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
+use sluice_schemas::onnx::{
+    GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto, type_proto,
+};
 
 /// Input of flat positions (`row * length + position`) whose next token is scored, int64 `[n]`, `n >= 1`.
 pub const ROWS_INPUT: &str = "sluice_rows";
@@ -87,7 +89,7 @@ pub fn graft(model: &mut ModelProto, entropies: bool) -> Result<GraftReport, Gra
         .opset_import
         .iter()
         .find(|import| matches!(import.domain(), "" | "ai.onnx"))
-        .map_or(0, |import| import.version());
+        .map_or(0, OperatorSetIdProto::version);
     let graph = model.graph.as_mut().ok_or(GraftError::NoGraph)?;
     let Some(logits) = graph.output.iter().find(|output| output.name() == LOGITS) else {
         let outputs: Vec<_> = graph.output.iter().map(ValueInfoProto::name).collect();
@@ -142,8 +144,11 @@ fn find_head(graph: &GraphProto) -> Result<Head, GraftError> {
             op_type: node.op_type().to_owned(),
             why,
         };
-        let moving: Vec<&String> =
-            node.input.iter().filter(|input| !input.is_empty() && !constants.contains(input.as_str())).collect();
+        let moving: Vec<&String> = node
+            .input
+            .iter()
+            .filter(|input| !input.is_empty() && !constants.contains(input.as_str()))
+            .collect();
         match node.op_type() {
             "MatMul" | "Gemm" | "FusedMatMul" | "MatMulNBits" => {
                 if moving.len() != 1 || node.input.first() != moving.first().copied() {
@@ -172,7 +177,8 @@ fn constants(graph: &GraphProto) -> HashSet<&str> {
     let mut constants: HashSet<&str> = graph.initializer.iter().map(TensorProto::name).collect();
     // Nodes are in topological order, so one pass sees every input before its use.
     for node in &graph.node {
-        let all_constant = node.input.iter().all(|input| input.is_empty() || constants.contains(input.as_str()));
+        let all_constant =
+            node.input.iter().all(|input| input.is_empty() || constants.contains(input.as_str()));
         let random = node.op_type().starts_with("Random");
         if all_constant && !random {
             constants.extend(node.output.iter().map(String::as_str));
@@ -199,11 +205,13 @@ fn behind<'a>(graph: &'a GraphProto, name: &str) -> Option<&'a TensorProto> {
 }
 
 fn last_dimension(value: &ValueInfoProto) -> Option<u32> {
-    use sluice_schemas::onnx::tensor_shape_proto::dimension::Value::DimValue;
-    let Some(type_proto::Value::TensorType(tensor)) = value.r#type.as_ref()?.value.as_ref() else { return None };
+    use sluice_schemas::onnx::tensor_shape_proto::dimension::Value::{DimParam, DimValue};
+    let Some(type_proto::Value::TensorType(tensor)) = value.r#type.as_ref()?.value.as_ref() else {
+        return None;
+    };
     match tensor.shape.as_ref()?.dim.last()?.value.as_ref()? {
         DimValue(size) => u32::try_from(*size).ok().filter(|&size| size > 0),
-        _ => None,
+        DimParam(_) => None,
     }
 }
 
@@ -214,7 +222,12 @@ fn weight_columns(head: &NodeProto, weight: Option<&TensorProto>) -> Option<u32>
     let transposed = head.attribute.iter().any(|a| a.name() == "transB" && a.i() != 0);
     let columns = match (head.op_type(), weight.dims.as_slice()) {
         ("MatMul" | "Gemm" | "FusedMatMul", &[rows, columns]) => {
-            if stored_as_given != transposed { columns } else { rows }
+            // A transposition on the way to the product, or in it, swaps the two.
+            if stored_as_given == transposed {
+                rows
+            } else {
+                columns
+            }
         }
         _ => return None,
     };
@@ -317,11 +330,11 @@ fn loop_body(head: &NodeProto, tail: &[NodeProto], outer: &Outer, entropies: boo
         value = output;
     }
     let logits = body.node("Flatten", &[&value], vec![int_attribute("axis", -1)]);
-    let logits = body.node("Cast", &[&logits], vec![int_attribute("to", i64::from(i32::from(DataType::Float)))]);
+    let logits =
+        body.node("Cast", &[&logits], vec![int_attribute("to", i64::from(i32::from(DataType::Float)))]);
     let log_probabilities = body.node("LogSoftmax", &[&logits], vec![int_attribute("axis", -1)]);
     let targets = body.node("Unsqueeze", &[&targets, &outer.one], vec![]);
-    let chosen =
-        body.node("GatherElements", &[&log_probabilities, &targets], vec![int_attribute("axis", 1)]);
+    let chosen = body.node("GatherElements", &[&log_probabilities, &targets], vec![int_attribute("axis", 1)]);
     let chosen = body.node("Squeeze", &[&chosen, &outer.one], vec![]);
     let loss = body.node("Neg", &[&chosen], vec![]);
     let condition = body.node("Identity", &["sluice/body/condition"], vec![]);

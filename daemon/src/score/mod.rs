@@ -96,9 +96,14 @@ impl Scorer {
         feed.push((TARGETS_INPUT, TensorRef::from_array_view((asked, batch.targets.as_slice()))?.into()));
 
         let outputs = self.session.run(feed).context("the model failed on a batch")?;
-        let (_, losses) = outputs[LOSS_OUTPUT].try_extract_tensor::<f32>().context("the loss head's output")?;
+        let (_, losses) =
+            outputs[LOSS_OUTPUT].try_extract_tensor::<f32>().context("the loss head's output")?;
         let entropies = if self.entropies {
-            outputs[ENTROPY_OUTPUT].try_extract_tensor::<f32>().context("the loss head's entropies")?.1.to_vec()
+            outputs[ENTROPY_OUTPUT]
+                .try_extract_tensor::<f32>()
+                .context("the loss head's entropies")?
+                .1
+                .to_vec()
         } else {
             Vec::new()
         };

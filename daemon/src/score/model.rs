@@ -56,7 +56,8 @@ impl Model {
             );
         }
         let path = folder.join("model.onnx");
-        let bytes = Bytes::from(std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
+        let bytes =
+            Bytes::from(std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
         let graph_digest = Fingerprint::of_bytes(&bytes);
         let mut model = ModelProto::decode(bytes)
             .with_context(|| format!("{} is not an ONNX file, or is cut short", path.display()))?;
@@ -146,11 +147,11 @@ fn resolve_external_data(
             bail!("the external tensor `{}` has no location", tensor.name());
         };
         let location = entry.value().to_owned();
-        let real = folder
-            .join(&location)
-            .canonicalize()
-            .with_context(|| format!("cannot find the model's external data `{location}` in {}", folder.display()))?;
-        let (Some(parent), Some(name)) = (real.parent(), real.file_name().and_then(|name| name.to_str())) else {
+        let real = folder.join(&location).canonicalize().with_context(|| {
+            format!("cannot find the model's external data `{location}` in {}", folder.display())
+        })?;
+        let (Some(parent), Some(name)) = (real.parent(), real.file_name().and_then(|name| name.to_str()))
+        else {
             bail!("the external data `{location}` is not a file");
         };
         match &data_folder {

@@ -1,0 +1,165 @@
+//! What a user meets when something is wrong, and ingestion through the real binary.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::TokenizedDocument;
+use sluice_tests::{Broker, binary, golden, onnxruntime, read_all};
+
+fn sluiced(arguments: &[&str]) -> Output {
+    Command::new(binary("sluiced"))
+        .args(arguments)
+        .env("ORT_DYLIB_PATH", onnxruntime())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+/// Runs a command that must fail with `code`, in words that contain every one of `words`.
+fn fails(arguments: &[&str], code: i32, words: &[&str]) {
+    let output = sluiced(arguments);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{message}");
+    for word in words {
+        assert!(message.contains(word), "`{word}` is not in: {message}");
+    }
+    assert!(!message.contains("panicked"), "{message}");
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn wrong_settings_exit_64_before_anything_starts() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("sluiced.toml");
+    std::fs::write(&file, "[kafka]\nbootstrap_servers = \"b:1\"\n\n[batch]\ntoken_max = 5\n").unwrap();
+    let file = text(&file);
+    fails(&["serve", "--config", file], 64, &["sluiced.toml", "line 5", "token_max", "tokens_max"]);
+    fails(&["serve", "--config", "/does/not/exist.toml"], 64, &["/does/not/exist.toml"]);
+    fails(&["serve"], 64, &["kafka.bootstrap_servers is not set", "model.path is not set"]);
+    fails(&["serve", "--model-device", "tpu"], 64, &["`tpu` is no device", "cuda:N"]);
+    fails(&["serve", "--kafka-properties", "enable.auto.commit=true"], 64, &["enable.auto.commit"]);
+    fails(&["serve", "--no-such-flag"], 64, &["--no-such-flag"]);
+}
+
+#[test]
+fn validate_says_what_is_missing() {
+    let broker = Broker::start(&["sluice.documents:1"]);
+    let model = golden("tiny-llama");
+    let model = text(&model);
+    let servers = broker.bootstrap_servers.as_str();
+    let validate = |servers: &str, model: &str, code, words: &[&str]| {
+        fails(&["validate", "--kafka-bootstrap-servers", servers, "--model-path", model], code, words);
+    };
+    validate(servers, "/no/such/model", 66, &["/no/such/model", "model.onnx"]);
+    validate(servers, model, 69, &["`sluice.scored` does not exist", "sluiced topics create"]);
+    validate("127.0.0.1:9", model, 69, &["no broker answers at 127.0.0.1:9"]);
+    let library = ["--model-onnxruntime", "/no/such/libonnxruntime.so"];
+    let arguments = ["validate", "--kafka-bootstrap-servers", servers, "--model-path", model];
+    fails(
+        &[&arguments[..], &library[..]].concat(),
+        66,
+        &["/no/such/libonnxruntime.so", "ops/setup-onnxruntime"],
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "tokenizer.json"] {
+        std::fs::copy(golden("tiny-llama").join(file), folder.path().join(file)).unwrap();
+    }
+    let bytes = std::fs::read(golden("tiny-llama").join("model.onnx")).unwrap();
+    std::fs::write(folder.path().join("model.onnx"), &bytes[..bytes.len() / 2]).unwrap();
+    validate(servers, text(folder.path()), 66, &["model.onnx is not an ONNX file, or is cut short"]);
+}
+
+#[test]
+fn validate_passes_what_serve_would_take() {
+    let broker = Broker::with_sluice_topics();
+    let model = golden("tiny-llama-mask");
+    let servers = broker.bootstrap_servers.as_str();
+    let output = sluiced(&["validate", "--kafka-bootstrap-servers", servers, "--model-path", text(&model)]);
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for word in ["configuration: ok", "input_ids, attention_mask, position_ids", "topic sluice.scored: ok, 4"]
+    {
+        assert!(stdout.contains(word), "`{word}` is not in: {stdout}");
+    }
+}
+
+#[test]
+fn no_gpu_is_an_error_and_not_a_silent_cpu() {
+    let broker = Broker::with_sluice_topics();
+    let model = golden("tiny-llama");
+    let servers = ["--kafka-bootstrap-servers", &broker.bootstrap_servers];
+    let arguments =
+        [&["validate", "--model-path", text(&model), "--model-device", "cuda:0"][..], &servers[..]].concat();
+    fails(&arguments, 66, &["cannot use cuda:0", "--cuda"]);
+}
+
+fn documents(broker: &Broker, topic: &str) -> Vec<TokenizedDocument> {
+    let mut documents: Vec<_> = read_all(&broker.bootstrap_servers, topic)
+        .into_iter()
+        .map(|record| TokenizedDocument::decode(record.payload.unwrap()).unwrap())
+        .collect();
+    documents.sort_by(|a, b| a.id.cmp(&b.id));
+    documents
+}
+
+const LINES: &str = "{\"id\":\"a\",\"text\":\"the first\",\"source\":\"web\"}\n{\"text\":\"the second\"}\n";
+
+#[test]
+fn ingestion_gives_the_same_records_from_files_and_standard_input_again_and_again() {
+    let broker = Broker::start(&["one:1", "two:1", "three:1"]);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("lines.jsonl");
+    std::fs::write(&file, LINES).unwrap();
+    let tokenizer = golden("tiny-llama").join("tokenizer.json");
+    let ingest = |topic: &str, file: &str| {
+        let flags = ["ingest", "--bootstrap-servers", &broker.bootstrap_servers, "--topic", topic];
+        let mut child = Command::new(binary("sluiced"))
+            .args(flags)
+            .args(["--tokenizer", text(&tokenizer), "--source", "default", file])
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(LINES.as_bytes()).unwrap();
+        assert!(child.wait().unwrap().success());
+    };
+    ingest("one", text(&file));
+    ingest("two", text(&file));
+    let first = documents(&broker, "one");
+    assert_eq!(first, documents(&broker, "two"), "ids are stable over re-runs");
+    let ids: Vec<_> = first.iter().map(|document| document.id.as_str()).collect();
+    assert_eq!(ids, ["a", "lines.jsonl:2"]);
+    assert_eq!((first[0].source.as_str(), first[1].source.as_str()), ("web", "default"));
+    let fingerprint = Fingerprint::of_bytes(&std::fs::read(&tokenizer).unwrap());
+    assert!(first.iter().all(|document| document.tokenizer == fingerprint));
+
+    ingest("three", "-");
+    let piped = documents(&broker, "three");
+    assert_eq!(piped[1].id, "stdin:2");
+    assert_eq!(piped[1].tokens, first[1].tokens);
+}
+
+#[test]
+fn bad_lines_are_counted_and_the_good_ones_go_in() {
+    let broker = Broker::start(&["documents:1"]);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("lines.jsonl");
+    std::fs::write(&file, format!("{LINES}oops\n{{\"text\":\"the last\"}}\n")).unwrap();
+    let tokenizer = golden("tiny-llama").join("tokenizer.json");
+    let base =
+        ["ingest", "--bootstrap-servers", &broker.bootstrap_servers, "--topic", "documents", "--tokenizer"];
+    let with = |tokenizer: &str, file: &str, code, words: &[&str]| {
+        fails(&[&base[..], &[tokenizer, file]].concat(), code, words);
+    };
+    with(text(&tokenizer), text(&file), 65, &["lines.jsonl:3", "1 lines or files hold no document"]);
+    assert_eq!(documents(&broker, "documents").len(), 3);
+    with("/no/tokenizer.json", text(&file), 66, &["/no/tokenizer.json"]);
+    with(text(&file), text(&file), 66, &["lines.jsonl is no tokenizer.json"]);
+    with(text(&tokenizer), "/no/lines.jsonl", 66, &["/no/lines.jsonl does not exist"]);
+}

@@ -1,0 +1,104 @@
+//! The real `sluiced serve`, its endpoints and its end.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::{binary, onnxruntime};
+
+/// A running daemon, which is killed with this value.
+pub struct Daemon {
+    process: Child,
+    address: String,
+}
+
+impl Daemon {
+    /// Starts `sluiced serve` for `model` with further flags, and waits for its HTTP endpoint.
+    pub fn start(bootstrap_servers: &str, model: &Path, flags: &[&str]) -> Self {
+        let mut process = Command::new(binary("sluiced"))
+            .args(["serve", "--http-listen", "127.0.0.1:0", "--kafka-bootstrap-servers", bootstrap_servers])
+            .arg("--model-path")
+            .arg(model)
+            .args(flags)
+            .env("ORT_DYLIB_PATH", onnxruntime())
+            .env("SLUICED_LOG_FORMAT", "json")
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut log = BufReader::new(process.stderr.take().unwrap());
+        let mut seen = String::new();
+        let address = loop {
+            let mut line = String::new();
+            assert!(log.read_line(&mut line).unwrap() > 0, "the daemon ended at its start:\n{seen}");
+            seen.push_str(&line);
+            let fields: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+            if let Some(address) = fields["address"].as_str() {
+                break address.to_owned();
+            }
+        };
+        // The rest of the log goes where the test's own output goes.
+        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::stderr()));
+        Self { process, address }
+    }
+
+    /// Status code and body of `GET path`.
+    pub fn get(&self, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, body.to_owned())
+    }
+
+    /// The value of a metric, labels and all, such as `sluiced_dead_letters_total{reason="malformed"}`.
+    pub fn metric(&self, name: &str) -> usize {
+        let (_, text) = self.get("/metrics");
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no metric {name}")).parse().unwrap()
+    }
+
+    /// Waits until `holds`, for at most a minute.
+    pub fn wait(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + Duration::from_mins(1);
+        while !holds(self) {
+            assert!(Instant::now() < deadline, "waited a minute for {what}\n{}", self.get("/metrics").1);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Records that were scored or dead-lettered so far.
+    pub fn finished(&self) -> usize {
+        let (_, text) = self.get("/metrics");
+        let value = |line: &str| line.rsplit(' ').next().unwrap().parse::<usize>().unwrap();
+        text.lines()
+            .filter(|line| {
+                line.starts_with("sluiced_documents_scored_total")
+                    || line.starts_with("sluiced_dead_letters_total{")
+            })
+            .map(value)
+            .sum()
+    }
+
+    /// Sends SIGTERM.
+    pub fn terminate(&self) {
+        let status = Command::new("kill").args(["-TERM", &self.process.id().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    pub fn stop(mut self) -> ExitStatus {
+        self.terminate();
+        self.process.wait().unwrap()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}

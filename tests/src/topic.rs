@@ -1,0 +1,87 @@
+//! Writing to topics and reading them whole.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::message::{Headers as _, Message as _};
+use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A record as it stands in a topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Its partition.
+    pub partition: i32,
+    /// Its offset.
+    pub offset: i64,
+    /// Its key.
+    pub key: Option<Bytes>,
+    /// Its payload; nothing for a tombstone.
+    pub payload: Option<Bytes>,
+    /// Its headers.
+    pub headers: BTreeMap<String, String>,
+}
+
+/// Publishes records of key and payload, and waits until the broker has them.
+pub fn produce(bootstrap_servers: &str, topic: &str, records: &[(&str, Option<Bytes>)]) {
+    let producer: ThreadedProducer<rdkafka::producer::DefaultProducerContext> = ClientConfig::new()
+        .set("bootstrap.servers", bootstrap_servers)
+        .set("message.max.bytes", "10000000")
+        // As the daemon does, so that a document's two partitions have the same number.
+        .set("partitioner", "murmur2_random")
+        .create()
+        .unwrap();
+    for (key, payload) in records {
+        let mut record = BaseRecord::<str, [u8]>::to(topic).key(key);
+        if let Some(payload) = payload {
+            record = record.payload(payload.as_ref());
+        }
+        producer.send(record).map_err(|(error, _)| error).unwrap();
+    }
+    producer.flush(PATIENCE).unwrap();
+}
+
+/// Everything that stands in `topic` now, by partition and offset.
+pub fn read_all(bootstrap_servers: &str, topic: &str) -> Vec<Record> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", bootstrap_servers)
+        .set("group.id", "reader")
+        .set("enable.auto.commit", "false")
+        .set("isolation.level", "read_committed")
+        .create()
+        .unwrap();
+    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).unwrap();
+    let mut assignment = TopicPartitionList::new();
+    let mut missing = 0;
+    for partition in metadata.topics()[0].partitions() {
+        let (low, high) = consumer.fetch_watermarks(topic, partition.id(), PATIENCE).unwrap();
+        missing += high - low;
+        assignment.add_partition_offset(topic, partition.id(), Offset::Beginning).unwrap();
+    }
+    consumer.assign(&assignment).unwrap();
+    let mut records = Vec::new();
+    let deadline = Instant::now() + PATIENCE;
+    while (records.len() as i64) < missing {
+        assert!(Instant::now() < deadline, "{} of {missing} records of {topic} came", records.len());
+        let Some(message) = consumer.poll(Duration::from_millis(100)) else { continue };
+        let message = message.unwrap();
+        let headers = message.headers().map(|headers| {
+            let text = |value: Option<&[u8]>| String::from_utf8_lossy(value.unwrap_or_default()).into_owned();
+            headers.iter().map(|header| (header.key.to_owned(), text(header.value))).collect()
+        });
+        records.push(Record {
+            partition: message.partition(),
+            offset: message.offset(),
+            key: message.key().map(Bytes::copy_from_slice),
+            payload: message.payload().map(Bytes::copy_from_slice),
+            headers: headers.unwrap_or_default(),
+        });
+    }
+    records.sort_by_key(|record| (record.partition, record.offset));
+    records
+}
