@@ -1,1 +1,1 @@
-//! Placeholder.
+//! Measurements of Sluice; see `README.md` beside this crate.

@@ -54,8 +54,11 @@ impl Health {
         self.0.beats[of as usize].store(now, Ordering::Relaxed);
     }
 
-    /// Notes that the model is loaded and warm.
+    /// Notes that the model is loaded and warm; from here on the loops must turn.
     pub fn set_warm(&self) {
+        for (of, _) in LOOPS {
+            self.beat(of);
+        }
         self.0.warm.store(true, Ordering::Relaxed);
     }
 
@@ -95,8 +98,11 @@ impl Health {
         self.0.aborted.load(Ordering::Relaxed)
     }
 
-    /// Names of the loops that have not turned for `stalled`.
+    /// Names of the loops that have not turned for `stalled`; none while the model loads, which may take minutes.
     pub fn stalled(&self, stalled: Duration) -> Vec<&'static str> {
+        if !self.0.warm.load(Ordering::Relaxed) {
+            return Vec::new();
+        }
         let now = self.0.started.elapsed();
         let age = |of: Loop| {
             now.saturating_sub(Duration::from_millis(self.0.beats[of as usize].load(Ordering::Relaxed)))
@@ -118,5 +124,33 @@ impl Health {
         } else {
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loop_that_stands_still_is_named_once_the_model_is_warm() {
+        let health = Health::default();
+        assert!(health.stalled(Duration::ZERO).is_empty());
+        health.set_warm();
+        assert_eq!(health.stalled(Duration::ZERO), ["source", "score", "sink"]);
+        assert!(health.stalled(Duration::from_mins(1)).is_empty());
+    }
+
+    #[test]
+    fn readiness_names_what_is_missing() {
+        let health = Health::default();
+        assert_eq!(health.not_ready(), Some("the model is loading"));
+        health.set_warm();
+        assert_eq!(health.not_ready(), Some("no partition is assigned yet"));
+        health.set_assigned(true);
+        assert_eq!(health.not_ready(), None);
+        assert!(health.set_broker_down(true) && !health.set_broker_down(true), "news only once");
+        assert_eq!(health.not_ready(), Some("no broker answers"));
+        health.stop();
+        assert_eq!(health.not_ready(), Some("stopping"));
     }
 }

@@ -1,0 +1,94 @@
+//! A model of the trainer, exported and served, gives the losses that the trainer itself computes.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::sync::Arc;
+
+use sluice_daemon::batch::{plan, windows};
+use sluice_daemon::score::Scorer;
+use sluice_daemon::score::model::Model;
+use sluice_daemon::score::runtime::{Device, SessionOptions};
+use sluice_schemas::record::{ContextPolicy, Precision};
+use sluice_tests::{golden, onnxruntime};
+use sluice_trainer::batch::{Batch, NO_TARGET};
+use sluice_trainer::export::export_onnx;
+use sluice_trainer::learner::Learner as _;
+use sluice_trainer::model::{BurnLearner, ModelConfig};
+use sluice_trainer::optimizer::AdamWConfig;
+
+const LEN: usize = 48;
+
+fn config(tied: bool) -> ModelConfig {
+    ModelConfig {
+        vocab_size: 512,
+        hidden_size: 32,
+        intermediate_size: 64,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        max_position_embeddings: LEN,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: tied,
+    }
+}
+
+/// One document that fills a row.
+fn batch(tokens: &[u32]) -> Batch {
+    let mut targets = tokens[1..].to_vec();
+    targets.push(NO_TARGET);
+    Batch {
+        rows: 1,
+        len: tokens.len(),
+        tokens: tokens.to_vec(),
+        segments: vec![1; tokens.len()],
+        positions: (0..tokens.len() as u32).collect(),
+        targets,
+        reference: vec![f32::NAN; tokens.len()],
+    }
+}
+
+fn agrees(tied: bool) {
+    let folder = tempfile::tempdir().unwrap();
+    let (checkpoint, served) = (folder.path().join("checkpoint"), folder.path().join("served"));
+    std::fs::create_dir(&checkpoint).unwrap();
+    let tokens: Vec<u32> = (0..LEN as u32).map(|index| index * index * 7 % 512).collect();
+    let batch = batch(&tokens);
+    let mut learner = BurnLearner::new(config(tied), AdamWConfig::default(), 5).unwrap();
+    // A few steps, so that the losses are not those of a model that knows nothing.
+    for _ in 0..5 {
+        learner.step(&batch, 1e-2, &mut |_| (0..LEN as u32 - 1).collect());
+    }
+    learner.save(&checkpoint).unwrap();
+    std::fs::copy(golden("tiny-llama/tokenizer.json"), checkpoint.join("tokenizer.json")).unwrap();
+    export_onnx(&checkpoint, &served).unwrap();
+
+    let model = Model::load(&served, false).unwrap();
+    assert_eq!(
+        (model.vocabulary, model.context_max, model.precision),
+        (512, Some(LEN as u32), Precision::F32)
+    );
+    let options =
+        SessionOptions { library: onnxruntime(), device: Device::Cpu, threads: 1, device_memory_bytes: 0 };
+    let mut scorer = Scorer::new(&model, &options, false).unwrap();
+    let document: Arc<[u32]> = tokens.into();
+    let policy = ContextPolicy { window: LEN as u32, stride: LEN as u32 / 2 };
+    let served = scorer.score(&plan(windows(0, &document, policy), 4096, 8)[0]).unwrap().losses;
+    let trained = learner.losses(&batch);
+    assert_eq!(served.len(), LEN - 1);
+    for (position, (served, trained)) in served.iter().zip(&trained).enumerate() {
+        assert!((served - trained).abs() < 1e-4, "position {position}: {served} served, {trained} trained");
+    }
+    let spread =
+        trained[..LEN - 1].iter().fold(0.0_f32, |spread, loss| spread.max((loss - trained[0]).abs()));
+    assert!(spread > 0.1, "losses that are all alike would agree whatever the order");
+}
+
+#[test]
+fn an_untied_model_is_served_as_it_was_trained() {
+    agrees(false);
+}
+
+#[test]
+fn a_tied_model_is_served_as_it_was_trained() {
+    agrees(true);
+}

@@ -1,0 +1,202 @@
+//! Flags that several commands share.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::evaluate::EvalFile;
+use crate::failure::Classify;
+use crate::model::BurnLearner;
+use crate::model::ModelConfig;
+use crate::model::checkpoint::{WEIGHTS_FILE, read_tensors};
+use crate::optimizer::AdamWConfig;
+use crate::pack::BatchShape;
+use crate::schedule::Shape;
+use crate::stream::{Broker, StreamError};
+use crate::text::TextTokenizer;
+
+/// Where the broker is.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Kafka")]
+pub(super) struct BrokerArguments {
+    /// Addresses of Kafka brokers, host:port[,host:port]
+    #[arg(long, env = "SLUICE_TRAIN_BOOTSTRAP_SERVERS", default_value = "localhost:9092")]
+    pub bootstrap_servers: String,
+    /// A further librdkafka setting; repeatable, in the environment one a line
+    #[arg(long = "property", env = "SLUICE_TRAIN_PROPERTY", value_name = "KEY=VALUE", value_parser = property,
+          value_delimiter = '\n', hide_env_values = true)]
+    pub properties: Vec<(String, String)>,
+}
+
+fn property(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.trim().to_owned(), value.to_owned())),
+        // The text may hold a secret, so it is not repeated.
+        _ => Err("a property is KEY=VALUE, such as security.protocol=SSL".to_owned()),
+    }
+}
+
+impl BrokerArguments {
+    pub fn broker(&self) -> Result<Broker, StreamError> {
+        Broker::new(self.bootstrap_servers.clone(), self.properties.clone())
+    }
+}
+
+/// The model to start from.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model")]
+pub(super) struct ModelArguments {
+    /// Start from the weights in this folder (config.json and model.safetensors, Hugging Face names)
+    #[arg(long, env = "SLUICE_TRAIN_INIT", value_name = "FOLDER")]
+    pub init: Option<PathBuf>,
+    /// Width of the residual stream
+    #[arg(long, env = "SLUICE_TRAIN_HIDDEN_SIZE", default_value_t = 256, conflicts_with = "init")]
+    pub hidden_size: usize,
+    /// Decoder layers
+    #[arg(long, env = "SLUICE_TRAIN_LAYERS", default_value_t = 4, conflicts_with = "init")]
+    pub layers: usize,
+    /// Query heads
+    #[arg(long, env = "SLUICE_TRAIN_HEADS", default_value_t = 4, conflicts_with = "init")]
+    pub heads: usize,
+    /// Key and value heads [default: as many as query heads]
+    #[arg(long, env = "SLUICE_TRAIN_KV_HEADS", conflicts_with = "init")]
+    pub kv_heads: Option<usize>,
+    /// Width of the gated MLP [default: 8/3 of the hidden size, rounded up to a multiple of 64]
+    #[arg(long, env = "SLUICE_TRAIN_INTERMEDIATE_SIZE", conflicts_with = "init")]
+    pub intermediate_size: Option<usize>,
+    /// Use the token embedding as the LM head too
+    #[arg(long, env = "SLUICE_TRAIN_TIE_WORD_EMBEDDINGS", conflicts_with = "init")]
+    pub tie_word_embeddings: bool,
+}
+
+impl ModelArguments {
+    /// A model for this tokenizer and sequence length, with a fresh optimizer.
+    pub fn learner(
+        &self,
+        tokenizer: &TextTokenizer,
+        sequence_length: usize,
+        optimizer: AdamWConfig,
+        seed: u64,
+    ) -> anyhow::Result<BurnLearner> {
+        let Some(folder) = &self.init else {
+            return BurnLearner::new(self.config(tokenizer, sequence_length), optimizer, seed).or_usage();
+        };
+        let config = ModelConfig::read(folder).or_usage()?;
+        if config.vocab_size < tokenizer.vocabulary() as usize {
+            return Err(anyhow::anyhow!(
+                "the model in {} has {} token rows, but the tokenizer has ids up to {}; give the tokenizer it was \
+                 trained with",
+                folder.display(),
+                config.vocab_size,
+                tokenizer.vocabulary() - 1
+            ))
+            .or_usage();
+        }
+        if config.max_position_embeddings < sequence_length {
+            return Err(anyhow::anyhow!(
+                "the model in {} reads at most {} tokens; give --sequence-length {0} or less",
+                folder.display(),
+                config.max_position_embeddings
+            ))
+            .or_usage();
+        }
+        let (weights, _) = read_tensors(&folder.join(WEIGHTS_FILE)).or_usage()?;
+        BurnLearner::from_weights(config, optimizer, weights, burn::tensor::Device::flex()).or_usage()
+    }
+
+    fn config(&self, tokenizer: &TextTokenizer, sequence_length: usize) -> ModelConfig {
+        ModelConfig {
+            vocab_size: tokenizer.vocabulary() as usize,
+            hidden_size: self.hidden_size,
+            intermediate_size: self
+                .intermediate_size
+                .unwrap_or((self.hidden_size * 8).div_ceil(3).next_multiple_of(64)),
+            layers: self.layers,
+            heads: self.heads,
+            kv_heads: self.kv_heads.unwrap_or(self.heads),
+            max_position_embeddings: sequence_length,
+            rope_theta: 10_000.0,
+            rms_norm_eps: 1e-6,
+            tie_word_embeddings: self.tie_word_embeddings,
+        }
+    }
+}
+
+/// How to learn.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Training")]
+pub(super) struct OptimizationArguments {
+    /// Sequences in a batch
+    #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = at_least::<1>)]
+    pub batch_size: usize,
+    /// Tokens in a sequence
+    #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", default_value_t = 256, value_parser = at_least::<2>)]
+    pub sequence_length: usize,
+    /// The highest learning rate
+    #[arg(long, env = "SLUICE_TRAIN_LEARNING_RATE", default_value_t = 1e-3, value_parser = positive)]
+    pub learning_rate: f64,
+    /// Steps over which the learning rate rises to its peak
+    #[arg(long, env = "SLUICE_TRAIN_WARMUP_STEPS", default_value_t = 20)]
+    pub warmup_steps: u64,
+    /// What the learning rate does after that; cosine falls to a tenth of the peak
+    #[arg(long, env = "SLUICE_TRAIN_SCHEDULE", value_enum, default_value_t = Shape::Cosine)]
+    pub schedule: Shape,
+    /// Weight decay of matrices, decoupled from the gradient
+    #[arg(long, env = "SLUICE_TRAIN_WEIGHT_DECAY", default_value_t = AdamWConfig::default().weight_decay)]
+    pub weight_decay: f64,
+    /// Longest gradient (global L2 norm); a longer one is scaled down to it
+    #[arg(long, env = "SLUICE_TRAIN_GRADIENT_NORM_MAX", default_value_t = AdamWConfig::default().max_gradient_norm,
+          value_parser = positive)]
+    pub gradient_norm_max: f64,
+    /// Decides initial weights, shuffles and random draws
+    #[arg(long, env = "SLUICE_TRAIN_SEED", default_value_t = 1)]
+    pub seed: u64,
+}
+
+impl OptimizationArguments {
+    pub fn shape(&self) -> BatchShape {
+        BatchShape { rows: self.batch_size, len: self.sequence_length }
+    }
+
+    pub fn optimizer(&self) -> AdamWConfig {
+        AdamWConfig {
+            weight_decay: self.weight_decay,
+            max_gradient_norm: self.gradient_norm_max,
+            ..AdamWConfig::default()
+        }
+    }
+}
+
+/// What to write, and how often to look.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Output and evaluation")]
+pub(super) struct OutputArguments {
+    /// Folder of the run; must not hold one yet
+    #[arg(long, env = "SLUICE_TRAIN_OUT", value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// Held-out text to measure the loss on, JSON Lines with a "text" field; repeatable, in the environment one a line
+    #[arg(long = "eval", env = "SLUICE_TRAIN_EVAL", value_name = "NAME=FILE", value_delimiter = '\n')]
+    pub evals: Vec<EvalFile>,
+    /// Steps between evaluations
+    #[arg(long, env = "SLUICE_TRAIN_EVAL_EVERY", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..))]
+    pub eval_every: u64,
+    /// Steps between checkpoints; the last two are kept
+    #[arg(long, env = "SLUICE_TRAIN_CHECKPOINT_EVERY", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
+    pub checkpoint_every: u64,
+}
+
+/// A whole number of at least `MIN`.
+pub(super) fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number >= MIN => Ok(number),
+        _ => Err(format!("must be a whole number of at least {MIN}")),
+    }
+}
+
+/// A finite number above zero.
+pub(super) fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
+        _ => Err("must be a number above 0".to_owned()),
+    }
+}

@@ -1,0 +1,105 @@
+//! The command line: what people ask for, turned into the types of the other rooms.
+
+mod arguments;
+mod inspect;
+mod training;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+
+use crate::failure::{EXIT_USAGE, exit_code};
+
+/// Train language models on the tokens that are worth it (Selective Language Modeling, Rho-1, arXiv 2404.07965).
+///
+/// Every flag can be given in the environment as SLUICE_TRAIN_ and its name: SLUICE_TRAIN_TOPIC for --topic.
+/// Progress and logs go to standard error, results to standard output.
+#[allow(clippy::doc_markdown, reason = "the text is shown in a terminal as it stands")]
+#[derive(Debug, Parser)]
+#[command(name = "sluice-train", version, max_term_width = 110)]
+#[command(
+    after_help = "Exit codes: 0 done or stopped by a signal, 64 wrong arguments, 65 wrong data, 69 no broker, \
+                        1 anything else."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a model on a scored topic
+    Run(training::RunArguments),
+    /// Train a reference model on a topic of curated tokenized documents
+    Reference(training::ReferenceArguments),
+    /// Write a run's last checkpoint as an ONNX model that `sluiced serve` can load
+    Export(inspect::ExportArguments),
+    /// Measure a checkpoint's loss on held-out text; one JSON line per set on standard output
+    Evaluate(inspect::EvaluateArguments),
+    /// Compare runs: one self-contained HTML file, and the table on standard output
+    Report(inspect::ReportArguments),
+}
+
+/// Runs the command that the arguments name, and says how it ended.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing can be done about a closed terminal.
+            let _ = error.print();
+            let asked = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            return if asked { ExitCode::SUCCESS } else { ExitCode::from(EXIT_USAGE) };
+        }
+    };
+    log_to_stderr();
+    let done = match &cli.command {
+        Command::Run(arguments) => training::run(arguments),
+        Command::Reference(arguments) => training::reference(arguments),
+        Command::Export(arguments) => inspect::export(arguments),
+        Command::Evaluate(arguments) => inspect::evaluate(arguments),
+        Command::Report(arguments) => inspect::report(arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SLUICE_TRAIN_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    // A second subscriber in one process (in tests) is no reason to stop.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_can_be_given_in_the_environment() {
+        for command in super::Cli::command().get_subcommands() {
+            for argument in command.get_arguments().filter(|argument| argument.get_long().is_some()) {
+                let Some(long) = argument.get_long() else { continue };
+                let expected = format!("SLUICE_TRAIN_{}", long.replace('-', "_").to_uppercase());
+                let named = argument.get_env().map(|name| name.to_string_lossy().into_owned());
+                assert_eq!(named.as_deref(), Some(expected.as_str()), "--{long} of {}", command.get_name());
+            }
+        }
+    }
+}

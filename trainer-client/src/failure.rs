@@ -1,0 +1,69 @@
+//! Which exit code an error ends the program with (the codes are those of BSD's `sysexits.h`).
+
+use crate::stream::StreamError;
+
+/// Wrong arguments or configuration.
+pub const EXIT_USAGE: u8 = 64;
+/// Data that is not what it should be.
+pub const EXIT_DATA: u8 = 65;
+/// A service that cannot be reached.
+pub const EXIT_UNAVAILABLE: u8 = 69;
+/// Anything else.
+pub const EXIT_FAILURE: u8 = 1;
+
+/// An error with a known cause: the arguments, or the data.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The arguments or the configuration are wrong.
+    #[error("{0}")]
+    Usage(String),
+    /// The data are wrong.
+    #[error("{0}")]
+    Data(String),
+}
+
+/// Says what kind of failure an error is.
+pub trait Classify<T> {
+    /// Wrong arguments or configuration.
+    fn or_usage(self) -> anyhow::Result<T>;
+    /// Wrong data.
+    fn or_data(self) -> anyhow::Result<T>;
+}
+
+impl<T, E: Into<anyhow::Error>> Classify<T> for Result<T, E> {
+    fn or_usage(self) -> anyhow::Result<T> {
+        self.map_err(|error| Failure::Usage(chain(error)).into())
+    }
+
+    fn or_data(self) -> anyhow::Result<T> {
+        self.map_err(|error| Failure::Data(chain(error)).into())
+    }
+}
+
+/// An error and its causes on one line.
+fn chain(error: impl Into<anyhow::Error>) -> String {
+    format!("{:#}", error.into())
+}
+
+/// Exit code for an error that ended a command.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        return match failure {
+            Failure::Usage(_) => EXIT_USAGE,
+            Failure::Data(_) => EXIT_DATA,
+        };
+    }
+    match error.downcast_ref::<StreamError>() {
+        Some(StreamError::Unreachable { .. }) => EXIT_UNAVAILABLE,
+        Some(StreamError::Settings(_) | StreamError::OwnedProperty(_) | StreamError::NoSuchTopic { .. }) => {
+            EXIT_USAGE
+        }
+        Some(
+            StreamError::EmptyTopic(_)
+            | StreamError::Record { .. }
+            | StreamError::Losses { .. }
+            | StreamError::ForeignReference { .. },
+        ) => EXIT_DATA,
+        Some(StreamError::Broker { .. } | StreamError::ReaderGone(_)) | None => EXIT_FAILURE,
+    }
+}

@@ -1,0 +1,28 @@
+//! The trainer client of Sluice: reads scored documents, keeps the tokens worth learning from, trains on those
+//! alone, and shows what came of it.
+//!
+//! Data flows one way: `stream` -> `pack` -> (`learner` with `select`) -> `run_folder` -> `report`. No room but
+//! `model` and `export` knows a tensor framework: the seam is [`learner::Learner`].
+
+pub mod batch;
+pub mod cli;
+pub mod document;
+pub mod evaluate;
+pub mod export;
+pub mod failure;
+pub mod learner;
+pub mod metrics;
+pub mod model;
+pub mod optimizer;
+pub mod pack;
+pub mod picture;
+pub mod progress;
+pub mod random;
+pub mod report;
+pub mod run_folder;
+pub mod schedule;
+pub mod select;
+pub mod sources;
+pub mod stream;
+pub mod text;
+pub mod train;

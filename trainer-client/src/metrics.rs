@@ -1,0 +1,74 @@
+//! The lines of a run's `metrics.jsonl`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum Metric {
+    /// After an optimizer step.
+    Step(StepMetric),
+    /// After an evaluation.
+    Eval(EvalMetric),
+}
+
+/// What one optimizer step saw and did. Losses are in nats, under the model before the step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepMetric {
+    /// Step, counted from 1.
+    pub step: u64,
+    /// Predictions seen so far, this step included.
+    pub tokens: u64,
+    /// Predictions kept so far, this step included.
+    pub tokens_kept: u64,
+    /// Mean loss over the kept tokens: what was minimised.
+    pub loss: f32,
+    /// Mean loss over every target of the batch.
+    pub loss_all: f64,
+    /// Mean loss over the kept tokens, from the same forward pass as `loss_all`.
+    pub loss_selected: Option<f64>,
+    /// Mean loss over the tokens that were not kept; absent where all were.
+    pub loss_unselected: Option<f64>,
+    /// Lowest excess loss that was kept; absent unless excess loss decided.
+    pub threshold: Option<f32>,
+    /// Tokens kept.
+    pub kept: u64,
+    /// Tokens to choose from.
+    pub scored: u64,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// Global L2 norm of the gradient before clipping.
+    pub gradient_norm: f32,
+    /// Wall time of the step, with the wait for its data and without evaluations.
+    pub seconds: f64,
+    /// Part of `seconds` spent waiting for documents.
+    pub data_wait_seconds: f64,
+    /// Kept and scored tokens by source of the document.
+    pub sources: BTreeMap<String, SourceCount>,
+}
+
+/// Tokens of one source in one step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceCount {
+    /// Tokens kept.
+    pub kept: u64,
+    /// Tokens to choose from.
+    pub scored: u64,
+}
+
+/// The loss on one evaluation set.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvalMetric {
+    /// Steps done; 0 before the first.
+    pub step: u64,
+    /// Predictions seen so far in training.
+    pub tokens: u64,
+    /// Name of the set.
+    pub set: String,
+    /// Mean loss in nats per predicted token.
+    pub loss: f64,
+    /// Tokens predicted.
+    pub predictions: u64,
+}

@@ -1,0 +1,142 @@
+//! The decoder's body, from token ids to final hidden states and back, for a group of a batch's rows.
+
+use std::ops::Range;
+
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+
+use super::config::ModelConfig;
+use super::layers::{
+    AttentionShape, AttentionTape, MlpTape, NormTape, Rotary, mlp, mlp_backward, rms_norm, rms_norm_backward,
+};
+use super::weights::{Layer, Weights};
+use crate::batch::Batch;
+
+/// Some rows of a batch, as tensors.
+pub(super) struct Group {
+    shape: AttentionShape,
+    /// Token ids, `[n]`.
+    tokens: Tensor<1, Int>,
+    rotary: Rotary,
+    /// True where a token (third dimension) must not look at another (fourth), `[rows, 1, len, len]`.
+    hidden: Tensor<4, Bool>,
+}
+
+/// What the gradient of a group's body needs.
+pub(super) struct Tape {
+    group: Group,
+    layers: Vec<LayerTape>,
+    norm: NormTape,
+}
+
+struct LayerTape {
+    input_norm: NormTape,
+    attention: AttentionTape,
+    mlp_norm: NormTape,
+    mlp: MlpTape,
+}
+
+/// Gradients of a group's body.
+pub(super) struct BodyGradients {
+    /// With respect to the embedded tokens, `[n, hidden]`.
+    pub embedded: Tensor<2>,
+    pub layers: Vec<Layer<Tensor<2>>>,
+    pub norm: Tensor<2>,
+}
+
+/// Cosines and sines of every position, `[max_position_embeddings, head_dim / 2]`, row-major, computed in f64.
+pub(crate) fn rotary_tables(config: &ModelConfig) -> (Vec<f32>, Vec<f32>) {
+    let half = config.head_dim() / 2;
+    let frequencies: Vec<f64> =
+        (0..half).map(|i| config.rope_theta.powf(-(i as f64) / half as f64)).collect();
+    (0..config.max_position_embeddings)
+        .flat_map(|position| frequencies.iter().map(move |frequency| position as f64 * frequency))
+        .map(|angle| (angle.cos() as f32, angle.sin() as f32))
+        .unzip()
+}
+
+impl BodyGradients {
+    /// Adds the weights' gradients of another group; those of the embedded tokens are not the same tokens', and
+    /// stay.
+    pub fn add(self, other: Self) -> Self {
+        let layers =
+            self.layers.into_iter().zip(other.layers).map(|(a, b)| a.zip_with(b, |a, b| a + b)).collect();
+        Self { embedded: self.embedded, layers, norm: self.norm + other.norm }
+    }
+}
+
+impl Group {
+    /// Takes `rows` of a batch. `tables` are [`rotary_tables`] on the device.
+    pub fn new(
+        batch: &Batch,
+        rows: Range<usize>,
+        config: &ModelConfig,
+        tables: &(Tensor<2>, Tensor<2>),
+        device: &Device,
+    ) -> Self {
+        let len = batch.len;
+        let shape = AttentionShape {
+            rows: rows.len(),
+            len,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim(),
+        };
+        let span = rows.start * len..rows.end * len;
+        let positions = indices(&batch.positions[span.clone()], device);
+        let angles = |table: &Tensor<2>| {
+            table.clone().select(0, positions.clone()).reshape([shape.rows, len, 1, shape.head_dim / 2])
+        };
+        let rotary = Rotary { cosine: angles(&tables.0), sine: angles(&tables.1) };
+        let mut hidden = Vec::with_capacity(span.len() * len);
+        for segments in batch.segments[span.clone()].chunks_exact(len) {
+            for (i, own) in segments.iter().enumerate() {
+                hidden.extend(segments.iter().enumerate().map(|(j, other)| j > i || other != own));
+            }
+        }
+        let hidden = Tensor::from_data(TensorData::new(hidden, [shape.rows, 1, len, len]), device);
+        Self { shape, tokens: indices(&batch.tokens[span], device), rotary, hidden }
+    }
+}
+
+/// Final normed hidden states of a group, `[n, hidden]`.
+pub(super) fn forward(group: Group, weights: &Weights<Tensor<2>>, eps: f64) -> (Tensor<2>, Tape) {
+    let mut x = weights.embedding.clone().select(0, group.tokens.clone());
+    let mut layers = Vec::with_capacity(weights.layers.len());
+    for layer in &weights.layers {
+        let (normed, input_norm) = rms_norm(x.clone(), &layer.input_norm, eps);
+        let (attended, attention) = group.shape.forward(normed, layer, &group.rotary, &group.hidden);
+        x = x + attended;
+        let (normed, mlp_norm) = rms_norm(x.clone(), &layer.mlp_norm, eps);
+        let (output, mlp) = mlp(normed, layer);
+        x = x + output;
+        layers.push(LayerTape { input_norm, attention, mlp_norm, mlp });
+    }
+    let (hidden_states, norm) = rms_norm(x, &weights.norm, eps);
+    (hidden_states, Tape { group, layers, norm })
+}
+
+/// Gradients of [`forward`], given that of its output.
+pub(super) fn backward(d_hidden: Tensor<2>, weights: &Weights<Tensor<2>>, tape: Tape) -> BodyGradients {
+    let Tape { group, layers: tapes, norm } = tape;
+    let (mut d_x, norm) = rms_norm_backward(d_hidden, &weights.norm, norm);
+    let mut layers = Vec::with_capacity(tapes.len());
+    for (weights, tape) in weights.layers.iter().zip(tapes).rev() {
+        let (d_normed, [gate, up, down]) = mlp_backward(d_x.clone(), weights, tape.mlp);
+        let (d_residual, mlp_norm) = rms_norm_backward(d_normed, &weights.mlp_norm, tape.mlp_norm);
+        d_x = d_x + d_residual;
+        let (d_normed, [query, key, value, output]) =
+            group.shape.backward(d_x.clone(), weights, &group.rotary, tape.attention);
+        let (d_residual, input_norm) = rms_norm_backward(d_normed, &weights.input_norm, tape.input_norm);
+        d_x = d_x + d_residual;
+        layers.push(Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down });
+    }
+    layers.reverse();
+    BodyGradients { embedded: d_x, layers, norm }
+}
+
+/// Host indices as an integer tensor.
+pub(super) fn indices(values: &[u32], device: &Device) -> Tensor<1, Int> {
+    let values: Vec<i64> = values.iter().map(|&value| i64::from(value)).collect();
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), device)
+}

@@ -1,0 +1,323 @@
+//! The decoder, its optimizer and its files behind [`Learner`].
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use burn::tensor::{Device, IndexingUpdateOp, Tensor, TensorData};
+
+use super::checkpoint::{
+    OPTIMIZER_FILE, WEIGHTS_FILE, read_tensors, read_weights, write_file, write_tensors,
+};
+use super::config::{CONFIG_FILE, ModelConfig};
+use super::decoder::{self, BodyGradients, Group, Tape, indices};
+use super::head::{self, Keep};
+use super::parallel;
+use super::weights::{self, NamedTensor, Weights};
+use crate::batch::{Batch, NO_TARGET};
+use crate::learner::{Learner, StepOutcome};
+use crate::optimizer::{
+    AdamWConfig, AdamWStep, MEAN_PREFIX, Moments, SQUARE_PREFIX, STEP_KEY, split_moments,
+};
+
+/// Tokens in a group of rows on the CPU: its activations fit the caches, its matrix products are still large.
+/// Fixed, because the groups decide the order in which gradients are added.
+const GROUP_TOKENS: usize = 1024;
+
+/// A Llama-style decoder in training with AdamW, on Burn.
+pub struct BurnLearner {
+    config: ModelConfig,
+    optimizer: AdamWConfig,
+    device: Device,
+    weights: Weights<Tensor<2>>,
+    /// In the order of [`weights::specs`].
+    moments: Vec<Moments>,
+    /// Optimizer steps taken.
+    steps: u64,
+    /// Cosines and sines of all positions.
+    rotary_tables: (Tensor<2>, Tensor<2>),
+}
+
+/// A forward pass over the body.
+struct Forward {
+    /// Final hidden states, `[tokens, hidden]`.
+    hidden: Tensor<2>,
+    /// One for each group of rows, in order; none if only losses are wanted.
+    tapes: Vec<Tape>,
+}
+
+impl BurnLearner {
+    /// A fresh model on the CPU, its weights decided by `seed` alone.
+    pub fn new(config: ModelConfig, optimizer: AdamWConfig, seed: u64) -> Result<Self> {
+        config.validate()?;
+        let weights = weights::initial(&config, seed);
+        Self::from_weights(config, optimizer, weights, Device::flex())
+    }
+
+    /// A model with the given weights (each one named, none beside them) and a fresh optimizer.
+    pub fn from_weights(
+        config: ModelConfig,
+        optimizer: AdamWConfig,
+        weights: Vec<NamedTensor>,
+        device: Device,
+    ) -> Result<Self> {
+        config.validate()?;
+        optimizer.validate()?;
+        let tensors = weights::upload(&config, weights, &device)?;
+        let moments = fresh_moments(&tensors, &device);
+        let weights = Weights::from_vec(&config, tensors)?;
+        let shape = [config.max_position_embeddings, config.head_dim() / 2];
+        let (cosine, sine) = decoder::rotary_tables(&config);
+        let table = |values: Vec<f32>| Tensor::from_data(TensorData::new(values, shape), &device);
+        let rotary_tables = (table(cosine), table(sine));
+        Ok(Self { config, optimizer, device, weights, moments, steps: 0, rotary_tables })
+    }
+
+    /// Opens a Hugging Face style folder (`config.json`, `model.safetensors`) on the CPU, with the optimizer's
+    /// state if the folder has it.
+    pub fn open(folder: &Path, optimizer: AdamWConfig) -> Result<Self> {
+        let config = ModelConfig::read(folder)?;
+        let weights = read_weights(folder, &config)?;
+        let mut learner = Self::from_weights(config, optimizer, weights, Device::flex())?;
+        learner.load_optimizer(folder)?;
+        Ok(learner)
+    }
+
+    /// Shape of the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Optimizer steps taken so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// A copy of all weights on the host.
+    pub fn weights(&self) -> Vec<NamedTensor> {
+        weights::download(&self.config, self.weights.clone().into_vec())
+    }
+
+    /// Gradients, before clipping, of the mean loss over `kept` positions (as [`Learner::step`] takes them).
+    pub fn gradients(&self, batch: &Batch, kept: &[u32]) -> Vec<NamedTensor> {
+        let forward = self.forward(batch, true);
+        let (_, blocks) = self.head_losses(&forward, batch, Keep::Probabilities);
+        weights::download(&self.config, self.backward(batch, forward, blocks, kept).into_vec())
+    }
+
+    /// Rows of a batch that go through the body together.
+    fn groups(&self, batch: &Batch) -> Vec<std::ops::Range<usize>> {
+        let rows = match parallel::workers(&self.device) {
+            1 if self.device != Device::flex() => batch.rows,
+            _ => (GROUP_TOKENS / batch.len).max(1),
+        };
+        (0..batch.rows).step_by(rows).map(|start| start..(start + rows).min(batch.rows)).collect()
+    }
+
+    fn forward(&self, batch: &Batch, keep_tapes: bool) -> Forward {
+        self.check(batch);
+        let run = |rows| {
+            let group = Group::new(batch, rows, &self.config, &self.rotary_tables, &self.device);
+            let (hidden, tape) = decoder::forward(group, &self.weights, self.config.rms_norm_eps);
+            (hidden, keep_tapes.then_some(tape))
+        };
+        let (hidden, tapes): (Vec<_>, Vec<_>) =
+            parallel::map(parallel::workers(&self.device), self.groups(batch), run).into_iter().unzip();
+        Forward { hidden: Tensor::cat(hidden, 0), tapes: tapes.into_iter().flatten().collect() }
+    }
+
+    fn head_losses(&self, forward: &Forward, batch: &Batch, keep: Keep) -> (Vec<f32>, Vec<head::Block>) {
+        head::losses(&forward.hidden, self.weights.head(), batch, keep, &self.device)
+    }
+
+    /// Gradients of the mean loss over `kept`, which is not empty.
+    fn backward(
+        &self,
+        batch: &Batch,
+        forward: Forward,
+        blocks: Vec<head::Block>,
+        kept: &[u32],
+    ) -> Weights<Tensor<2>> {
+        let Forward { hidden, tapes } = forward;
+        let head = head::gradients(&hidden, self.weights.head(), blocks, kept, &self.device);
+        let workers = parallel::workers(&self.device);
+        let mut work = tapes
+            .into_iter()
+            .zip(self.groups(batch))
+            .map(|(tape, rows)| {
+                let d_hidden = head.hidden.clone().narrow(0, rows.start * batch.len, rows.len() * batch.len);
+                (tape, d_hidden)
+            })
+            .collect::<Vec<_>>()
+            .into_iter();
+        let mut embedded = Vec::new();
+        let mut body: Option<BodyGradients> = None;
+        loop {
+            // As many groups at a time as there are workers, so that no more gradients than those are in memory;
+            // summed in order, so that the bits do not depend on the number of workers.
+            let wave: Vec<_> = work.by_ref().take(workers).collect();
+            if wave.is_empty() {
+                break;
+            }
+            let run = |(tape, d_hidden)| decoder::backward(d_hidden, &self.weights, tape);
+            for gradients in parallel::map(workers, wave, run) {
+                embedded.push(gradients.embedded.clone());
+                body = Some(match body {
+                    Some(sum) => sum.add(gradients),
+                    None => gradients,
+                });
+            }
+        }
+        let tokens = indices(&batch.tokens, &self.device);
+        let embedded = Tensor::cat(embedded, 0);
+        let scatter = |into: Tensor<2>| into.select_assign(0, tokens, embedded, IndexingUpdateOp::Add);
+        let (embedding, head) = if self.config.tie_word_embeddings {
+            (scatter(head.weight), None)
+        } else {
+            (scatter(Tensor::zeros(self.weights.embedding.dims(), &self.device)), Some(head.weight))
+        };
+        let Some(BodyGradients { layers, norm, .. }) = body else {
+            unreachable!("a batch with kept positions has rows")
+        };
+        Weights { embedding, layers, norm, head }
+    }
+
+    /// Refuses batches that would read outside a table, which a framework may do silently.
+    fn check(&self, batch: &Batch) {
+        let positions = batch.rows * batch.len;
+        let Batch { tokens, segments, positions: at, targets, .. } = batch;
+        assert!(positions > 0, "the batch is empty");
+        assert!(
+            [tokens.len(), segments.len(), at.len(), targets.len()] == [positions; 4],
+            "a batch of {} rows of {} has fields of another length",
+            batch.rows,
+            batch.len
+        );
+        let vocab = self.config.vocab_size as u32;
+        assert!(tokens.iter().all(|&id| id < vocab), "a token id is beyond the vocabulary of {vocab}");
+        assert!(
+            targets.iter().all(|&id| id < vocab || id == NO_TARGET),
+            "a target is beyond the vocabulary of {vocab}"
+        );
+        let longest = self.config.max_position_embeddings;
+        assert!(
+            at.iter().all(|&position| (position as usize) < longest),
+            "a position is beyond the {longest} of the model's max_position_embeddings"
+        );
+    }
+
+    fn update(&mut self, gradients: Weights<Tensor<2>>, learning_rate: f64) -> f64 {
+        let gradients = gradients.into_vec();
+        let workers = parallel::workers(&self.device);
+        let squares = parallel::map(workers, gradients.iter().collect(), |gradient: &Tensor<2>| {
+            let gradient = gradient.clone();
+            to_host((gradient.clone() * gradient).sum().unsqueeze())[0]
+        });
+        let norm = squares.iter().map(|&square| f64::from(square)).sum::<f64>().sqrt();
+        if !norm.is_finite() {
+            return norm;
+        }
+        self.steps += 1;
+        let step = AdamWStep::new(self.optimizer, self.steps, learning_rate, norm);
+        let work = self.weights.as_vec_mut().into_iter().zip(&mut self.moments).zip(gradients).collect();
+        parallel::map(workers, work, |((weight, moments), gradient)| step.apply(weight, moments, gradient));
+        norm
+    }
+
+    fn load_optimizer(&mut self, folder: &Path) -> Result<()> {
+        let path = folder.join(OPTIMIZER_FILE);
+        if !path.try_exists().with_context(|| format!("cannot look for {}", path.display()))? {
+            self.moments = fresh_moments(&self.weights.clone().into_vec(), &self.device);
+            self.steps = 0;
+            return Ok(());
+        }
+        let (tensors, metadata) = read_tensors(&path)?;
+        let restore = || {
+            let step = metadata.get(STEP_KEY).context("the number of steps is missing")?;
+            let steps = step.parse().with_context(|| format!("the number of steps is \"{step}\""))?;
+            let (means, squares) = split_moments(tensors)?;
+            let means = weights::upload(&self.config, means, &self.device)?;
+            let squares = weights::upload(&self.config, squares, &self.device)?;
+            let moments = means.into_iter().zip(squares).map(|(mean, square)| Moments { mean, square });
+            anyhow::Ok((steps, moments.collect()))
+        };
+        (self.steps, self.moments) = restore().with_context(|| {
+            format!("cannot use {}: delete it to start with a fresh optimizer", path.display())
+        })?;
+        Ok(())
+    }
+}
+
+impl Learner for BurnLearner {
+    fn losses(&self, batch: &Batch) -> Vec<f32> {
+        let forward = self.forward(batch, false);
+        self.head_losses(&forward, batch, Keep::Nothing).0
+    }
+
+    /// Beside what [`Learner::step`] says: an empty selection has a kept loss of NaN, and a gradient that is not
+    /// finite leaves the weights alone, to be seen in the outcome's norm.
+    fn step(
+        &mut self,
+        batch: &Batch,
+        learning_rate: f64,
+        select: &mut dyn FnMut(&[f32]) -> Vec<u32>,
+    ) -> StepOutcome {
+        let forward = self.forward(batch, true);
+        let (losses, blocks) = self.head_losses(&forward, batch, Keep::Probabilities);
+        let kept = select(&losses);
+        assert!(kept.is_sorted_by(|a, b| a < b), "selected positions must ascend without repeats");
+        if kept.is_empty() {
+            return StepOutcome { kept_loss: f32::NAN, kept: 0, gradient_norm: 0.0 };
+        }
+        let sum: f64 = kept.iter().map(|&position| f64::from(losses[position as usize])).sum();
+        let gradients = self.backward(batch, forward, blocks, &kept);
+        let norm = self.update(gradients, learning_rate);
+        StepOutcome {
+            kept_loss: (sum / kept.len() as f64) as f32,
+            kept: kept.len(),
+            gradient_norm: norm as f32,
+        }
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        let config = &self.config;
+        write_file(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
+        write_tensors(&folder.join(WEIGHTS_FILE), &self.weights(), ("format", "pt"))?;
+        let (means, squares): (Vec<_>, Vec<_>) =
+            self.moments.iter().cloned().map(|Moments { mean, square }| (mean, square)).unzip();
+        let mut tensors = Vec::new();
+        for (prefix, moments) in [(MEAN_PREFIX, means), (SQUARE_PREFIX, squares)] {
+            let named = weights::download(config, moments).into_iter();
+            tensors.extend(
+                named.map(|tensor| NamedTensor { name: format!("{prefix}{}", tensor.name), ..tensor }),
+            );
+        }
+        write_tensors(&folder.join(OPTIMIZER_FILE), &tensors, (STEP_KEY, &self.steps.to_string()))
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<()> {
+        let config = ModelConfig::read(folder)?;
+        ensure!(
+            config == self.config,
+            "{} holds another model shape ({config:?}) than the one in training ({:?}): start from that \
+             configuration, or from another checkpoint",
+            folder.display(),
+            self.config
+        );
+        let tensors = weights::upload(&config, read_weights(folder, &config)?, &self.device)?;
+        self.weights = Weights::from_vec(&config, tensors)?;
+        self.load_optimizer(folder)
+    }
+}
+
+fn fresh_moments(tensors: &[Tensor<2>], device: &Device) -> Vec<Moments> {
+    let zeros = |tensor: &Tensor<2>| Tensor::zeros(tensor.dims(), device);
+    tensors.iter().map(|tensor| Moments { mean: zeros(tensor), square: zeros(tensor) }).collect()
+}
+
+/// Copies a tensor's values to the host, row-major.
+pub(super) fn to_host(tensor: Tensor<2>) -> Vec<f32> {
+    match tensor.try_into_vec_as::<f32>() {
+        Ok(values) => values,
+        Err(error) => panic!("cannot read a tensor from the device: {error}"),
+    }
+}

@@ -1,0 +1,44 @@
+//! Work over the cores, with results in the order of the work.
+//!
+//! Burn's CPU backend runs matrix products on all cores but elementwise operations on one. Cutting a batch into
+//! groups of rows and running the groups side by side uses the cores for both, and a group's activations fit
+//! the caches.
+
+use std::num::NonZero;
+use std::sync::Mutex;
+use std::thread;
+
+use burn::tensor::Device;
+
+/// Number of pieces of work to run side by side on a device: the host's cores, or 1 on an accelerator.
+pub(super) fn workers(device: &Device) -> usize {
+    if *device == Device::flex() { thread::available_parallelism().map_or(1, NonZero::get) } else { 1 }
+}
+
+/// Applies `work` to every item on `workers` threads. Results come in the order of the items and do not depend
+/// on which thread ran what.
+pub(super) fn map<T: Send, R: Send>(workers: usize, items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
+    if workers <= 1 || items.len() <= 1 {
+        return items.into_iter().map(work).collect();
+    }
+    let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
+    let threads = workers.min(items.len());
+    let queue = Mutex::new(items.into_iter().zip(results.iter_mut()));
+    let run = || {
+        loop {
+            // The guard must go before the work starts, so the lock is a statement of its own.
+            let next = queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+            let Some((item, result)) = next else { break };
+            *result = Some(work(item));
+        }
+    };
+    // A panic in a thread is raised again here when the scope ends.
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(run);
+        }
+        run();
+    });
+    drop(queue);
+    results.into_iter().flatten().collect()
+}

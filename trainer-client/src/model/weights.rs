@@ -1,0 +1,274 @@
+//! Every weight of the decoder under its Hugging Face name, and its seeded start.
+
+use std::collections::HashMap;
+use std::f64::consts::TAU;
+
+use anyhow::{Result, bail, ensure};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use super::config::ModelConfig;
+
+/// Standard deviation of freshly made matrices, as in Llama.
+pub const INITIAL_DEVIATION: f64 = 0.02;
+
+/// A weight, gradient or moment on the host, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedTensor {
+    /// Hugging Face name, such as `model.layers.0.mlp.up_proj.weight`.
+    pub name: String,
+    /// `[out, in]` for a matrix, `[width]` for a norm.
+    pub shape: Vec<usize>,
+    /// `shape.product()` values.
+    pub values: Vec<f32>,
+}
+
+/// Name and shape of a weight.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spec {
+    /// Hugging Face name.
+    pub name: String,
+    /// `[out, in]` for a matrix, `[width]` for a norm.
+    pub shape: Vec<usize>,
+}
+
+/// One value (a weight, its gradient, ...) for each weight of a decoder layer.
+#[derive(Clone, Debug)]
+pub(crate) struct Layer<T> {
+    pub input_norm: T,
+    pub query: T,
+    pub key: T,
+    pub value: T,
+    pub output: T,
+    pub mlp_norm: T,
+    pub gate: T,
+    pub up: T,
+    pub down: T,
+}
+
+/// One value for each weight of a decoder.
+#[derive(Clone, Debug)]
+pub(crate) struct Weights<T> {
+    pub embedding: T,
+    pub layers: Vec<Layer<T>>,
+    pub norm: T,
+    /// None when the head is the embedding itself.
+    pub head: Option<T>,
+}
+
+/// Names and shapes of all weights, in the order of [`Weights::into_vec`].
+pub fn specs(config: &ModelConfig) -> Vec<Spec> {
+    let ModelConfig { vocab_size, hidden_size: hidden, intermediate_size: inner, .. } = *config;
+    let kv = config.kv_heads * config.head_dim();
+    let spec = |name: String, shape: &[usize]| Spec { name, shape: shape.to_vec() };
+    let mut specs = vec![spec("model.embed_tokens.weight".to_owned(), &[vocab_size, hidden])];
+    for layer in 0..config.layers {
+        let weights: [(&str, &[usize]); 9] = [
+            ("input_layernorm", &[hidden]),
+            ("self_attn.q_proj", &[hidden, hidden]),
+            ("self_attn.k_proj", &[kv, hidden]),
+            ("self_attn.v_proj", &[kv, hidden]),
+            ("self_attn.o_proj", &[hidden, hidden]),
+            ("post_attention_layernorm", &[hidden]),
+            ("mlp.gate_proj", &[inner, hidden]),
+            ("mlp.up_proj", &[inner, hidden]),
+            ("mlp.down_proj", &[hidden, inner]),
+        ];
+        specs.extend(weights.map(|(name, shape)| spec(format!("model.layers.{layer}.{name}.weight"), shape)));
+    }
+    specs.push(spec("model.norm.weight".to_owned(), &[hidden]));
+    if !config.tie_word_embeddings {
+        specs.push(spec("lm_head.weight".to_owned(), &[vocab_size, hidden]));
+    }
+    specs
+}
+
+impl<T> Layer<T> {
+    fn from_array([input_norm, query, key, value, output, mlp_norm, gate, up, down]: [T; 9]) -> Self {
+        Self { input_norm, query, key, value, output, mlp_norm, gate, up, down }
+    }
+
+    /// Combines two layers weight by weight.
+    pub fn zip_with(self, other: Self, combine: impl Fn(T, T) -> T) -> Self {
+        let mut others = other.into_array().into_iter();
+        // Both arrays have the same length, so the fallback is never taken.
+        Self::from_array(self.into_array().map(|own| match others.next() {
+            Some(other) => combine(own, other),
+            None => own,
+        }))
+    }
+
+    fn into_array(self) -> [T; 9] {
+        let Self { input_norm, query, key, value, output, mlp_norm, gate, up, down } = self;
+        [input_norm, query, key, value, output, mlp_norm, gate, up, down]
+    }
+}
+
+impl<T> Weights<T> {
+    /// Builds from values in the order of [`specs`], one for each spec.
+    pub fn from_vec(config: &ModelConfig, values: Vec<T>) -> Result<Self> {
+        let expected = specs(config).len();
+        ensure!(values.len() == expected, "{} weights given, the model has {expected}", values.len());
+        let mut values = values.into_iter();
+        let mut next =
+            || values.next().ok_or_else(|| anyhow::anyhow!("the model has more weights than were given"));
+        let embedding = next()?;
+        let mut layers = Vec::with_capacity(config.layers);
+        for _ in 0..config.layers {
+            let layer = [next()?, next()?, next()?, next()?, next()?, next()?, next()?, next()?, next()?];
+            layers.push(Layer::from_array(layer));
+        }
+        Ok(Self { embedding, layers, norm: next()?, head: next().ok() })
+    }
+
+    /// All values in the order of [`specs`].
+    pub fn into_vec(self) -> Vec<T> {
+        let mut values = vec![self.embedding];
+        values.extend(self.layers.into_iter().flat_map(Layer::into_array));
+        values.push(self.norm);
+        values.extend(self.head);
+        values
+    }
+
+    /// All values, to be changed, in the order of [`specs`].
+    pub fn as_vec_mut(&mut self) -> Vec<&mut T> {
+        let mut values = vec![&mut self.embedding];
+        for layer in &mut self.layers {
+            let Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down } = layer;
+            values.extend([input_norm, query, key, value, output, mlp_norm, gate, up, down]);
+        }
+        values.push(&mut self.norm);
+        values.extend(&mut self.head);
+        values
+    }
+
+    /// The matrix that turns hidden states into logits, `[vocab, hidden]`.
+    pub fn head(&self) -> &T {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+}
+
+/// Fresh weights: matrices normal(0, 0.02), norms 1. The same seed gives the same bits, whatever else runs.
+pub(crate) fn initial(config: &ModelConfig, seed: u64) -> Vec<NamedTensor> {
+    let mut generator = NormalGenerator::new(seed);
+    specs(config)
+        .into_iter()
+        .map(|Spec { name, shape }| {
+            let count = shape.iter().product();
+            let values = if shape.len() == 1 {
+                vec![1.0; count]
+            } else {
+                (0..count).map(|_| (generator.sample() * INITIAL_DEVIATION) as f32).collect()
+            };
+            NamedTensor { name, shape, values }
+        })
+        .collect()
+}
+
+/// Checks names, shapes and values against the model, and sorts in the order of [`specs`].
+pub(crate) fn in_order(config: &ModelConfig, weights: Vec<NamedTensor>) -> Result<Vec<NamedTensor>> {
+    let mut by_name: HashMap<_, _> =
+        weights.into_iter().map(|weight| (weight.name.clone(), weight)).collect();
+    let mut sorted = Vec::new();
+    for Spec { name, shape } in specs(config) {
+        let Some(weight) = by_name.remove(&name) else {
+            bail!("weight {name} is missing: use the config.json that belongs to the weights");
+        };
+        ensure!(
+            weight.shape == shape && weight.values.len() == shape.iter().product::<usize>(),
+            "weight {name} has shape {:?}, the model needs {shape:?}: use the config.json that belongs to the weights",
+            weight.shape
+        );
+        ensure!(
+            weight.values.iter().all(|value| value.is_finite()),
+            "weight {name} holds values that are not finite: take an earlier checkpoint"
+        );
+        sorted.push(weight);
+    }
+    if let Some(name) = by_name.keys().min() {
+        bail!("weight {name} is not part of this model: use the config.json that belongs to the weights");
+    }
+    Ok(sorted)
+}
+
+/// Puts host weights on a device, in the order of [`specs`], after checking them against the model.
+/// Norms become `[1, width]`, so that every weight is a matrix.
+pub(crate) fn upload(
+    config: &ModelConfig,
+    weights: Vec<NamedTensor>,
+    device: &Device,
+) -> Result<Vec<Tensor<2>>> {
+    let weights = in_order(config, weights)?.into_iter();
+    let tensor = |NamedTensor { shape, values, .. }: NamedTensor| {
+        Tensor::from_data(TensorData::new(values, as_matrix(&shape)), device)
+    };
+    Ok(weights.map(tensor).collect())
+}
+
+/// Copies tensors, in the order of [`specs`], to the host.
+pub(crate) fn download(config: &ModelConfig, tensors: Vec<Tensor<2>>) -> Vec<NamedTensor> {
+    let pairs = specs(config).into_iter().zip(tensors);
+    pairs
+        .map(|(Spec { name, shape }, tensor)| NamedTensor {
+            name,
+            shape,
+            values: super::learner::to_host(tensor),
+        })
+        .collect()
+}
+
+fn as_matrix(shape: &[usize]) -> [usize; 2] {
+    match *shape {
+        [rows, columns] => [rows, columns],
+        _ => [1, shape.iter().product()],
+    }
+}
+
+/// Normal deviates by Box and Muller's transform over `SplitMix64`.
+struct NormalGenerator {
+    state: u64,
+    spare: Option<f64>,
+}
+
+impl NormalGenerator {
+    fn new(seed: u64) -> Self {
+        Self { state: seed, spare: None }
+    }
+
+    fn bits(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.state;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// Uniform in (0, 1]: never 0, whose logarithm is infinite.
+    fn uniform(&mut self) -> f64 {
+        ((self.bits() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+
+    fn sample(&mut self) -> f64 {
+        if let Some(spare) = self.spare.take() {
+            return spare;
+        }
+        let radius = (-2.0 * self.uniform().ln()).sqrt();
+        let angle = TAU * self.uniform();
+        self.spare = Some(radius * angle.sin());
+        radius * angle.cos()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deviates_are_standard_normal() {
+        let mut generator = NormalGenerator::new(7);
+        let samples: Vec<f64> = (0..100_000).map(|_| generator.sample()).collect();
+        let mean = samples.iter().sum::<f64>() / samples.len() as f64;
+        let variance = samples.iter().map(|x| x * x).sum::<f64>() / samples.len() as f64;
+        assert!(mean.abs() < 0.02, "mean {mean}");
+        assert!((variance - 1.0).abs() < 0.02, "variance {variance}");
+    }
+}

@@ -1,0 +1,153 @@
+//! A few documents of the stream with what was thought of each of their tokens.
+
+use serde::{Deserialize, Serialize};
+
+use crate::document::Document;
+use crate::learner::Learner;
+use crate::pack::{BatchShape, Packer};
+use crate::select::{Objective, excess_losses};
+use crate::text::TextTokenizer;
+
+/// Documents in a picture.
+const DOCUMENTS_MAX: usize = 6;
+/// Documents in a picture from one source, so that each source has its turn.
+const DOCUMENTS_PER_SOURCE_MAX: usize = 2;
+/// Documents looked at for a picture.
+const DOCUMENTS_SEEN_MAX: usize = 500;
+/// A shorter document shows little.
+const TOKENS_MIN: usize = 24;
+/// A longer document is cut.
+const TOKENS_MAX: usize = 160;
+
+/// The content of a run's `tokens.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenPicture {
+    /// Step after which the current losses were taken.
+    pub step: u64,
+    /// Lowest excess loss that the last step kept, which decides here too; absent where something else decides.
+    pub threshold: Option<f32>,
+    /// The documents, in stream order.
+    pub documents: Vec<PictureDocument>,
+}
+
+/// One document of a picture.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PictureDocument {
+    /// Its id.
+    pub id: String,
+    /// Its source.
+    pub source: String,
+    /// Its tokens, in order.
+    pub tokens: Vec<PictureToken>,
+}
+
+/// One token of a picture; losses in nats.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PictureToken {
+    /// The text it adds; empty where its character is completed by a later token.
+    pub text: String,
+    /// Reference loss; absent at a document's first token.
+    pub reference: Option<f32>,
+    /// Loss of the model in training, when the picture was made; absent at a document's first token.
+    pub current: Option<f32>,
+    /// `current - reference`.
+    pub excess: Option<f32>,
+    /// Whether a step would learn from it.
+    pub kept: bool,
+}
+
+/// Chooses documents from the start of a stream, by order and source alone.
+#[derive(Clone, Debug, Default)]
+pub struct PictureDocuments {
+    chosen: Vec<Document>,
+    seen: usize,
+}
+
+impl PictureDocuments {
+    /// Looks at the next document of the stream.
+    pub fn offer(&mut self, document: &Document) {
+        if self.chosen.len() == DOCUMENTS_MAX || self.seen == DOCUMENTS_SEEN_MAX {
+            return;
+        }
+        self.seen += 1;
+        let same_source = self.chosen.iter().filter(|chosen| chosen.source() == document.source()).count();
+        if document.tokens().len() >= TOKENS_MIN && same_source < DOCUMENTS_PER_SOURCE_MAX {
+            self.chosen.push(document.clone().truncated(TOKENS_MAX));
+        }
+    }
+
+    /// The picture under the model as it is now; documents longer than a training sequence are cut to one.
+    pub fn draw(
+        &self,
+        learner: &dyn Learner,
+        tokenizer: &TextTokenizer,
+        choice: &Choice,
+        sequence_length: usize,
+    ) -> TokenPicture {
+        let documents = (0..).zip(&self.chosen).map(|(index, document)| {
+            let document = document.clone().truncated(sequence_length);
+            draw_document(&document, learner, tokenizer, choice, index)
+        });
+        TokenPicture { step: choice.step, threshold: choice.threshold, documents: documents.collect() }
+    }
+}
+
+/// What decides whether a token of a picture counts as kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    /// The run's objective.
+    pub objective: Objective,
+    /// Lowest excess loss that the last step kept, where excess loss decides.
+    pub threshold: Option<f32>,
+    /// Seed of the run's random draws.
+    pub seed: u64,
+    /// The last step.
+    pub step: u64,
+}
+
+impl Choice {
+    fn kept(&self, current: &[f32], reference: &[f32], document: u64) -> Vec<u32> {
+        match self.threshold {
+            // A document alone has no batch to compete in, so the last batch's threshold stands in for it.
+            Some(threshold) => (0..)
+                .zip(excess_losses(current, reference))
+                .filter(|&(_, excess)| excess >= threshold)
+                .map(|(index, _)| index)
+                .collect(),
+            None => self.objective.select(current, reference, self.seed, self.step + document),
+        }
+    }
+}
+
+fn draw_document(
+    document: &Document,
+    learner: &dyn Learner,
+    tokenizer: &TextTokenizer,
+    choice: &Choice,
+    index: u64,
+) -> PictureDocument {
+    let mut packer = Packer::new(BatchShape { rows: 1, len: document.tokens().len() });
+    packer.push(document);
+    let (current, reference) = match packer.flush() {
+        Some(row) => (learner.losses(&row.batch), row.batch.reference),
+        None => (vec![], vec![]),
+    };
+    let mut kept = vec![false; current.len() + 1];
+    for position in choice.kept(&current, &reference, index) {
+        // Position i of a batch is about the token after it.
+        kept[position as usize + 1] = true;
+    }
+    let finite = |losses: &[f32], position: usize| {
+        position.checked_sub(1).and_then(|before| losses.get(before)).copied().filter(|loss| loss.is_finite())
+    };
+    let tokens = tokenizer.pieces(document.tokens()).into_iter().enumerate().map(|(position, text)| {
+        let (reference, current) = (finite(&reference, position), finite(&current, position));
+        let excess = current.zip(reference).map(|(current, reference)| current - reference);
+        PictureToken { text, reference, current, excess, kept: kept[position] }
+    });
+    PictureDocument {
+        id: document.id().to_owned(),
+        source: document.source().to_owned(),
+        tokens: tokens.collect(),
+    }
+}

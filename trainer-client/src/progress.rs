@@ -1,0 +1,77 @@
+//! How far a run has come, on standard error: a bar on a terminal, a line now and then elsewhere.
+
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::metrics::StepMetric;
+
+/// Lines over a whole run where there is no terminal.
+const LINES: u64 = 20;
+/// Steps over which the shown figures are averaged, as the weight of the newest.
+const NEWEST_WEIGHT: f64 = 0.1;
+
+/// Shows steps as they are done.
+#[derive(Debug)]
+pub struct Progress {
+    bar: ProgressBar,
+    steps: u64,
+    started: Instant,
+    loss: Option<f64>,
+    tokens_before: u64,
+    seconds: f64,
+    waited: f64,
+    tokens: u64,
+}
+
+impl Progress {
+    /// A bar over `steps` steps.
+    pub fn new(label: &str, steps: u64) -> Self {
+        let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+        if let Ok(style) =
+            ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} [{elapsed}<{eta}] {wide_msg}")
+        {
+            bar.set_style(style);
+        }
+        bar.set_prefix(label.to_owned());
+        let started = Instant::now();
+        Self { bar, steps, started, loss: None, tokens_before: 0, seconds: 0.0, waited: 0.0, tokens: 0 }
+    }
+
+    /// Shows a step.
+    pub fn step(&mut self, metric: &StepMetric) {
+        let newest = f64::from(metric.loss);
+        self.loss = Some(self.loss.map_or(newest, |mean| mean + NEWEST_WEIGHT * (newest - mean)));
+        self.tokens += metric.tokens - self.tokens_before;
+        self.tokens_before = metric.tokens;
+        self.seconds += metric.seconds;
+        self.waited += metric.data_wait_seconds;
+        let message = format!(
+            "loss {:.3} · kept {:.0} % · {:.0} tokens/s · waiting {:.0} %",
+            self.loss.unwrap_or(newest),
+            100.0 * metric.kept as f64 / metric.scored.max(1) as f64,
+            self.tokens as f64 / self.seconds.max(f64::EPSILON),
+            100.0 * self.waited / self.seconds.max(f64::EPSILON),
+        );
+        self.bar.set_position(metric.step);
+        if self.bar.is_hidden() && self.is_due(metric.step) {
+            let elapsed = self.started.elapsed().as_secs();
+            eprintln!("{} step {}/{} [{elapsed} s] {message}", self.bar.prefix(), metric.step, self.steps);
+        }
+        self.bar.set_message(message);
+    }
+
+    /// Says something without tearing the bar.
+    pub fn say(&self, line: &str) {
+        if self.bar.is_hidden() { eprintln!("{line}") } else { self.bar.println(line) }
+    }
+
+    /// Leaves the bar as it stands.
+    pub fn finish(&self) {
+        self.bar.abandon();
+    }
+
+    fn is_due(&self, step: u64) -> bool {
+        step == 1 || step == self.steps || step.is_multiple_of((self.steps / LINES).max(1))
+    }
+}

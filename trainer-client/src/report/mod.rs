@@ -1,0 +1,55 @@
+//! Runs compared on one self-contained HTML page, readable without scripts, network or prior knowledge.
+
+mod curves;
+mod html;
+mod line_chart;
+mod shares;
+mod summary;
+mod table;
+mod token_picture;
+
+use html::{Html, escape};
+use summary::Comparison;
+
+use crate::run_folder::RecordedRun;
+
+const STYLE: &str = include_str!("style.css");
+
+/// The whole page.
+pub fn page(title: &str, runs: &[RecordedRun]) -> String {
+    let comparison = Comparison::of(runs);
+    let mut body = Html::default();
+    body.push(&format!("<header><h1>{}</h1>", escape(title)));
+    body.push(INTRODUCTION);
+    body.push("</header>");
+    table::section(&mut body, &comparison);
+    curves::evaluation_section(&mut body, &comparison);
+    curves::selection_section(&mut body, &comparison);
+    shares::section(&mut body, &comparison);
+    token_picture::section(&mut body, &comparison);
+    body.push("<footer>Made by <code>sluice-train report</code>; losses are in nats (natural logarithms), lower is better.</footer>");
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta name=\"color-scheme\" content=\"light dark\">\n\
+         <title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{}</body>\n</html>\n",
+        escape(title),
+        body.into_string()
+    )
+}
+
+/// The headline table for a terminal.
+pub fn text_table(runs: &[RecordedRun]) -> String {
+    table::text(&Comparison::of(runs))
+}
+
+const INTRODUCTION: &str = "\
+<p class=\"lead\">A model can learn from every token of a text, or only from those worth it. \
+<b>Selective language modeling</b> (slm) compares two losses of each token and keeps the tokens where the model in \
+training lags furthest behind a reference.</p>\
+<dl class=\"terms\">\
+<div><dt>Reference loss</dt><dd>how surprised a model trained on curated text is by the token</dd></div>\
+<div><dt>Current loss</dt><dd>how surprised the model in training is by it</dd></div>\
+<div><dt>Excess loss</dt><dd>current minus reference: high where there is something left to learn</dd></div>\
+<div><dt>clm, random</dt><dd>the controls: learn from every token; keep as many as slm, but at random</dd></div>\
+</dl>";

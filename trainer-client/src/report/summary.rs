@@ -1,0 +1,121 @@
+//! The numbers behind the page: what each run came to, and how it stands to the plain one.
+
+use crate::metrics::{EvalMetric, Metric, StepMetric};
+use crate::run_folder::RecordedRun;
+use crate::select::Objective;
+
+/// Runs side by side.
+pub(super) struct Comparison<'a> {
+    /// In the order given.
+    pub runs: Vec<RunSummary<'a>>,
+    /// Names of all evaluation sets, in order of first appearance; the first is the target.
+    pub sets: Vec<&'a str>,
+}
+
+/// One run in numbers.
+pub(super) struct RunSummary<'a> {
+    pub run: &'a RecordedRun,
+    pub steps: Vec<&'a StepMetric>,
+    evals: Vec<&'a EvalMetric>,
+    /// Tokens needed to reach the plain run's final loss on the target set, over the tokens the plain run saw.
+    pub tokens_to_plain: Option<f64>,
+}
+
+impl<'a> Comparison<'a> {
+    pub fn of(runs: &'a [RecordedRun]) -> Self {
+        let mut summaries: Vec<RunSummary<'a>> = runs.iter().map(RunSummary::of).collect();
+        let mut sets = Vec::new();
+        for eval in summaries.iter().flat_map(|run| &run.evals) {
+            if !sets.contains(&eval.set.as_str()) {
+                sets.push(eval.set.as_str());
+            }
+        }
+        let mut comparison = Self { runs: vec![], sets };
+        if let Some(&target) = comparison.sets.first() {
+            let plain = summaries.iter().find(|run| run.is_plain());
+            if let Some((goal, tokens)) = plain.and_then(|run| Some((run.final_loss(target)?, run.tokens())))
+            {
+                for run in summaries.iter_mut().filter(|run| !run.is_plain()) {
+                    run.tokens_to_plain =
+                        run.tokens_to_reach(target, goal).map(|needed| needed / tokens as f64);
+                }
+            }
+        }
+        comparison.runs = summaries;
+        comparison
+    }
+
+    /// The first run that learns from every token of the stream.
+    pub fn plain(&self) -> Option<&RunSummary<'a>> {
+        self.runs.iter().find(|run| run.is_plain())
+    }
+
+    /// Runs that leave tokens out.
+    pub fn selecting(&self) -> impl Iterator<Item = (usize, &RunSummary<'a>)> {
+        self.runs.iter().enumerate().filter(|(_, run)| run.run.record.objective != Objective::Clm)
+    }
+}
+
+impl<'a> RunSummary<'a> {
+    fn of(run: &'a RecordedRun) -> Self {
+        let mut steps = Vec::new();
+        let mut evals = Vec::new();
+        for metric in &run.metrics {
+            match metric {
+                Metric::Step(step) => steps.push(step),
+                Metric::Eval(eval) => evals.push(eval),
+            }
+        }
+        Self { run, steps, evals, tokens_to_plain: None }
+    }
+
+    pub fn name(&self) -> &'a str {
+        &self.run.name
+    }
+
+    pub fn is_plain(&self) -> bool {
+        self.run.record.objective == Objective::Clm && self.run.record.command == "run"
+    }
+
+    /// Evaluations on one set, in order.
+    pub fn evals(&self, set: &str) -> impl Iterator<Item = &'a EvalMetric> {
+        self.evals.iter().copied().filter(move |eval| eval.set == set)
+    }
+
+    pub fn final_loss(&self, set: &str) -> Option<f64> {
+        self.evals(set).last().map(|eval| eval.loss)
+    }
+
+    pub fn best_loss(&self, set: &str) -> Option<f64> {
+        self.evals(set).map(|eval| eval.loss).min_by(f64::total_cmp)
+    }
+
+    /// Predictions seen.
+    pub fn tokens(&self) -> u64 {
+        self.steps.last().map_or(0, |step| step.tokens)
+    }
+
+    /// Predictions learnt from.
+    pub fn tokens_kept(&self) -> u64 {
+        self.steps.last().map_or(0, |step| step.tokens_kept)
+    }
+
+    /// Wall time of all steps, without evaluations.
+    pub fn seconds(&self) -> f64 {
+        self.steps.iter().map(|step| step.seconds).sum()
+    }
+
+    /// Tokens seen when the loss on a set first came down to `goal`, on a straight line between evaluations.
+    fn tokens_to_reach(&self, set: &str, goal: f64) -> Option<f64> {
+        let mut before: Option<&EvalMetric> = None;
+        for eval in self.evals(set) {
+            if eval.loss <= goal {
+                let Some(before) = before else { return Some(eval.tokens as f64) };
+                let share = (before.loss - goal) / (before.loss - eval.loss);
+                return Some(before.tokens as f64 + share * (eval.tokens - before.tokens) as f64);
+            }
+            before = Some(eval);
+        }
+        None
+    }
+}

@@ -1,0 +1,193 @@
+//! The headline table, on the page and in the terminal.
+
+use super::html::{Html, count, duration, escape, percent};
+use super::summary::{Comparison, RunSummary};
+
+/// Rows of cells, the first column being names.
+struct Table {
+    headers: Vec<String>,
+    rows: Vec<Vec<Cell>>,
+}
+
+#[derive(Clone, Default)]
+struct Cell {
+    text: String,
+    is_best: bool,
+}
+
+impl Table {
+    fn of(comparison: &Comparison<'_>) -> Self {
+        let mut headers: Vec<String> = ["run", "objective", "kept"].map(str::to_owned).into();
+        for set in &comparison.sets {
+            headers.push(format!("{set}: final loss"));
+            headers.push(format!("{set}: best loss"));
+        }
+        headers.extend(["tokens seen", "tokens learnt from", "training time"].map(str::to_owned));
+        if let (Some(_), Some(target)) = (comparison.plain(), comparison.sets.first()) {
+            headers.push(format!("tokens to clm's final loss on {target}"));
+        }
+        let rows = comparison.runs.iter().map(|run| row(comparison, run)).collect();
+        Self { headers, rows }
+    }
+}
+
+fn row(comparison: &Comparison<'_>, run: &RunSummary<'_>) -> Vec<Cell> {
+    let objective = run.run.record.objective;
+    let mut cells = vec![
+        Cell::plain(run.name().to_owned()),
+        Cell::plain(objective.name().to_owned()),
+        Cell::plain(percent(objective.keep())),
+    ];
+    for set in &comparison.sets {
+        for of_run in [RunSummary::final_loss, RunSummary::best_loss] {
+            let lowest = comparison.runs.iter().filter_map(|run| of_run(run, set)).min_by(f64::total_cmp);
+            let loss = of_run(run, set);
+            let is_best = comparison.runs.len() > 1 && loss.is_some() && loss == lowest;
+            cells.push(Cell { text: loss.map_or("–".to_owned(), |loss| format!("{loss:.3}")), is_best });
+        }
+    }
+    cells.push(Cell::plain(count(run.tokens() as f64)));
+    cells.push(Cell::plain(count(run.tokens_kept() as f64)));
+    cells.push(Cell::plain(duration(run.seconds())));
+    if comparison.plain().is_some() && !comparison.sets.is_empty() {
+        cells.push(Cell::plain(match run.tokens_to_plain {
+            _ if run.is_plain() => "1 (by definition)".to_owned(),
+            Some(ratio) => format!("{ratio:.2} of clm's"),
+            None => "not reached".to_owned(),
+        }));
+    }
+    cells
+}
+
+impl Cell {
+    fn plain(text: String) -> Self {
+        Self { text, is_best: false }
+    }
+}
+
+/// The table on the page, with what it says in words.
+pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
+    html.section(
+        "What came of it",
+        "One row per run; losses are on the held-out text given with <code>--eval</code>, lower is better, and the lowest \
+         of each column is in bold. Training time leaves evaluations out.",
+    );
+    let table = Table::of(comparison);
+    html.push("<div class=\"scroll\"><table><thead><tr>");
+    for header in &table.headers {
+        html.push(&format!("<th scope=\"col\">{}</th>", escape(header)));
+    }
+    html.push("</tr></thead><tbody>");
+    for (index, row) in table.rows.iter().enumerate() {
+        html.push("<tr>");
+        for (column, cell) in row.iter().enumerate() {
+            let text = escape(&cell.text);
+            html.push(&match (column, cell.is_best) {
+                (0, _) => format!("<th scope=\"row\"><i class=\"dot series-{}\"></i>{text}</th>", index % 6),
+                (_, true) => format!("<td><b>{text}</b></td>"),
+                (_, false) => format!("<td>{text}</td>"),
+            });
+        }
+        html.push("</tr>");
+    }
+    html.push("</tbody></table></div><ul class=\"findings\">");
+    for finding in findings(comparison) {
+        html.push(&format!("<li>{}</li>", escape(&finding)));
+    }
+    html.push("</ul></section>");
+}
+
+/// What the numbers say, whichever way they fell.
+fn findings(comparison: &Comparison<'_>) -> Vec<String> {
+    let mut findings = Vec::new();
+    if let (Some(plain), Some(&target)) = (comparison.plain(), comparison.sets.first()) {
+        for run in comparison.runs.iter().filter(|run| !run.is_plain() && run.run.record.command == "run") {
+            let (Some(loss), Some(plain_loss)) = (run.final_loss(target), plain.final_loss(target)) else {
+                continue;
+            };
+            let difference = loss - plain_loss;
+            let word = if difference < 0.0 { "below" } else { "above" };
+            let reached = match run.tokens_to_plain {
+                Some(ratio) => {
+                    format!("it reached {}'s final loss after {ratio:.2} of the tokens", plain.name())
+                }
+                None => format!("it did not reach {}'s final loss", plain.name()),
+            };
+            findings.push(format!(
+                "On {target}, {} ended {:.3} nats {word} {} ({loss:.3} against {plain_loss:.3}); {reached}.",
+                run.name(),
+                difference.abs(),
+                plain.name()
+            ));
+        }
+    }
+    findings.extend(conditions(comparison));
+    findings
+}
+
+/// Whether the runs can be compared at all.
+fn conditions(comparison: &Comparison<'_>) -> Option<String> {
+    let runs: Vec<_> = comparison.runs.iter().filter(|run| run.run.record.command == "run").collect();
+    let (first, rest) = runs.split_first()?;
+    if rest.is_empty() {
+        return None;
+    }
+    let record = &first.run.record;
+    let mut differences = Vec::new();
+    for (what, differs) in [
+        ("initial weights", rest.iter().any(|run| run.run.record.initial_weights != record.initial_weights)),
+        ("tokenizers", rest.iter().any(|run| run.run.record.tokenizer != record.tokenizer)),
+        ("reference models", rest.iter().any(|run| run.run.record.reference_model != record.reference_model)),
+        ("schedules", rest.iter().any(|run| run.run.record.schedule != record.schedule)),
+        ("numbers of tokens seen", rest.iter().any(|run| run.tokens() != first.tokens())),
+    ] {
+        if differs {
+            differences.push(what);
+        }
+    }
+    Some(if differences.is_empty() {
+        format!(
+            "All runs began with the same weights ({}) and saw the same number of tokens under the same schedule.",
+            record.initial_weights.short()
+        )
+    } else {
+        format!("Compare with care: the runs differ in their {}.", differences.join(", "))
+    })
+}
+
+/// The table and what it says, for a terminal.
+pub(super) fn text(comparison: &Comparison<'_>) -> String {
+    let table = Table::of(comparison);
+    let mut lines: Vec<Vec<String>> = vec![table.headers];
+    lines.extend(table.rows.iter().map(|row| {
+        row.iter()
+            .map(|cell| if cell.is_best { format!("{}*", cell.text) } else { cell.text.clone() })
+            .collect()
+    }));
+    let columns = lines[0].len();
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0))
+        .collect();
+    let mut text = String::new();
+    for line in &lines {
+        let padded: Vec<String> = line
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(
+                |(column, (cell, &width))| {
+                    if column < 2 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                },
+            )
+            .collect();
+        text.push_str(padded.join("  ").trim_end());
+        text.push('\n');
+    }
+    text.push_str("* lowest of its column\n");
+    for finding in findings(comparison) {
+        text.push_str(&finding);
+        text.push('\n');
+    }
+    text.truncate(text.trim_end().len());
+    text
+}

@@ -1,0 +1,161 @@
+//! A consumer that keeps no offsets at the broker: those belong to the trainer's checkpoints.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use rdkafka::client::ClientContext;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::KafkaError;
+use rdkafka::metadata::{MetadataPartition, MetadataTopic};
+use rdkafka::types::RDKafkaErrorCode;
+
+use super::error::StreamError;
+
+/// How long a broker may take to answer the first question.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Bytes librdkafka may fetch ahead of us over all partitions, in KiB.
+const FETCHED_AHEAD_KBYTES: &str = "16384";
+
+/// Settings that the stream's order and offsets rest on; a user cannot override them.
+pub const PROPERTIES_OWNED: [&str; 7] = [
+    "bootstrap.servers",
+    "metadata.broker.list",
+    "enable.auto.commit",
+    "enable.auto.offset.store",
+    "enable.partition.eof",
+    "auto.offset.reset",
+    "isolation.level",
+];
+
+/// How to reach a broker.
+#[derive(Clone, Debug, Default)]
+pub struct Broker {
+    servers: String,
+    properties: Vec<(String, String)>,
+}
+
+impl Broker {
+    /// Brokers at `servers` (`host:port,...`), with further librdkafka settings.
+    pub fn new(servers: String, properties: Vec<(String, String)>) -> Result<Self, StreamError> {
+        match properties.iter().find(|(key, _)| PROPERTIES_OWNED.contains(&key.as_str())) {
+            Some((key, _)) => Err(StreamError::OwnedProperty(key.clone())),
+            None => Ok(Self { servers, properties }),
+        }
+    }
+
+    /// The addresses, as given.
+    pub fn servers(&self) -> &str {
+        &self.servers
+    }
+
+    /// A consumer that has heard from a broker, and the partitions of `topic`, ascending.
+    pub(super) fn connect(&self, topic: &str) -> Result<(BaseConsumer<Listener>, Vec<i32>), StreamError> {
+        let mut config = ClientConfig::new();
+        // Manual assignment needs a group id in librdkafka, but no group is joined and nothing is committed.
+        config.set("group.id", "sluice-train").set("client.id", "sluice-train");
+        config.set("queued.max.messages.kbytes", FETCHED_AHEAD_KBYTES);
+        for (key, value) in &self.properties {
+            config.set(key, value);
+        }
+        config
+            .set("bootstrap.servers", &self.servers)
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("enable.partition.eof", "true")
+            // A record that retention has removed must be an error, never a silent jump.
+            .set("auto.offset.reset", "error")
+            .set("isolation.level", "read_committed");
+        let consumer: BaseConsumer<Listener> =
+            config.create_with_context(Listener::default()).map_err(StreamError::Settings)?;
+        let metadata = consumer.fetch_metadata(Some(topic), CONNECT_TIMEOUT).map_err(|error| {
+            // What the broker threads had to say is in the queue, which nobody has polled yet.
+            while consumer.poll(Duration::ZERO).is_some() {}
+            self.failed(topic, error, consumer.context().last_error())
+        })?;
+        let refusal = metadata.topics().iter().find_map(MetadataTopic::error).map(RDKafkaErrorCode::from);
+        match refusal {
+            None | Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => {}
+            Some(code) => {
+                let error = KafkaError::MetadataFetch(code);
+                return Err(self.failed(topic, error, consumer.context().last_error()));
+            }
+        }
+        let mut partitions: Vec<i32> =
+            metadata.topics().iter().flat_map(MetadataTopic::partitions).map(MetadataPartition::id).collect();
+        partitions.sort_unstable();
+        if partitions.is_empty() {
+            return Err(StreamError::NoSuchTopic { topic: topic.to_owned(), servers: self.servers.clone() });
+        }
+        Ok((consumer, partitions))
+    }
+
+    /// First and past-the-last offset of each partition, as a reader of committed records sees them now.
+    pub(super) fn offsets(
+        &self,
+        consumer: &BaseConsumer<Listener>,
+        topic: &str,
+        partitions: &[i32],
+    ) -> Result<BTreeMap<i32, (i64, i64)>, StreamError> {
+        let ask = |&partition: &i32| match consumer.fetch_watermarks(topic, partition, CONNECT_TIMEOUT) {
+            Ok(watermarks) => Ok((partition, watermarks)),
+            Err(error) => Err(self.failed(topic, error, consumer.context().last_error())),
+        };
+        partitions.iter().map(ask).collect()
+    }
+
+    fn failed(&self, topic: &str, error: KafkaError, reason: Option<String>) -> StreamError {
+        let unreachable = matches!(
+            error.rdkafka_error_code(),
+            Some(
+                RDKafkaErrorCode::BrokerTransportFailure
+                    | RDKafkaErrorCode::OperationTimedOut
+                    | RDKafkaErrorCode::AllBrokersDown
+                    | RDKafkaErrorCode::Resolve
+            )
+        );
+        if unreachable {
+            let seconds = CONNECT_TIMEOUT.as_secs();
+            StreamError::Unreachable { servers: self.servers.clone(), seconds, reason }
+        } else {
+            StreamError::Broker { topic: topic.to_owned(), error: Box::new(error), reason }
+        }
+    }
+}
+
+/// Remembers the last complaint of librdkafka, which its error codes leave out.
+#[derive(Debug, Default)]
+pub(super) struct Listener {
+    last_error: Mutex<Option<String>>,
+}
+
+impl Listener {
+    pub(super) fn last_error(&self) -> Option<String> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn remember(&self, message: &str) {
+        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(message.to_owned());
+    }
+}
+
+impl ClientContext for Listener {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        tracing::debug!(facility, ?level, "librdkafka: {message}");
+        if level as i32 <= RDKafkaLogLevel::Error as i32 {
+            self.remember(message);
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, "librdkafka: {reason}");
+        // "1/1 brokers are down" says less than what came before it.
+        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::AllBrokersDown) {
+            self.remember(reason);
+        }
+    }
+}
+
+impl ConsumerContext for Listener {}

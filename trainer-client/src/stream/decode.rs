@@ -1,0 +1,68 @@
+//! Record bytes to documents, with every check that needs to know the run.
+
+use bytes::Bytes;
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::{RecordError, ScoredDocument, TokenizedDocument};
+
+use super::error::{Origin, StreamError};
+use crate::document::Document;
+
+/// What the records of a topic are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TopicKind {
+    /// `sluice.v1.ScoredDocument`.
+    Scored,
+    /// `sluice.v1.TokenizedDocument`.
+    Documents,
+}
+
+/// Decodes records and holds them against the run's tokenizer and reference model.
+#[derive(Clone, Debug)]
+pub struct Decoder {
+    kind: TopicKind,
+    tokenizer: Fingerprint,
+    vocabulary: u32,
+    reference_model: Option<Fingerprint>,
+}
+
+impl Decoder {
+    /// A decoder that refuses documents of another tokenizer and ids of `vocabulary` and beyond.
+    pub fn new(kind: TopicKind, tokenizer: Fingerprint, vocabulary: u32) -> Self {
+        Self { kind, tokenizer, vocabulary, reference_model: None }
+    }
+
+    /// The reference model of the first scored record, to which all later ones are held.
+    pub fn reference_model(&self) -> Option<Fingerprint> {
+        self.reference_model
+    }
+
+    /// Decodes and checks one record.
+    pub fn decode(&mut self, payload: Bytes, origin: impl Fn() -> Origin) -> Result<Document, StreamError> {
+        let refused = |error| StreamError::Record { origin: origin(), error: Box::new(error) };
+        match self.kind {
+            TopicKind::Documents => {
+                let record = TokenizedDocument::decode(payload).map_err(refused)?;
+                self.check(&record).map_err(refused)?;
+                let tokens = record.tokens.to_vec();
+                Ok(Document::plain(record.id, record.source, tokens))
+            }
+            TopicKind::Scored => {
+                let record = ScoredDocument::decode(payload).map_err(refused)?;
+                self.check(&record.document).map_err(refused)?;
+                let expected = *self.reference_model.get_or_insert(record.reference_model);
+                if record.reference_model != expected {
+                    let found = record.reference_model;
+                    return Err(StreamError::ForeignReference { origin: origin(), found, expected });
+                }
+                let (tokens, losses) = (record.document.tokens.to_vec(), record.reference_losses.to_vec());
+                Document::scored(record.document.id, record.document.source, tokens, losses)
+                    .map_err(|error| StreamError::Losses { origin: origin(), error })
+            }
+        }
+    }
+
+    fn check(&self, record: &TokenizedDocument) -> Result<(), RecordError> {
+        record.check_tokenizer(self.tokenizer)?;
+        record.tokens.check_vocabulary(self.vocabulary)
+    }
+}

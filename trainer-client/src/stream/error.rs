@@ -1,0 +1,106 @@
+//! What can go wrong between the broker and a document.
+
+use rdkafka::error::KafkaError;
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::RecordError;
+
+use crate::document::LengthMismatch;
+
+/// Why a stream could not be opened or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// No broker answered in time.
+    #[error(
+        "no Kafka broker answered at {servers} within {seconds} s{}; check --bootstrap-servers and that the broker \
+         is up",
+        detail(.reason.as_ref())
+    )]
+    Unreachable {
+        /// The addresses tried.
+        servers: String,
+        /// How long.
+        seconds: u64,
+        /// What librdkafka said last.
+        reason: Option<String>,
+    },
+    /// The client refused its settings.
+    #[error("librdkafka refused its settings: {0}; check the --property flags")]
+    Settings(#[source] KafkaError),
+    /// A setting that the stream's guarantees rest on.
+    #[error("--property {0} cannot be set: the trainer keeps its own offsets and sets this itself")]
+    OwnedProperty(String),
+    /// There is no such topic.
+    #[error("topic {topic:?} does not exist on {servers}; create it, or check --topic")]
+    NoSuchTopic {
+        /// Its name.
+        topic: String,
+        /// The addresses asked.
+        servers: String,
+    },
+    /// The topic has ended before it began.
+    #[error("topic {0:?} holds no documents; fill it first, or give --follow to wait for them")]
+    EmptyTopic(String),
+    /// The broker refused, or lost what was asked for.
+    #[error("reading topic {topic:?} failed: {error}{}", detail(.reason.as_ref()))]
+    Broker {
+        /// The topic being read.
+        topic: String,
+        /// What failed.
+        error: Box<KafkaError>,
+        /// What librdkafka said last.
+        reason: Option<String>,
+    },
+    /// A record that is not what the topic should hold.
+    #[error("record at {origin} is refused: {error}")]
+    Record {
+        /// Where it was read.
+        origin: Origin,
+        /// What is wrong with it.
+        error: Box<RecordError>,
+    },
+    /// Reference losses that do not fit their tokens.
+    #[error("record at {origin} is refused: {error}")]
+    Losses {
+        /// Where it was read.
+        origin: Origin,
+        /// What is wrong with it.
+        error: LengthMismatch,
+    },
+    /// Losses of two reference models cannot be compared with one another.
+    #[error(
+        "record at {origin} was scored by reference model {found}, but this run began with {expected}; train on a \
+         topic that one model scored"
+    )]
+    ForeignReference {
+        /// Where it was read.
+        origin: Origin,
+        /// The record's model.
+        found: Fingerprint,
+        /// The model of the run's first record.
+        expected: Fingerprint,
+    },
+    /// The thread that reads from the broker is gone.
+    #[error("the reader thread of topic {0:?} stopped unexpectedly")]
+    ReaderGone(String),
+}
+
+/// Where a record was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Topic name.
+    pub topic: String,
+    /// Partition number.
+    pub partition: i32,
+    /// Offset in the partition.
+    pub offset: i64,
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "topic {:?}, partition {}, offset {}", self.topic, self.partition, self.offset)
+    }
+}
+
+fn detail(reason: Option<&String>) -> String {
+    reason.map(|reason| format!(" ({reason})")).unwrap_or_default()
+}

@@ -1,0 +1,101 @@
+//! Documents held in memory, in a new order for each pass over them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use sluice_schemas::fingerprint::Fingerprint;
+
+use super::{DocumentStream, Position, StreamError};
+use crate::document::Document;
+use crate::random::SplitMix64;
+
+/// Shuffles its documents anew for each epoch; the order depends on the seed and the epoch alone.
+#[derive(Clone, Debug)]
+pub struct ShuffledDocuments {
+    documents: Arc<[Document]>,
+    order: Vec<u32>,
+    next: usize,
+    epoch: u64,
+    epochs: u64,
+    seed: u64,
+    handed_out: u64,
+    stop: Arc<AtomicBool>,
+}
+
+impl ShuffledDocuments {
+    /// `epochs` passes over the documents; ends early once `stop` is set.
+    pub fn new(documents: Vec<Document>, epochs: u64, seed: u64, stop: Arc<AtomicBool>) -> Self {
+        Self {
+            documents: documents.into(),
+            order: vec![],
+            next: 0,
+            epoch: 0,
+            epochs,
+            seed,
+            handed_out: 0,
+            stop,
+        }
+    }
+}
+
+impl DocumentStream for ShuffledDocuments {
+    fn next_document(&mut self) -> Result<Option<Document>, StreamError> {
+        if self.stop.load(Ordering::Relaxed) || self.documents.is_empty() {
+            return Ok(None);
+        }
+        if self.next == self.order.len() {
+            if self.epoch == self.epochs {
+                return Ok(None);
+            }
+            self.epoch += 1;
+            self.next = 0;
+            self.order = (0..self.documents.len() as u32).collect();
+            SplitMix64::keyed(self.seed, self.epoch).shuffle(&mut self.order);
+        }
+        let document = self.documents[self.order[self.next] as usize].clone();
+        self.next += 1;
+        self.handed_out += 1;
+        Ok(Some(document))
+    }
+
+    fn position(&self) -> Position {
+        Position { epoch: self.epoch, offsets: BTreeMap::new(), documents: self.handed_out }
+    }
+
+    fn reference_model(&self) -> Option<Fingerprint> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::ShuffledDocuments;
+    use crate::document::Document;
+    use crate::stream::DocumentStream;
+
+    #[test]
+    fn every_epoch_has_every_document_in_an_order_of_its_own() {
+        let stop = Arc::new(AtomicBool::new(false));
+        let documents: Vec<Document> =
+            (0..50).map(|n| Document::plain(n.to_string(), String::new(), vec![n, n])).collect();
+        let mut stream = ShuffledDocuments::new(documents, 2, 9, Arc::clone(&stop));
+        let mut epoch = || -> Vec<u32> {
+            (0..50).map(|_| stream.next_document().unwrap().unwrap().tokens()[0]).collect()
+        };
+        let (mut first, mut second) = (epoch(), epoch());
+        assert_ne!(first, second);
+        first.sort_unstable();
+        second.sort_unstable();
+        assert_eq!(first, second);
+        assert_eq!(stream.next_document().unwrap(), None);
+        assert_eq!(stream.position().documents, 100);
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(stream.next_document().unwrap(), None);
+    }
+}

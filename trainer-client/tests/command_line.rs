@@ -1,0 +1,265 @@
+//! The program as people run it: a reference model made and exported, a student trained, and the ways to fail.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod support;
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use sluice_schemas::fingerprint::Fingerprint;
+use support::{Cluster, cluster, mixture, produce, produce_scored, write_tokenizer};
+
+fn sluice_train() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluice-train"));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Flags of a model and batch small enough to train in a moment.
+const SMALL: [&str; 14] = [
+    "--hidden-size",
+    "16",
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--intermediate-size",
+    "16",
+    "--batch-size",
+    "4",
+    "--sequence-length",
+    "32",
+    "--eval-every",
+    "5",
+];
+
+struct Place {
+    folder: tempfile::TempDir,
+    cluster: Cluster,
+}
+
+impl Place {
+    /// A broker with a documents topic and a scored topic of the same 80 documents, a tokenizer and held-out text.
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = Fingerprint::of_bytes(&std::fs::read(write_tokenizer(folder.path())).unwrap());
+        std::fs::write(folder.path().join("held-out.jsonl"), "{\"text\": \"one and two\"}\n").unwrap();
+        let cluster = cluster("scored", 2);
+        cluster.create_topic("documents", 2, 1).unwrap();
+        let documents = mixture(80, tokenizer, Fingerprint::of_bytes(b"model"));
+        produce_scored(&cluster, "scored", 2, &documents);
+        let plain = documents.iter().map(|scored| scored.document.encode().to_vec());
+        produce(&cluster.bootstrap_servers(), "documents", (0..2).cycle().zip(plain));
+        Self { folder, cluster }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_string_lossy().into_owned()
+    }
+
+    /// A command on a topic of this place, writing to `out`.
+    fn training(&self, command: &str, topic: &str, out: &str) -> Command {
+        let mut training = sluice_train();
+        training.args([command, "--bootstrap-servers", &self.cluster.bootstrap_servers(), "--topic", topic]);
+        training.args(["--tokenizer", &self.path("tokenizer.json"), "--out", &self.path(out)]);
+        training.args(["--eval", &format!("words={}", self.path("held-out.jsonl"))]).args(SMALL);
+        training
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn succeed(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?} failed: {}", stderr(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn json(path: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn a_reference_is_made_and_exported_and_students_are_trained_and_compared() {
+    let place = Place::new();
+    succeed(place.training("reference", "documents", "reference").args(["--epochs", "2"]));
+    assert_eq!(json(&place.path("reference/run.json"))["command"], "reference");
+    succeed(sluice_train().args(["export", "--run", &place.path("reference"), "--out", &place.path("onnx")]));
+    for file in ["model.onnx", "config.json", "tokenizer.json"] {
+        assert!(Path::new(&place.path("onnx")).join(file).is_file(), "{file}");
+    }
+    let mut starts = Vec::new();
+    for objective in ["slm", "clm", "random"] {
+        let mut training = place.training("run", "scored", objective);
+        succeed(training.args(["--objective", objective, "--steps", "12", "--until-end", "--epochs", "2"]));
+        let run = json(&place.path(&format!("{objective}/run.json")));
+        assert_eq!(run["reference_model"], Fingerprint::of_bytes(b"model").to_string());
+        starts.push(run["initial_weights"].clone());
+    }
+    assert!(starts.iter().all(|start| *start == starts[0]), "one seed, one start: {starts:?}");
+    let state = json(&place.path("slm/checkpoints/step-0000012/state.json"));
+    assert_eq!(state["step"], 12);
+    assert!(state["position"]["offsets"]["0"].as_i64().unwrap() > 0);
+
+    let page = place.path("report.html");
+    let runs = ["slm", "clm", "random"].map(|run| place.path(run));
+    let table = succeed(sluice_train().args(["report", "--out", &page]).args(&runs));
+    assert!(table.contains("words: final loss") && table.contains("began with the same weights"), "{table}");
+    assert!(std::fs::read_to_string(page).unwrap().contains("Tokens, one by one"));
+
+    let held_out = format!("words={}", place.path("held-out.jsonl"));
+    let line =
+        succeed(sluice_train().args(["evaluate", "--checkpoint", &place.path("slm"), "--eval", &held_out]));
+    let measured: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((&measured["set"], &measured["predictions"]), (&Value::from("words"), &Value::from(10)));
+    let metrics = std::fs::read_to_string(place.path("slm/metrics.jsonl")).unwrap();
+    let logged: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let last = logged.iter().rfind(|line| line["type"] == "eval").unwrap();
+    let difference = last["loss"].as_f64().unwrap() - measured["loss"].as_f64().unwrap();
+    assert!(difference.abs() < 1e-5, "a checkpoint has the loss of the model it was made from: {difference}");
+
+    let mut warm = sluice_train();
+    warm.args([
+        "run",
+        "--bootstrap-servers",
+        &place.cluster.bootstrap_servers(),
+        "--topic",
+        "scored",
+        "--until-end",
+    ]);
+    warm.args(["--tokenizer", &place.path("tokenizer.json"), "--out", &place.path("warm"), "--steps", "2"]);
+    warm.args(["--sequence-length", "32", "--init", &place.path("clm/checkpoints/step-0000012")]);
+    succeed(&mut warm);
+}
+
+#[test]
+fn a_signal_ends_a_run_with_a_checkpoint_and_success() {
+    let place = Place::new();
+    // The topic ends long before the steps do, and the run waits for more.
+    let mut child = place.training("run", "scored", "followed").args(["--steps", "100000"]).spawn().unwrap();
+    let checkpoints = place.path("followed/checkpoints");
+    let metrics = place.path("followed/metrics.jsonl");
+    let deadline = Instant::now() + Duration::from_mins(1);
+    while !std::fs::read_to_string(&metrics).is_ok_and(|lines| lines.contains("\"step\":3,")) {
+        assert!(Instant::now() < deadline, "three steps take less than a minute");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    assert!(child.wait().unwrap().success());
+    assert_eq!(std::fs::read_dir(checkpoints).unwrap().count(), 1);
+}
+
+#[test]
+fn the_environment_stands_in_for_flags() {
+    let place = Place::new();
+    let mut run = sluice_train();
+    run.arg("run").env("SLUICE_TRAIN_BOOTSTRAP_SERVERS", place.cluster.bootstrap_servers());
+    run.env("SLUICE_TRAIN_TOPIC", "scored")
+        .env("SLUICE_TRAIN_STEPS", "1")
+        .env("SLUICE_TRAIN_UNTIL_END", "true");
+    run.env("SLUICE_TRAIN_TOKENIZER", place.path("tokenizer.json"))
+        .env("SLUICE_TRAIN_OUT", place.path("run"));
+    let held_out = place.path("held-out.jsonl");
+    run.env("SLUICE_TRAIN_EVAL", format!("a={held_out}\nb={held_out}")).args(&SMALL[..12]);
+    succeed(run.env("SLUICE_TRAIN_PROPERTY", "client.id=test\nfetch.wait.max.ms=100"));
+    let settings = json(&place.path("run/run.json"))["settings"].clone();
+    assert_eq!(settings["evals"].as_array().unwrap().len(), 2);
+    assert_eq!(settings["stream"]["properties"], serde_json::json!(["client.id", "fetch.wait.max.ms"]));
+}
+
+#[test]
+fn failures_have_their_exit_codes_and_say_what_to_do() {
+    let place = Place::new();
+    let mut other = std::fs::read_to_string(place.path("tokenizer.json")).unwrap();
+    other.push('\n');
+    std::fs::write(place.path("other.json"), other).unwrap();
+    let refuse = |change: &dyn Fn(&mut Command), code: i32, expected: &str| {
+        let mut command = place.training("run", "scored", "refused");
+        change(command.args(["--steps", "1", "--until-end"]));
+        let output = command.output().unwrap();
+        let shown = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{shown}");
+        assert!(shown.contains(expected), "{expected:?} is missing in: {shown}");
+        let _ = std::fs::remove_dir_all(place.path("refused"));
+    };
+    // Of a flag given twice, clap complains; so these come as a whole command.
+    let tokenizer = |file: &str| {
+        let mut command = sluice_train();
+        command.args(["run", "--bootstrap-servers", &place.cluster.bootstrap_servers(), "--topic", "scored"]);
+        command
+            .args(["--steps", "1", "--tokenizer", &place.path(file), "--out", &place.path("refused")])
+            .args(SMALL);
+        command.output().unwrap()
+    };
+    let foreign = tokenizer("other.json");
+    assert_eq!(foreign.status.code(), Some(65));
+    for file in ["tokenizer.json", "other.json"] {
+        let fingerprint = Fingerprint::of_bytes(&std::fs::read(place.path(file)).unwrap()).to_string();
+        assert!(stderr(&foreign).contains(&fingerprint), "{}", stderr(&foreign));
+    }
+    assert!(!Path::new(&place.path("refused/run.json")).exists(), "it stopped before the first step");
+    succeed(place.training("run", "scored", "refused").args(["--steps", "1"]));
+    let again = place.training("run", "scored", "refused").args(["--steps", "1"]).output().unwrap();
+    assert_eq!(again.status.code(), Some(64), "a run never overwrites another: {}", stderr(&again));
+    std::fs::remove_dir_all(place.path("refused")).unwrap();
+    assert_eq!(tokenizer("absent.json").status.code(), Some(64));
+    refuse(
+        &|command| {
+            command.args(["--keep", "1.5"]);
+        },
+        64,
+        "keep must be above 0 and at most 1",
+    );
+    refuse(
+        &|command| {
+            command.args(["--kv-heads", "3"]);
+        },
+        64,
+        "kv_heads 3",
+    );
+    refuse(
+        &|command| {
+            command.args(["--property", "isolation.level=read_uncommitted"]);
+        },
+        64,
+        "isolation.level",
+    );
+    refuse(
+        &|command| {
+            command.args(["--property", "no.such.setting=1"]);
+        },
+        64,
+        "no.such.setting",
+    );
+    refuse(
+        &|command| {
+            command.args(["--eval", "x=/absent.jsonl"]);
+        },
+        64,
+        "/absent.jsonl",
+    );
+    refuse(
+        &|command| {
+            command.args(["--follow"]);
+        },
+        64,
+        "cannot be used with",
+    );
+}
+
+#[test]
+fn a_broker_that_is_down_ends_the_program_with_69() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = write_tokenizer(folder.path());
+    let mut run = sluice_train();
+    run.args(["run", "--bootstrap-servers", "127.0.0.1:1", "--steps", "1", "--out"])
+        .arg(folder.path().join("run"));
+    let output = run.arg("--tokenizer").arg(tokenizer).args(SMALL).output().unwrap();
+    assert_eq!(output.status.code(), Some(69), "{}", stderr(&output));
+    assert!(stderr(&output).contains("127.0.0.1:1"), "{}", stderr(&output));
+}

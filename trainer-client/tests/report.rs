@@ -1,0 +1,169 @@
+//! The report of a few small runs: every section has its numbers, and nothing from outside is read as markup.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+use std::collections::BTreeMap;
+
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_trainer::metrics::{EvalMetric, Metric, SourceCount, StepMetric};
+use sluice_trainer::picture::{PictureDocument, PictureToken, TokenPicture};
+use sluice_trainer::report;
+use sluice_trainer::run_folder::{RecordedRun, RunRecord};
+use sluice_trainer::schedule::{Schedule, Shape};
+use sluice_trainer::select::{KeepRatio, Objective};
+
+const STEPS: u64 = 40;
+const TOKENS: u64 = 1000;
+
+fn step(number: u64, kept: u64) -> Metric {
+    let loss = 3.0 + 5.0 / number as f64;
+    Metric::Step(StepMetric {
+        step: number,
+        tokens: number * TOKENS,
+        tokens_kept: number * kept,
+        loss: loss as f32,
+        loss_all: loss + 0.5,
+        loss_selected: Some(loss),
+        loss_unselected: (kept < TOKENS).then_some(loss + 1.0),
+        threshold: Some(0.25),
+        kept,
+        scored: TOKENS,
+        learning_rate: 1e-3,
+        gradient_norm: 1.0,
+        seconds: 1.5,
+        data_wait_seconds: 0.0,
+        sources: BTreeMap::from([
+            ("math <i>".to_owned(), SourceCount { kept: kept / 4 * 3, scored: TOKENS / 2 }),
+            ("rest".to_owned(), SourceCount { kept: kept - kept / 4 * 3, scored: TOKENS - TOKENS / 2 }),
+        ]),
+    })
+}
+
+/// A run whose loss on the target falls on a straight line from 8 to `final_loss`.
+fn run(name: &str, objective: Objective, final_loss: f64, picture: Option<TokenPicture>) -> RecordedRun {
+    let kept = (objective.keep() * TOKENS as f64) as u64;
+    let mut metrics = Vec::new();
+    for number in 0..=STEPS {
+        if number > 0 {
+            metrics.push(step(number, kept));
+        }
+        if number.is_multiple_of(10) {
+            let share = number as f64 / STEPS as f64;
+            for (set, last) in [("math & co", final_loss), ("rest", 6.0)] {
+                metrics.push(Metric::Eval(EvalMetric {
+                    step: number,
+                    tokens: number * TOKENS,
+                    set: set.to_owned(),
+                    loss: 8.0 + share * (last - 8.0),
+                    predictions: 99,
+                }));
+            }
+        }
+    }
+    let record = RunRecord {
+        command: "run".to_owned(),
+        objective,
+        seed: 1,
+        batch_size: 4,
+        sequence_length: 256,
+        schedule: Schedule { shape: Shape::Cosine, peak: 1e-3, warmup_steps: 2, steps: STEPS },
+        tokenizer: Fingerprint::of_bytes(b"t"),
+        reference_model: Some(Fingerprint::of_bytes(b"r")),
+        initial_weights: Fingerprint::of_bytes(b"w"),
+        settings: BTreeMap::new(),
+        versions: BTreeMap::new(),
+    };
+    RecordedRun { name: name.to_owned(), record, metrics, picture }
+}
+
+fn picture() -> TokenPicture {
+    let token = |text: &str, losses: Option<(f32, f32)>, kept| PictureToken {
+        text: text.to_owned(),
+        reference: losses.map(|(reference, _)| reference),
+        current: losses.map(|(_, current)| current),
+        excess: losses.map(|(reference, current)| current - reference),
+        kept,
+    };
+    let tokens = vec![
+        token("<script>alert(1)</script>", None, false),
+        token(" \"q\"\n", Some((0.5, 3.25)), true),
+        token("", Some((7.0, 6.0)), false),
+    ];
+    let document = PictureDocument { id: "d<1>".to_owned(), source: "a&b".to_owned(), tokens };
+    TokenPicture { step: STEPS, threshold: Some(0.25), documents: vec![document] }
+}
+
+fn keep(ratio: f64) -> KeepRatio {
+    KeepRatio::try_from(ratio).unwrap()
+}
+
+fn three_runs() -> Vec<RecordedRun> {
+    vec![
+        run("plain<b>", Objective::Clm, 4.0, None),
+        run("slm", Objective::Slm { keep: keep(0.6) }, 3.0, Some(picture())),
+        run("random", Objective::Random { keep: keep(0.6) }, 4.5, None),
+    ]
+}
+
+#[test]
+fn nothing_from_outside_is_read_as_markup() {
+    let page = report::page("<title> & \"more\"", &three_runs());
+    for raw in ["<script", "plain<b>", "math <i>", "d<1>", "a&b<", "math & co", "<title> &"] {
+        assert!(!page.contains(raw), "{raw:?} stands in the page as it came");
+    }
+    for escaped in
+        ["&lt;script&gt;alert(1)", "plain&lt;b&gt;", "math &lt;i&gt;", "d&lt;1&gt;", "math &amp; co"]
+    {
+        assert!(page.contains(escaped), "{escaped:?} is missing");
+    }
+    assert!(!page.contains("http"), "no resource from elsewhere");
+}
+
+#[test]
+fn every_section_has_its_numbers() {
+    let page = report::page("runs", &three_runs());
+    // Headline: final losses, tokens, kept tokens, wall time. slm falls from 8 by 5 where clm falls by 4: 0.8.
+    for number in ["<b>3.000</b>", ">4.000<", ">4.500<", ">40k<", ">24k<", ">1 min 00 s<", "0.80 of clm"] {
+        assert!(page.contains(number), "{number} is missing");
+    }
+    assert!(page.contains("not reached"), "a run that loses is said to lose");
+    assert!(page.contains("slm ended 1.000 nats below plain&lt;b&gt; (3.000 against 4.000)"));
+    assert!(page.contains("random ended 0.500 nats above"));
+    assert!(page.contains("All runs began with the same weights"));
+    // Two charts of three lines, two charts of three lines.
+    assert_eq!(page.matches("<svg").count(), 4);
+    assert_eq!(page.matches("<polyline").count(), 12);
+    // Half of the stream, 450 of 500 tokens kept, three quarters of what was kept.
+    assert!(["50 %", "90 %", "75 %"].iter().all(|share| page.contains(share)));
+    assert!(page.contains("reference 0.50, current 3.25, excess 2.75 nats: kept"));
+    assert!(page.contains("reference 7.00, current 6.00, excess -1.00 nats: left out"));
+    assert!(page.contains("class=\"n2\"") && page.contains("class=\"p6\"") && page.contains("class=\"r7\""));
+}
+
+#[test]
+fn runs_that_differ_in_their_start_are_said_to_differ() {
+    let mut runs = three_runs();
+    runs[1].record.initial_weights = Fingerprint::of_bytes(b"other");
+    let text = report::text_table(&runs);
+    assert!(text.contains("Compare with care: the runs differ in their initial weights."), "{text}");
+}
+
+#[test]
+fn the_table_for_a_terminal_is_aligned() {
+    let text = report::text_table(&three_runs());
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].starts_with("run       objective"));
+    assert!(
+        lines[2].starts_with("slm       slm")
+            && lines[2].contains("3.000*")
+            && lines[2].contains("0.80 of clm")
+    );
+}
+
+#[test]
+fn a_run_that_was_just_begun_has_a_page_too() {
+    let mut begun = run("begun", Objective::Slm { keep: keep(0.5) }, 3.0, None);
+    begun.metrics.clear();
+    let page = report::page("runs", &[begun]);
+    assert!(page.contains("begun") && page.contains("No run was evaluated"));
+    assert!(report::page("none", &[]).contains("No run left tokens out."));
+}
