@@ -223,11 +223,7 @@ fn weight_columns(head: &NodeProto, weight: Option<&TensorProto>) -> Option<u32>
     let columns = match (head.op_type(), weight.dims.as_slice()) {
         ("MatMul" | "Gemm" | "FusedMatMul", &[rows, columns]) => {
             // A transposition on the way to the product, or in it, swaps the two.
-            if stored_as_given == transposed {
-                rows
-            } else {
-                columns
-            }
+            if stored_as_given == transposed { rows } else { columns }
         }
         _ => return None,
     };
