@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use rdkafka::ClientConfig;
 use rdkafka::client::{Client, ClientContext};
+use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::metadata::Metadata;
+
+use crate::config::{Delivery, Kafka};
 
 /// Settings of librdkafka that delivery depends on, with the key of ours that sets each, or why none may.
 const OWNED: [(&str, &str); 13] = [
@@ -20,7 +23,7 @@ const OWNED: [(&str, &str); 13] = [
     ("isolation.level", "records of aborted transactions must not be scored"),
     ("enable.idempotence", "a retry must not publish a record twice"),
     ("acks", "a record counts as published once every replica in sync has it"),
-    ("transactional.id", "it is not yours to set"),
+    ("transactional.id", "set kafka.group_id and kafka.instance instead"),
     ("auto.offset.reset", "a new group begins with the first document, so that none is passed over"),
     ("enable.partition.eof", "the daemon reads without an end"),
 ];
@@ -73,6 +76,45 @@ pub fn producer_config(
     config
 }
 
+/// Settings of the daemon's own producer.
+pub fn sink_config(settings: &Kafka) -> anyhow::Result<ClientConfig> {
+    let mut config =
+        producer_config(&settings.bootstrap_servers, &settings.properties, settings.record_bytes_max);
+    if settings.delivery == Delivery::ExactlyOnce {
+        config.set("transactional.id", transactional_id(settings));
+        // A transaction holds records that are scored already, so it is open for moments; a broker's outage makes
+        // it minutes, and must not end the daemon.
+        let timeout_ms = config.get("transaction.timeout.ms").unwrap_or("180000").to_owned();
+        timeout_ms.parse::<u32>().with_context(|| {
+            format!(
+                "kafka.properties: transaction.timeout.ms = `{timeout_ms}` is not a number of milliseconds"
+            )
+        })?;
+        config.set("message.timeout.ms", &timeout_ms).set("transaction.timeout.ms", timeout_ms);
+    }
+    Ok(config)
+}
+
+/// The id under which brokers fence off an earlier life of this daemon: stable over restarts, and different for
+/// daemons that run at the same time.
+pub fn transactional_id(settings: &Kafka) -> String {
+    format!("{}-{}", settings.group_id, settings.instance)
+}
+
+/// Passes a line of librdkafka's log on to ours.
+pub fn log_client(level: RDKafkaLogLevel, facility: &str, message: &str) {
+    match level {
+        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
+            tracing::error!(facility, "{message}");
+        }
+        // librdkafka calls a refused connection an error and tries again; what matters arrives as an event.
+        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning | RDKafkaLogLevel::Notice => {
+            tracing::debug!(facility, "{message}");
+        }
+        _ => tracing::trace!(facility, "{message}"),
+    }
+}
+
 /// The cluster's metadata, or an error that names the address.
 pub fn reach<C: ClientContext>(
     client: &Client<C>,
@@ -86,6 +128,21 @@ pub fn reach<C: ClientContext>(
             timeout.as_secs()
         )
     })
+}
+
+/// Refuses `delivery` where the brokers cannot keep its promise.
+///
+/// librdkafka's mock cluster takes transactions and neither isolates them nor keeps their offsets, so that every start
+/// would read everything again.
+pub fn check_delivery<C: ClientContext>(client: &Client<C>, delivery: Delivery) -> anyhow::Result<()> {
+    let cluster = client.fetch_cluster_id(Duration::from_secs(10)).unwrap_or_default();
+    if delivery == Delivery::ExactlyOnce && cluster.starts_with("mockCluster") {
+        bail!(
+            "this is librdkafka's mock cluster (sluiced dev-broker), which keeps no transactions; set kafka.delivery to \
+             at-least-once"
+        );
+    }
+    Ok(())
 }
 
 /// Number of partitions of `topic`, or nothing where it does not exist.

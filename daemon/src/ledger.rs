@@ -45,13 +45,18 @@ struct State<T> {
     tokens: usize,
 }
 
-/// Outcomes that may be published now, in order within each partition.
+/// An outcome on its way out.
 #[derive(Debug)]
-pub struct Group<T> {
-    /// The outcomes with their tickets.
-    pub outcomes: Vec<(Ticket, T)>,
+pub struct Taken<T> {
+    /// Its place in the ledger.
+    pub ticket: Ticket,
+    /// What became of the record.
+    pub outcome: T,
     tokens: usize,
 }
+
+/// Outcomes that may be published now, in order within each partition.
+pub type Group<T> = Vec<Taken<T>>;
 
 /// The ledger, shared by the thread that reads, the one that scores and the one that publishes.
 #[derive(Debug)]
@@ -130,44 +135,53 @@ impl<T> Ledger<T> {
         };
         state =
             self.changed.wait_timeout_while(state, timeout, ready).unwrap_or_else(PoisonError::into_inner).0;
-        let mut group = Group { outcomes: Vec::new(), tokens: 0 };
+        let mut group = Group::new();
+        let mut tokens = 0;
         for books in state.partitions.values_mut() {
-            while group.tokens < tokens_max
-                && books.waiting.front().is_some_and(|entry| entry.outcome.is_some())
-            {
+            while tokens < tokens_max && books.waiting.front().is_some_and(|entry| entry.outcome.is_some()) {
                 let Some(entry) = books.waiting.pop_front() else { break };
                 let Some(outcome) = entry.outcome else { break };
                 books.publishing += 1;
-                group.tokens += entry.tokens;
-                group.outcomes.push((entry.ticket, outcome));
+                tokens += entry.tokens;
+                group.push(Taken { ticket: entry.ticket, outcome, tokens: entry.tokens });
             }
         }
         group
     }
 
-    /// The offset after the last of `group` in each partition that is still assigned as it was: what to commit.
-    pub fn commit_points(&self, group: &Group<T>) -> HashMap<i32, i64> {
-        let state = self.lock();
-        let mut points = HashMap::new();
-        for (ticket, _) in &group.outcomes {
-            if state.partitions.get(&ticket.partition).is_some_and(|books| books.epoch == ticket.epoch) {
-                points.insert(ticket.partition, ticket.offset + 1);
-            }
-        }
-        points
+    /// The offset after the last of `group` in each partition: what to commit.
+    ///
+    /// Call [`Self::drop_revoked`] first.
+    pub fn commit_points(group: &Group<T>) -> HashMap<i32, i64> {
+        group.iter().map(|taken| (taken.ticket.partition, taken.ticket.offset + 1)).collect()
+    }
+
+    /// Removes from `group` what came from partitions that are no longer assigned as they were: it belongs to
+    /// another consumer now.
+    pub fn drop_revoked(&self, group: &mut Group<T>) {
+        let mut state = self.lock();
+        let dropped: Vec<_> = group
+            .extract_if(.., |taken| {
+                state
+                    .partitions
+                    .get(&taken.ticket.partition)
+                    .is_none_or(|books| books.epoch != taken.ticket.epoch)
+            })
+            .collect();
+        state.tokens -= dropped.iter().map(|taken| taken.tokens).sum::<usize>();
     }
 
     /// Frees the budget that `group` holds, once it is published and committed.
     pub fn release(&self, group: &Group<T>) {
         let mut state = self.lock();
-        for (ticket, _) in &group.outcomes {
-            if let Some(books) = state.partitions.get_mut(&ticket.partition)
-                && books.epoch == ticket.epoch
+        for taken in group {
+            state.tokens -= taken.tokens;
+            if let Some(books) = state.partitions.get_mut(&taken.ticket.partition)
+                && books.epoch == taken.ticket.epoch
             {
                 books.publishing -= 1;
             }
         }
-        state.tokens -= group.tokens;
         self.changed.notify_all();
     }
 
@@ -222,7 +236,8 @@ mod tests {
     const NOW: Duration = Duration::ZERO;
 
     fn offsets(group: &Group<&str>) -> Vec<(i32, i64)> {
-        let mut offsets: Vec<_> = group.outcomes.iter().map(|(t, _)| (t.partition, t.offset)).collect();
+        let mut offsets: Vec<_> =
+            group.iter().map(|taken| (taken.ticket.partition, taken.ticket.offset)).collect();
         offsets.sort_unstable();
         offsets
     }
@@ -236,12 +251,12 @@ mod tests {
         let other = ledger.open(1, 3, 10).unwrap();
         ledger.complete(tickets[2], "late");
         ledger.complete(tickets[1], "middle");
-        assert!(ledger.take(1000, NOW).outcomes.is_empty());
+        assert!(ledger.take(1000, NOW).is_empty());
         ledger.complete(other, "other");
         ledger.complete(tickets[0], "first");
         let group = ledger.take(1000, NOW);
         assert_eq!(offsets(&group), [(0, 5), (0, 6), (0, 9), (1, 3)]);
-        assert_eq!(ledger.commit_points(&group), HashMap::from([(0, 10), (1, 4)]));
+        assert_eq!(Ledger::commit_points(&group), HashMap::from([(0, 10), (1, 4)]));
         assert_eq!(ledger.tokens(), 40);
         assert!(!ledger.is_drained());
         ledger.release(&group);
@@ -261,9 +276,9 @@ mod tests {
         ledger.assign([0]);
         let new = ledger.open(0, 5, 10).unwrap();
         ledger.complete(old, "stale");
-        assert!(ledger.take(1000, NOW).outcomes.is_empty());
+        assert!(ledger.take(1000, NOW).is_empty());
         ledger.complete(new, "fresh");
-        assert_eq!(ledger.take(1000, NOW).outcomes[0].1, "fresh");
+        assert_eq!(ledger.take(1000, NOW)[0].outcome, "fresh");
     }
 
     #[test]
@@ -275,10 +290,12 @@ mod tests {
             let ticket = ledger.open(partition, 0, 7).unwrap();
             ledger.complete(ticket, "x");
         }
-        let group = ledger.take(1000, NOW);
+        let mut group = ledger.take(1000, NOW);
         ledger.revoke([0]);
         ledger.assign([0]);
-        assert_eq!(ledger.commit_points(&group), HashMap::from([(1, 1)]));
+        ledger.drop_revoked(&mut group);
+        assert_eq!(Ledger::commit_points(&group), HashMap::from([(1, 1)]));
+        assert_eq!(ledger.tokens(), 7);
         ledger.release(&group);
         assert!(ledger.is_drained());
     }
@@ -292,7 +309,7 @@ mod tests {
             let ticket = ledger.open(0, offset, 10).unwrap();
             ledger.complete(ticket, "x");
         }
-        assert_eq!(ledger.take(25, NOW).outcomes.len(), 3);
+        assert_eq!(ledger.take(25, NOW).len(), 3);
         assert!(!ledger.wait_drained(&[0], Duration::from_millis(1)));
     }
 }

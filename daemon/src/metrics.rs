@@ -35,8 +35,12 @@ pub struct Metrics {
     pub batches_split: IntCounter,
     /// Time from the first record of a group to its commit.
     pub publish_seconds: Histogram,
-    /// Offset commits that the broker accepted.
+    /// Groups of records whose offsets were committed.
     pub commits: IntCounter,
+    /// Transactions that were aborted and tried again.
+    pub aborts: IntCounter,
+    /// Times that another daemon took over our transactional id.
+    pub fences: IntCounter,
     /// Offset commits that failed; the next one covers them.
     pub commit_failures: IntCounter,
     /// Times that partitions were assigned or revoked.
@@ -97,7 +101,12 @@ impl Metrics {
                 "sluiced_publish_seconds",
                 "Time to publish and commit a group of records.",
             )?,
-            commits: counter("sluiced_commits_total", "Offset commits that the broker accepted.")?,
+            commits: counter("sluiced_commits_total", "Groups of records whose offsets were committed.")?,
+            aborts: counter("sluiced_aborts_total", "Transactions that were aborted and tried again.")?,
+            fences: counter(
+                "sluiced_fences_total",
+                "Times that another daemon took over our transactional id.",
+            )?,
             commit_failures: counter("sluiced_commit_failures_total", "Offset commits that failed.")?,
             rebalances: counter(
                 "sluiced_rebalances_total",

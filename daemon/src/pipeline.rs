@@ -70,7 +70,6 @@ pub fn run(
 ) -> anyhow::Result<()> {
     let ledger = Arc::new(Ledger::<Outcome>::default());
     let consumer = Arc::new(source::subscribe(config, Arc::clone(&ledger), metrics.clone(), health.clone())?);
-    let sink = Sink::new(config)?;
     let expected = Expected { tokenizer: model.tokenizer, vocabulary: model.vocabulary };
     let record = RecordPolicy {
         model,
@@ -90,9 +89,8 @@ pub fn run(
                 score_loop(scorer, &jobs_out, &ledger, &record, &config.batch, metrics, health)
             })
         });
-        let sink = scope.spawn(|| {
-            guarded(health, || sink.run(&consumer, &ledger, config.limits.publish_tokens, metrics, health))
-        });
+        let sink =
+            scope.spawn(|| guarded(health, || Sink::new(config, &consumer, &ledger, metrics, health)?.run()));
         for (what, thread) in [("scoring", score), ("publishing", sink), ("reading", source)] {
             match thread.join() {
                 Ok(result) => result.context(format!("{what} failed"))?,

@@ -139,6 +139,7 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
         .exit_code(USAGE)?;
     let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))
         .exit_code(UNAVAILABLE)?;
+    kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
     println!("broker: ok, {} at {}", metadata.brokers().len(), settings.bootstrap_servers);
     for topic in [&settings.documents_topic, &settings.scored_topic, &settings.dead_letter_topic] {
         match kafka::partitions(&metadata, topic) {

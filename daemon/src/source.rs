@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
 use crossbeam_channel::Sender;
 use rdkafka::client::ClientContext;
@@ -16,6 +16,7 @@ use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{RecordError, TokenizedDocument};
 
 use crate::config::Config;
+use crate::exit::{ExitCode as _, UNAVAILABLE, USAGE};
 use crate::health::{Health, Loop};
 use crate::kafka;
 use crate::ledger::{Ledger, Ticket};
@@ -65,7 +66,7 @@ pub struct Context {
 
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        log_client(level, facility, message);
+        kafka::log_client(level, facility, message);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
@@ -77,20 +78,6 @@ impl ClientContext for Context {
         } else {
             tracing::debug!(%error, reason, "kafka client error");
         }
-    }
-}
-
-/// Passes a line of librdkafka's log on to ours.
-pub fn log_client(level: RDKafkaLogLevel, facility: &str, message: &str) {
-    match level {
-        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
-            tracing::error!(facility, "{message}");
-        }
-        // librdkafka calls a refused connection an error and tries again; what matters arrives as an event.
-        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning | RDKafkaLogLevel::Notice => {
-            tracing::debug!(facility, "{message}");
-        }
-        _ => tracing::trace!(facility, "{message}"),
     }
 }
 
@@ -145,13 +132,17 @@ pub fn subscribe(
         .set("queued.max.messages.kbytes", "16384")
         .create_with_context(context)
         .context("kafka.properties")?;
-    let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))?;
+    let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))
+        .exit_code(UNAVAILABLE)?;
+    kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
     if kafka::partitions(&metadata, &settings.documents_topic).is_none() {
-        bail!(
-            "the topic `{}` does not exist at {}; create it, or set kafka.documents_topic",
+        return Err(anyhow!(
+            "the topic `{}` does not exist at {}; create it with `sluiced topics create`, or set \
+             kafka.documents_topic",
             settings.documents_topic,
             settings.bootstrap_servers
-        );
+        ))
+        .exit_code(UNAVAILABLE);
     }
     consumer.subscribe(&[&settings.documents_topic]).context("cannot subscribe")?;
     Ok(consumer)

@@ -54,7 +54,9 @@ fn validate_says_what_is_missing() {
     let model = text(&model);
     let servers = broker.bootstrap_servers.as_str();
     let validate = |servers: &str, model: &str, code, words: &[&str]| {
-        fails(&["validate", "--kafka-bootstrap-servers", servers, "--model-path", model], code, words);
+        let delivery = ["--kafka-delivery", "at-least-once"];
+        let arguments = ["validate", "--kafka-bootstrap-servers", servers, "--model-path", model];
+        fails(&[&arguments[..], &delivery[..]].concat(), code, words);
     };
     validate(servers, "/no/such/model", 66, &["/no/such/model", "model.onnx"]);
     validate(servers, model, 69, &["`sluice.scored` does not exist", "sluiced topics create"]);
@@ -81,7 +83,9 @@ fn validate_passes_what_serve_would_take() {
     let broker = Broker::with_sluice_topics();
     let model = golden("tiny-llama-mask");
     let servers = broker.bootstrap_servers.as_str();
-    let output = sluiced(&["validate", "--kafka-bootstrap-servers", servers, "--model-path", text(&model)]);
+    let arguments = ["validate", "--kafka-bootstrap-servers", servers, "--model-path", text(&model)];
+    fails(&arguments, 64, &["mock cluster", "at-least-once"]);
+    let output = sluiced(&[&arguments[..], &["--kafka-delivery", "at-least-once"]].concat());
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     for word in ["configuration: ok", "input_ids, attention_mask, position_ids", "topic sluice.scored: ok, 4"]

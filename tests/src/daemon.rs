@@ -15,8 +15,13 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts `sluiced serve` for `model` with further flags, and waits for its HTTP endpoint.
+    /// Starts `sluiced serve` on a mock cluster, which can only deliver at least once.
     pub fn start(bootstrap_servers: &str, model: &Path, flags: &[&str]) -> Self {
+        Self::start_with(bootstrap_servers, model, &[&["--kafka-delivery", "at-least-once"], flags].concat())
+    }
+
+    /// Starts `sluiced serve` for `model` with further flags, and waits for its HTTP endpoint.
+    pub fn start_with(bootstrap_servers: &str, model: &Path, flags: &[&str]) -> Self {
         let mut process = Command::new(binary("sluiced"))
             .args(["serve", "--http-listen", "127.0.0.1:0", "--kafka-bootstrap-servers", bootstrap_servers])
             .arg("--model-path")

@@ -51,6 +51,12 @@ pub struct Kafka {
     pub scored_topic: String,
     /// Topic of records that could not be scored.
     pub dead_letter_topic: String,
+    /// `exactly-once`: records and offsets in one transaction. `at-least-once`: offsets after records, for brokers
+    /// without transactions, such as `sluiced dev-broker`.
+    #[schemars(with = "String")]
+    pub delivery: Delivery,
+    /// Name of this daemon among those of its group, stable over restarts; two that run at the same time must differ.
+    pub instance: String,
     /// Most bytes of one record, as the broker's `message.max.bytes`; larger ones are dead-lettered.
     pub record_bytes_max: u32,
     /// Any other setting of librdkafka, passed on as it is.
@@ -65,10 +71,22 @@ impl Default for Kafka {
             documents_topic: names::DOCUMENTS_TOPIC.to_owned(),
             scored_topic: names::SCORED_TOPIC.to_owned(),
             dead_letter_topic: names::DEAD_LETTER_TOPIC.to_owned(),
+            delivery: Delivery::ExactlyOnce,
+            instance: "0".to_owned(),
             record_bytes_max: 1_000_000,
             properties: BTreeMap::new(),
         }
     }
+}
+
+/// What a reader of the scored topic may rely on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Delivery {
+    /// Every outcome once, for readers with `read_committed`.
+    ExactlyOnce,
+    /// Every outcome, and some twice after a daemon was killed.
+    AtLeastOnce,
 }
 
 /// The reference model and where it runs.
@@ -219,6 +237,7 @@ impl Config {
         }
         for (key, value) in [
             ("kafka.group_id", &self.kafka.group_id),
+            ("kafka.instance", &self.kafka.instance),
             ("kafka.documents_topic", &self.kafka.documents_topic),
             ("kafka.scored_topic", &self.kafka.scored_topic),
             ("kafka.dead_letter_topic", &self.kafka.dead_letter_topic),

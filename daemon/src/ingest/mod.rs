@@ -22,8 +22,7 @@ use sluice_schemas::record::{TokenIds, TokenizedDocument};
 use tokenizers::Tokenizer;
 
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, UNAVAILABLE, USAGE};
-use crate::kafka;
-use crate::source::log_client;
+use crate::kafka::{self, log_client};
 pub use read::{Fields, Format, Text, open};
 
 /// Documents tokenized at once, over all cores.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, anyhow, bail};
 use indicatif::ProgressBar;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
@@ -130,16 +130,16 @@ impl Iterator for JsonLines {
 
 impl JsonLines {
     fn parse(&self, line: &[u8]) -> anyhow::Result<Text> {
-        let mut value: Value = serde_json::from_slice(line).context("not a JSON object")?;
-        let Value::String(text) = value[&self.fields.text].take() else {
+        let mut object: Map<String, Value> = serde_json::from_slice(line).context("not a JSON object")?;
+        let Some(Value::String(text)) = object.remove(&self.fields.text) else {
             bail!("no text in the field `{}`; --text-field names another", self.fields.text);
         };
-        let id = match value[&self.fields.id].take() {
-            Value::String(id) if !id.is_empty() => id,
-            Value::Number(number) => number.to_string(),
+        let id = match object.remove(&self.fields.id) {
+            Some(Value::String(id)) if !id.is_empty() => id,
+            Some(Value::Number(number)) => number.to_string(),
             _ => format!("{}:{}", self.name, self.line),
         };
-        let source = value[&self.fields.source].as_str().map(str::to_owned);
+        let source = object.get(&self.fields.source).and_then(Value::as_str).map(str::to_owned);
         Ok(Text { id, text, source })
     }
 }

@@ -1,0 +1,285 @@
+//! Kafka out: publishes outcomes in the order of the ledger and commits the offsets they came from.
+//!
+//! *Exactly once*: records and offsets are one Kafka transaction, so that a reader with `read_committed` sees each
+//! outcome once, whatever is killed. *At least once*: offsets are committed after the broker has confirmed the
+//! records, and what lies between the two is published again by the next daemon.
+
+mod error;
+mod producer;
+mod record;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use rdkafka::consumer::{CommitMode, Consumer as _};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::producer::Producer as _;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use crate::config::{Config, Delivery};
+use crate::health::{Health, Loop};
+use crate::kafka;
+use crate::ledger::{Group, Ledger};
+use crate::metrics::Metrics;
+use crate::source::DocumentsConsumer;
+use error::{Verdict, classify, is_too_large};
+use producer::RecordProducer;
+pub use record::{DeadLetter, Outcome, Scored};
+
+const IDLE: Duration = Duration::from_millis(100);
+/// How long one call to the broker may take before the loop shows a sign of life and makes it again.
+const CALL: Duration = Duration::from_secs(1);
+/// Wait between an aborted transaction and the next try.
+const ABORT_WAIT: Duration = Duration::from_millis(200);
+
+/// Why a transaction was not committed.
+enum Failure {
+    /// It was or must be aborted; its outcomes can be published in another.
+    Aborted(anyhow::Error),
+    /// The process must end.
+    Fatal(anyhow::Error),
+}
+
+/// The producer and the names it publishes under.
+pub struct Sink<'a> {
+    producer: RecordProducer,
+    delivery: Delivery,
+    config: &'a Config,
+    consumer: &'a DocumentsConsumer,
+    ledger: &'a Ledger<Outcome>,
+    metrics: &'a Metrics,
+    health: &'a Health,
+}
+
+impl<'a> Sink<'a> {
+    /// A producer for `config`'s brokers; where delivery is exactly once, whatever an earlier daemon with the same
+    /// transactional id left open is resolved first.
+    pub fn new(
+        config: &'a Config,
+        consumer: &'a DocumentsConsumer,
+        ledger: &'a Ledger<Outcome>,
+        metrics: &'a Metrics,
+        health: &'a Health,
+    ) -> anyhow::Result<Self> {
+        let settings = kafka::sink_config(&config.kafka)?;
+        let producer = RecordProducer::new(&settings).context("kafka.properties")?;
+        let sink =
+            Self { producer, delivery: config.kafka.delivery, config, consumer, ledger, metrics, health };
+        if sink.delivery == Delivery::ExactlyOnce {
+            sink.insist(|| sink.producer.client.init_transactions(CALL)).map_err(
+                |failure| match failure {
+                    Failure::Aborted(error) | Failure::Fatal(error) => {
+                        error.context("cannot begin with transactions")
+                    }
+                },
+            )?;
+        }
+        Ok(sink)
+    }
+
+    /// Publishes and commits until asked to stop and nothing is in flight any more.
+    pub fn run(&self) -> anyhow::Result<()> {
+        loop {
+            self.health.beat(Loop::Sink);
+            let mut group = self.ledger.take(self.config.limits.publish_tokens, IDLE);
+            if self.health.is_aborted() {
+                return Ok(());
+            }
+            if group.is_empty() {
+                if self.health.is_stopping() && self.ledger.is_drained() {
+                    return Ok(());
+                }
+                continue;
+            }
+            let timer = self.metrics.publish_seconds.start_timer();
+            match self.delivery {
+                Delivery::ExactlyOnce => self.deliver_exactly_once(&mut group)?,
+                Delivery::AtLeastOnce => self.deliver_at_least_once(&mut group)?,
+            }
+            timer.observe_duration();
+            self.count(&group);
+            self.ledger.release(&group);
+        }
+    }
+
+    fn count(&self, group: &Group<Outcome>) {
+        for taken in group {
+            match &taken.outcome {
+                Outcome::Scored(scored) => {
+                    self.metrics.documents_scored.inc();
+                    self.metrics.tokens_scored.inc_by(scored.tokens as u64);
+                }
+                Outcome::DeadLetter(letter) => {
+                    self.metrics.dead_letters.with_label_values(&[letter.reason]).inc();
+                }
+            }
+        }
+    }
+
+    /// Records and offsets in one transaction, begun only now that everything is scored. After an abort the same
+    /// outcomes go into another, less those whose partition was taken away meanwhile.
+    fn deliver_exactly_once(&self, group: &mut Group<Outcome>) -> anyhow::Result<()> {
+        loop {
+            self.ledger.drop_revoked(group);
+            if group.is_empty() {
+                return Ok(());
+            }
+            match self.transaction(group) {
+                Ok(()) => {
+                    self.metrics.commits.inc();
+                    return Ok(());
+                }
+                Err(Failure::Fatal(error)) => return Err(error),
+                Err(Failure::Aborted(error)) => {
+                    tracing::warn!(error = format!("{error:#}"), "transaction aborted; trying again");
+                    self.metrics.aborts.inc();
+                    match self.insist(|| self.producer.client.abort_transaction(CALL)) {
+                        Ok(()) => {}
+                        Err(Failure::Aborted(error) | Failure::Fatal(error)) => return Err(error),
+                    }
+                    self.shrink_refused(group)?;
+                    std::thread::sleep(ABORT_WAIT);
+                }
+            }
+        }
+    }
+
+    fn transaction(&self, group: &mut Group<Outcome>) -> Result<(), Failure> {
+        let client = &self.producer.client;
+        client.begin_transaction().map_err(|error| self.judge(error))?;
+        for index in 0..group.len() {
+            // A record that the client itself refuses does not touch the transaction.
+            while let Err(error) = self.send(group, index) {
+                if !is_too_large(&error) {
+                    return Err(self.judge(error));
+                }
+                self.shrink(group, index).map_err(Failure::Fatal)?;
+            }
+        }
+        let offsets = self.offsets(&Ledger::commit_points(group));
+        let Some(membership) = self.consumer.group_metadata() else {
+            return Err(Failure::Fatal(anyhow!("the consumer is not a member of a group")));
+        };
+        self.insist(|| client.send_offsets_to_transaction(&offsets, &membership, CALL))?;
+        self.insist(|| client.commit_transaction(CALL))
+    }
+
+    /// Makes one call again and again while its error is one that passes.
+    fn insist(&self, call: impl Fn() -> KafkaResult<()>) -> Result<(), Failure> {
+        loop {
+            self.health.beat(Loop::Sink);
+            let Err(error) = call() else { return Ok(()) };
+            if classify(&error) != Verdict::Retry {
+                return Err(self.judge(error));
+            }
+            if self.health.is_aborted() {
+                return Err(Failure::Fatal(anyhow!("gave up; the next start resolves the open transaction")));
+            }
+        }
+    }
+
+    fn judge(&self, error: KafkaError) -> Failure {
+        match classify(&error) {
+            Verdict::Abort | Verdict::Retry => Failure::Aborted(error.into()),
+            Verdict::Fatal => Failure::Fatal(anyhow!(error).context("the producer failed for good")),
+            Verdict::Fenced => {
+                self.metrics.fences.inc();
+                Failure::Fatal(anyhow!(error).context(format!(
+                    "another daemon has taken over the transactional id `{}`; give every daemon its own \
+                     kafka.instance",
+                    kafka::transactional_id(&self.config.kafka)
+                )))
+            }
+        }
+    }
+
+    /// Records first, and once the broker has confirmed them all, the offsets.
+    fn deliver_at_least_once(&self, group: &mut Group<Outcome>) -> anyhow::Result<()> {
+        let mut unsent: Vec<usize> = (0..group.len()).collect();
+        while !unsent.is_empty() {
+            for index in unsent {
+                while let Err(error) = self.send(group, index) {
+                    if !is_too_large(&error) {
+                        return Err(error).context("cannot publish");
+                    }
+                    self.shrink(group, index)?;
+                }
+            }
+            match self.insist(|| self.producer.client.flush(CALL)) {
+                Ok(()) => {}
+                Err(Failure::Aborted(error) | Failure::Fatal(error)) => {
+                    return Err(error.context("cannot publish"));
+                }
+            }
+            unsent = self.shrink_refused(group)?;
+        }
+        self.ledger.drop_revoked(group);
+        let points = Ledger::commit_points(group);
+        if points.is_empty() {
+            return Ok(());
+        }
+        match self.consumer.commit(&self.offsets(&points), CommitMode::Sync) {
+            Ok(()) => self.metrics.commits.inc(),
+            // At worst a repetition, and the next commit covers it.
+            Err(error) => {
+                self.metrics.commit_failures.inc();
+                tracing::warn!(%error, "cannot commit offsets; the next commit covers them");
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, group: &Group<Outcome>, index: usize) -> KafkaResult<()> {
+        let settings = &self.config.kafka;
+        let taken = &group[index];
+        let topic = match taken.outcome {
+            Outcome::Scored(_) => &settings.scored_topic,
+            Outcome::DeadLetter(_) => &settings.dead_letter_topic,
+        };
+        let headers = taken.outcome.headers(taken.ticket, &settings.documents_topic);
+        let (key, payload) = (taken.outcome.key(), taken.outcome.payload());
+        self.producer.send(topic, index, key.map(AsRef::as_ref), payload.map(AsRef::as_ref), headers)
+    }
+
+    /// Replaces the records that the broker found too large, and returns their indices. Any other refusal of an
+    /// aborted transaction is that of the abort itself.
+    fn shrink_refused(&self, group: &mut Group<Outcome>) -> anyhow::Result<Vec<usize>> {
+        let mut shrunk = Vec::new();
+        for (index, error) in self.producer.refused() {
+            if is_too_large(&error) {
+                self.shrink(group, index)?;
+                shrunk.push(index);
+            } else if self.delivery == Delivery::AtLeastOnce {
+                return Err(error).context("the broker refuses a record");
+            }
+        }
+        Ok(shrunk)
+    }
+
+    fn shrink(&self, group: &mut Group<Outcome>, index: usize) -> anyhow::Result<()> {
+        let taken = &mut group[index];
+        match taken.outcome.shrink() {
+            Some(letter) => taken.outcome = Outcome::DeadLetter(letter),
+            None => bail!(
+                "the broker refuses even a dead letter without its payload as too large; raise max.message.bytes of \
+                 the topic `{}`",
+                self.config.kafka.dead_letter_topic
+            ),
+        }
+        Ok(())
+    }
+
+    fn offsets(&self, points: &HashMap<i32, i64>) -> TopicPartitionList {
+        let mut offsets = TopicPartitionList::new();
+        for (&partition, &offset) in points {
+            // The list is fresh and the offset is one past a real one, so this cannot fail.
+            let _ = offsets.add_partition_offset(
+                &self.config.kafka.documents_topic,
+                partition,
+                Offset::Offset(offset),
+            );
+        }
+        offsets
+    }
+}
