@@ -88,15 +88,21 @@ impl Daemon {
             .sum()
     }
 
-    /// Sends SIGTERM.
-    pub fn terminate(&self) {
-        let status = Command::new("kill").args(["-TERM", &self.process.id().to_string()]).status().unwrap();
-        assert!(status.success());
+    /// Sends a signal, such as `TERM`.
+    pub fn signal(&self, name: &str) {
+        // Fails where the process has just ended, which is for the caller to see.
+        let _ =
+            Command::new("kill").arg(format!("-{name}")).arg(self.process.id().to_string()).status().unwrap();
+    }
+
+    /// How the daemon ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.process.try_wait().unwrap()
     }
 
     /// Sends SIGTERM and waits for the end.
     pub fn stop(mut self) -> ExitStatus {
-        self.terminate();
+        self.signal("TERM");
         self.process.wait().unwrap()
     }
 }

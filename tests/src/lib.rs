@@ -3,12 +3,15 @@
 
 mod broker;
 mod daemon;
+mod kafka;
+pub mod oracle;
 mod topic;
 
 use std::path::{Path, PathBuf};
 
 pub use broker::Broker;
 pub use daemon::Daemon;
+pub use kafka::Kafka;
 pub use topic::{Record, produce, read_all};
 
 /// The repository's root.
@@ -40,8 +43,10 @@ fn environment(name: &str) -> PathBuf {
 
 /// A binary of this workspace, built in the same profile as the tests.
 pub fn binary(name: &str) -> PathBuf {
-    let tests = std::env::current_exe().unwrap();
-    let path = tests.parent().unwrap().parent().unwrap().join(name);
+    let this = std::env::current_exe().unwrap();
+    // Tests lie in `deps`, beside the binaries' folder.
+    let folder = this.ancestors().skip(1).find(|folder| !folder.ends_with("deps")).unwrap();
+    let path = folder.join(name);
     assert!(path.exists(), "{} is not built; run `cargo build --release --bins` first", path.display());
     path
 }

@@ -132,7 +132,7 @@ impl<'a> Sink<'a> {
                 }
                 Err(Failure::Fatal(error)) => return Err(error),
                 Err(Failure::Aborted(error)) => {
-                    tracing::warn!(error = format!("{error:#}"), "transaction aborted; trying again");
+                    tracing::info!(error = format!("{error:#}"), "transaction aborted; trying again");
                     self.metrics.aborts.inc();
                     match self.insist(|| self.producer.client.abort_transaction(CALL)) {
                         Ok(()) => {}

@@ -1,0 +1,49 @@
+//! `tests/soak`: any number of faults against daemons on a real Kafka; ends with one line of figures.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use sluice_tests::oracle::{Options, run};
+use sluice_tests::{Kafka, golden, root};
+
+/// Injects faults into daemons on a real Kafka and checks that every document comes out exactly once.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Faults to inject.
+    #[arg(long, default_value_t = 20)]
+    faults: usize,
+    /// Decides which, when, and what the documents say.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Daemons that share the group.
+    #[arg(long, default_value_t = 3)]
+    daemons: usize,
+    /// Documents a second.
+    #[arg(long, default_value_t = 40)]
+    documents_per_second: u64,
+    /// Switch transactions off: the oracle must then find doubles.
+    #[arg(long)]
+    at_least_once: bool,
+}
+
+#[allow(clippy::print_stdout)]
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let kafka = Kafka::start(&root().join("target/soak-kafka"));
+    let options = Options {
+        seed: arguments.seed,
+        faults: arguments.faults,
+        daemons: arguments.daemons,
+        exactly_once: !arguments.at_least_once,
+        documents_per_second: arguments.documents_per_second,
+    };
+    let findings = run(&kafka, &golden("tiny-llama"), &options);
+    println!("{findings}");
+    if findings.is_clean() {
+        ExitCode::SUCCESS
+    } else {
+        eprintln!("{findings:#?}");
+        eprintln!("run it again: tests/soak --seed {} --faults {}", arguments.seed, arguments.faults);
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,63 @@
+//! A real Apache Kafka, through `ops/kafka`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+
+use crate::root;
+
+/// A cluster of one broker, which ends with this value.
+pub struct Kafka {
+    data: PathBuf,
+    /// Its address, the same over restarts.
+    pub bootstrap_servers: String,
+}
+
+impl Kafka {
+    /// Starts a broker with its data in `data`.
+    pub fn start(data: &Path) -> Self {
+        let mut kafka = Self { data: data.to_owned(), bootstrap_servers: String::new() };
+        kafka.bootstrap_servers = kafka.command("start");
+        kafka
+    }
+
+    /// `ops/kafka start|stop|kill`; what it prints.
+    pub fn command(&self, action: &str) -> String {
+        let mut command = Command::new(root().join("ops/kafka"));
+        command.arg(action).arg("--data").arg(&self.data);
+        if action == "kill" {
+            command.args(["--node", "1"]);
+        }
+        let output = command.output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "ops/kafka {action} failed: {message}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// Creates a topic.
+    pub fn create_topic(&self, name: &str, partitions: i32) {
+        let admin: AdminClient<DefaultClientContext> =
+            ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap();
+        let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        let created = rdkafka_wait(admin.create_topics(&[topic], &AdminOptions::new()));
+        created.unwrap()[0].as_ref().unwrap();
+    }
+}
+
+/// Waits for a future of librdkafka, which completes on a thread of its own.
+fn rdkafka_wait<F: Future>(future: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+impl Drop for Kafka {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.command("stop");
+        } else {
+            let _ = Command::new(root().join("ops/kafka")).args(["stop", "--data"]).arg(&self.data).status();
+        }
+    }
+}
