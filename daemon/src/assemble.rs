@@ -1,23 +1,21 @@
 //! Rows back to documents: gathers the losses of a document's windows and makes its record when all are there.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
-use sluice_schemas::record::{LossFormat, Losses, RecordError, ScoredDocument};
+use sluice_schemas::record::{ContextPolicy, LossFormat, Losses, RecordError, ScoredDocument};
 
 use crate::batch::Batch;
-use crate::score::Scores;
-use crate::score::model::Model;
+use crate::ledger::Ticket;
+use crate::score::{ModelIdentity, Scores};
 use crate::sink::{DeadLetter, Outcome, Scored};
 use crate::source::Job;
 
 /// What every scored record says beside its losses.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct RecordPolicy {
     /// The model's fingerprint and precision go into the record.
-    pub model: Arc<Model>,
+    pub model: ModelIdentity,
     /// How the model sees a document.
-    pub context: sluice_schemas::record::ContextPolicy,
+    pub context: ContextPolicy,
     /// Layout of the losses.
     pub loss_format: LossFormat,
     /// Whether entropies are recorded.
@@ -60,7 +58,7 @@ impl Assembly {
     }
 
     /// The document's ticket and what becomes of it.
-    pub fn finish(self, policy: &RecordPolicy) -> (crate::ledger::Ticket, Outcome) {
+    pub fn finish(self, policy: &RecordPolicy) -> (Ticket, Outcome) {
         let ticket = self.job.ticket;
         let (key, origin) = (self.job.key.clone(), self.job.payload.clone());
         let dead =

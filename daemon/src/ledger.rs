@@ -36,6 +36,8 @@ struct Partition<T> {
     waiting: VecDeque<Entry<T>>,
     /// Records taken and not yet released.
     publishing: usize,
+    /// Offset after the last record read.
+    next: Option<i64>,
 }
 
 #[derive(Debug)]
@@ -86,7 +88,7 @@ impl<T> Ledger<T> {
         for partition in partitions {
             state.epochs += 1;
             let epoch = state.epochs;
-            let fresh = Partition { epoch, waiting: VecDeque::new(), publishing: 0 };
+            let fresh = Partition { epoch, waiting: VecDeque::new(), publishing: 0, next: None };
             if let Some(old) = state.partitions.insert(partition, fresh) {
                 state.tokens -= old.waiting.iter().map(|entry| entry.tokens).sum::<usize>();
             }
@@ -109,6 +111,7 @@ impl<T> Ledger<T> {
         let mut state = self.lock();
         let books = state.partitions.get_mut(&partition)?;
         let ticket = Ticket { partition, offset, epoch: books.epoch };
+        books.next = Some(offset + 1);
         books.waiting.push_back(Entry { ticket, tokens, opened: Instant::now(), outcome: None });
         state.tokens += tokens;
         Some(ticket)
@@ -198,6 +201,16 @@ impl<T> Ledger<T> {
     /// Number of assigned partitions.
     pub fn assigned_partitions(&self) -> usize {
         self.lock().partitions.len()
+    }
+
+    /// Records between what was read of `partition` and published, and `end`, where nothing was read yet counted
+    /// from `committed`; nothing where the partition is not assigned.
+    pub fn lag(&self, partition: i32, committed: i64, end: i64) -> Option<u64> {
+        let state = self.lock();
+        let books = state.partitions.get(&partition)?;
+        let oldest = books.waiting.front().map(|entry| entry.ticket.offset);
+        let done = oldest.or(books.next).unwrap_or(committed.max(0));
+        Some(u64::try_from(end - done).unwrap_or(0))
     }
 
     /// Age of the oldest record in flight that was not yet taken.
@@ -298,6 +311,22 @@ mod tests {
         assert_eq!(ledger.tokens(), 7);
         ledger.release(&group);
         assert!(ledger.is_drained());
+    }
+
+    #[test]
+    #[allow(clippy::unwrap_used)]
+    fn lag_counts_what_is_not_published_yet() {
+        let ledger = Ledger::default();
+        assert_eq!(ledger.lag(0, 10, 30), None);
+        ledger.assign([0]);
+        assert_eq!(ledger.lag(0, 10, 30), Some(20), "from the committed offset");
+        assert_eq!(ledger.lag(0, -1001, 30), Some(30), "from the start where nothing was committed");
+        let ticket = ledger.open(0, 10, 1).unwrap();
+        ledger.open(0, 11, 1).unwrap();
+        assert_eq!(ledger.lag(0, 10, 30), Some(20), "what is read is not published");
+        ledger.complete(ticket, "x");
+        assert_eq!(ledger.take(1000, NOW).len(), 1);
+        assert_eq!(ledger.lag(0, 10, 30), Some(19));
     }
 
     #[test]

@@ -47,6 +47,8 @@ pub struct Metrics {
     pub rebalances: IntCounter,
     /// Errors of the Kafka clients that they recover from by themselves.
     pub kafka_errors: IntCounter,
+    /// Records of the assigned partitions that are not published yet.
+    pub consumer_lag: IntGauge,
     /// Partitions that this daemon reads.
     pub assigned_partitions: IntGauge,
     /// 1 while reading is paused because the budget is used up.
@@ -115,6 +117,10 @@ impl Metrics {
             kafka_errors: counter(
                 "sluiced_kafka_errors_total",
                 "Errors that the Kafka clients recover from.",
+            )?,
+            consumer_lag: gauge(
+                "sluiced_consumer_lag_records",
+                "Records of the assigned partitions that are not published yet.",
             )?,
             assigned_partitions: gauge("sluiced_assigned_partitions", "Partitions that this daemon reads.")?,
             paused: gauge("sluiced_paused", "1 while reading is paused because the budget is used up.")?,

@@ -17,10 +17,10 @@ use crate::config::{BatchSettings, Config};
 use crate::health::{Health, Loop};
 use crate::ledger::Ledger;
 use crate::metrics::{MODEL_FAILED, Metrics};
-use crate::score::Scorer;
 use crate::score::model::Model;
+use crate::score::{ModelIdentity, Score};
 use crate::sink::{Outcome, Sink};
-use crate::source::{self, Expected, Job};
+use crate::source::{self, Job};
 
 /// Documents in a row that the model may fail on before the model itself is taken to be broken.
 const FAILURES_MAX: usize = 3;
@@ -48,7 +48,7 @@ pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextP
 }
 
 /// Runs every size of batch once that scoring will meet at its largest, so that memory is had and kernels are chosen.
-pub fn warm_up(scorer: &mut Scorer, policy: ContextPolicy, batch: &BatchSettings) -> anyhow::Result<()> {
+pub fn warm_up(scorer: &mut dyn Score, policy: ContextPolicy, batch: &BatchSettings) -> anyhow::Result<()> {
     for (rows, len) in [(1, 2), (batch.tokens_max / policy.window as usize, policy.window as usize)] {
         let tokens: Arc<[u32]> = vec![0; len].into();
         let rows: Vec<Window> = (0..rows.max(1)).flat_map(|row| windows(row, &tokens, policy)).collect();
@@ -62,15 +62,14 @@ pub fn warm_up(scorer: &mut Scorer, policy: ContextPolicy, batch: &BatchSettings
 /// Reads, scores and publishes until `health` is asked to stop; returns once everything read is committed.
 pub fn run(
     config: &Config,
-    model: Arc<Model>,
-    scorer: Scorer,
+    model: ModelIdentity,
+    scorer: Box<dyn Score>,
     policy: ContextPolicy,
     metrics: &Metrics,
     health: &Health,
 ) -> anyhow::Result<()> {
     let ledger = Arc::new(Ledger::<Outcome>::default());
     let consumer = Arc::new(source::subscribe(config, Arc::clone(&ledger), metrics.clone(), health.clone())?);
-    let expected = Expected { tokenizer: model.tokenizer, vocabulary: model.vocabulary };
     let record = RecordPolicy {
         model,
         context: policy,
@@ -82,7 +81,7 @@ pub fn run(
     std::thread::scope(|scope| {
         let source = scope.spawn(|| {
             let jobs = jobs_in;
-            guarded(health, || source::run(&consumer, &jobs, &ledger, expected, config, metrics, health))
+            guarded(health, || source::run(&consumer, &jobs, &ledger, model, config, metrics, health))
         });
         let score = scope.spawn(|| {
             guarded(health, || {
@@ -116,7 +115,7 @@ fn guarded(health: &Health, run: impl FnOnce() -> anyhow::Result<()>) -> anyhow:
 }
 
 fn score_loop(
-    mut scorer: Scorer,
+    mut scorer: Box<dyn Score>,
     jobs: &Receiver<Job>,
     ledger: &Ledger<Outcome>,
     record: &RecordPolicy,

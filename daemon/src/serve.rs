@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -28,23 +27,23 @@ pub fn serve(config: &Config) -> anyhow::Result<()> {
 
     let (model, mut scorer, policy) = open_model(config)?;
     metrics.set_model(
-        &model.fingerprint.to_string(),
-        &model.tokenizer.to_string(),
-        &format!("{:?}", model.precision).to_lowercase(),
+        &model.identity.fingerprint.to_string(),
+        &model.identity.tokenizer.to_string(),
+        &format!("{:?}", model.identity.precision).to_lowercase(),
         &config.model.device,
     );
     pipeline::warm_up(&mut scorer, policy, &config.batch)?;
     health.set_warm();
     tracing::info!(
-        model = %model.fingerprint.short(),
-        tokenizer = %model.tokenizer.short(),
-        vocabulary = model.vocabulary,
+        model = %model.identity.fingerprint.short(),
+        tokenizer = %model.identity.tokenizer.short(),
+        vocabulary = model.identity.vocabulary,
         window = policy.window,
         stride = policy.stride,
         device = config.model.device,
         "reference model is warm"
     );
-    pipeline::run(config, Arc::new(model), scorer, policy, &metrics, &health)?;
+    pipeline::run(config, model.identity, Box::new(scorer), policy, &metrics, &health)?;
     tracing::info!(scored = metrics.documents_scored.get(), "drained; everything read is committed");
     Ok(())
 }
@@ -120,7 +119,7 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
     println!("configuration: ok");
     let (model, mut scorer, policy) = open_model(config)?;
     pipeline::warm_up(&mut scorer, policy, &config.batch)?;
-    println!("model: ok, {} with {} logits", model.fingerprint, model.vocabulary);
+    println!("model: ok, {} with {} logits", model.identity.fingerprint, model.identity.vocabulary);
     println!("  head: {}, then {:?}", model.report.head, model.report.after_head);
     println!(
         "  inputs: {}",
@@ -130,7 +129,7 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
         "  windows of {} tokens every {} tokens, on {}",
         policy.window, policy.stride, config.model.device
     );
-    println!("tokenizer: ok, {}", model.tokenizer);
+    println!("tokenizer: ok, {}", model.identity.tokenizer);
 
     let settings = &config.kafka;
     let consumer: BaseConsumer = kafka::client_config(&settings.bootstrap_servers, &settings.properties)

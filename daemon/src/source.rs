@@ -11,8 +11,8 @@ use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, Rebalance};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message as _};
+use rdkafka::statistics::Statistics;
 use rdkafka::topic_partition_list::TopicPartitionList;
-use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{RecordError, TokenizedDocument};
 
 use crate::config::Config;
@@ -21,12 +21,15 @@ use crate::health::{Health, Loop};
 use crate::kafka;
 use crate::ledger::{Ledger, Ticket};
 use crate::metrics::Metrics;
+use crate::score::ModelIdentity;
 use crate::sink::{DeadLetter, Outcome};
 
 const POLL: Duration = Duration::from_millis(100);
 /// How long a paused consumer waits before it looks at the budget again.
 const POLL_PAUSED: Duration = Duration::from_millis(2);
 
+/// How often the lag is worked out.
+const STATISTICS_EVERY_MS: &str = "1000";
 /// How often, and how long, brokers that were down are asked for a sign of life.
 const PROBE_EVERY: Duration = Duration::from_secs(2);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -44,15 +47,6 @@ pub struct Job {
     pub document: TokenizedDocument,
 }
 
-/// What a document is checked against.
-#[derive(Clone, Copy, Debug)]
-pub struct Expected {
-    /// Fingerprint of the model's tokenizer.
-    pub tokenizer: Fingerprint,
-    /// Number of token ids that the model knows.
-    pub vocabulary: u32,
-}
-
 /// The consumer, shared with the sink, which commits through it.
 pub type DocumentsConsumer = BaseConsumer<Context>;
 
@@ -67,6 +61,14 @@ pub struct Context {
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         kafka::log_client(level, facility, message);
+    }
+
+    fn stats(&self, statistics: Statistics) {
+        let partitions = statistics.topics.values().flat_map(|topic| topic.partitions.values());
+        let lag: u64 = partitions
+            .filter_map(|p| self.ledger.lag(p.partition, p.committed_offset, p.ls_offset.max(0)))
+            .sum();
+        self.metrics.consumer_lag.set(lag as i64);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
@@ -91,9 +93,11 @@ impl ConsumerContext for Context {
             }
             Rebalance::Revoke(list) => {
                 let partitions = numbers(list);
-                // What is in flight can still be committed, unless the group has already given it to another.
-                let drained =
-                    !consumer.assignment_lost() && self.ledger.wait_drained(&partitions, self.drain);
+                // What is in flight can still be committed, unless the group has already given it to another, or
+                // nobody is left to commit it.
+                let drained = !consumer.assignment_lost()
+                    && !self.health.is_aborted()
+                    && self.ledger.wait_drained(&partitions, self.drain);
                 tracing::info!(?partitions, drained, "partitions revoked");
                 self.ledger.revoke(partitions);
             }
@@ -130,6 +134,7 @@ pub fn subscribe(
         .set("partition.assignment.strategy", "cooperative-sticky")
         // Read ahead little: what waits inside the client is thrown away at every pause.
         .set("queued.max.messages.kbytes", "16384")
+        .set("statistics.interval.ms", STATISTICS_EVERY_MS)
         .create_with_context(context)
         .context("kafka.properties")?;
     let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))
@@ -153,7 +158,7 @@ pub fn run(
     consumer: &DocumentsConsumer,
     jobs: &Sender<Job>,
     ledger: &Ledger<Outcome>,
-    expected: Expected,
+    model: ModelIdentity,
     config: &Config,
     metrics: &Metrics,
     health: &Health,
@@ -200,7 +205,7 @@ pub fn run(
             Some(Ok(_)) if stopping.is_some() => {}
             Some(Ok(message)) => {
                 broker_is_up(health);
-                accept(&message, jobs, ledger, expected, metrics);
+                accept(&message, jobs, ledger, model, metrics);
                 if paused {
                     // A rebalance has brought partitions that are not paused yet.
                     set_paused(consumer, true);
@@ -244,12 +249,12 @@ fn accept(
     message: &BorrowedMessage<'_>,
     jobs: &Sender<Job>,
     ledger: &Ledger<Outcome>,
-    expected: Expected,
+    model: ModelIdentity,
     metrics: &Metrics,
 ) {
     let payload = Bytes::copy_from_slice(message.payload().unwrap_or_default());
     let key = message.key().map(Bytes::copy_from_slice);
-    let checked = check(payload.clone(), expected);
+    let checked = check(payload.clone(), model);
     // A refused record takes room too: that of the tokens its bytes might have been.
     let tokens = checked.as_ref().map_or(payload.len() / 2 + 1, |document| document.tokens.len());
     let Some(ticket) = ledger.open(message.partition(), message.offset(), tokens) else {
@@ -278,9 +283,9 @@ fn accept(
     }
 }
 
-fn check(payload: Bytes, expected: Expected) -> Result<TokenizedDocument, RecordError> {
+fn check(payload: Bytes, model: ModelIdentity) -> Result<TokenizedDocument, RecordError> {
     let document = TokenizedDocument::decode(payload)?;
-    document.check_tokenizer(expected.tokenizer)?;
-    document.tokens.check_vocabulary(expected.vocabulary)?;
+    document.check_tokenizer(model.tokenizer)?;
+    document.tokens.check_vocabulary(model.vocabulary)?;
     Ok(document)
 }

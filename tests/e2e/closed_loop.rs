@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use sluice_daemon::batch::{plan, windows};
-use sluice_daemon::score::Scorer;
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
+use sluice_daemon::score::{Score as _, Scorer};
 use sluice_schemas::record::{ContextPolicy, Precision};
 use sluice_tests::{golden, onnxruntime};
 use sluice_trainer::batch::{Batch, NO_TARGET};
@@ -64,7 +64,7 @@ fn agrees(tied: bool) {
 
     let model = Model::load(&served, false).unwrap();
     assert_eq!(
-        (model.vocabulary, model.context_max, model.precision),
+        (model.identity.vocabulary, model.context_max, model.identity.precision),
         (512, Some(LEN as u32), Precision::F32)
     );
     let options =

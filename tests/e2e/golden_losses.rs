@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use sluice_daemon::batch::{plan, windows};
-use sluice_daemon::score::Scorer;
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
+use sluice_daemon::score::{Score as _, Scorer};
 use sluice_schemas::record::ContextPolicy;
 use sluice_tests::{golden, onnxruntime};
 
@@ -51,7 +51,10 @@ fn worst_difference(name: &str, tokens_max: usize) -> f64 {
         let scores = scorer.score(&batch).unwrap();
         assert_eq!(scores.entropies.len(), scores.losses.len());
         assert!(
-            scores.entropies.iter().all(|&e| (0.0..=f64::from(model.vocabulary).ln() as f32).contains(&e))
+            scores
+                .entropies
+                .iter()
+                .all(|&e| (0.0..=f64::from(model.identity.vocabulary).ln() as f32).contains(&e))
         );
         let mut next = scores.losses.iter();
         for window in &batch.windows {
@@ -94,7 +97,7 @@ fn a_float16_model_agrees_to_its_rounding() {
 #[test]
 fn what_was_found_in_the_graph_is_reported() {
     let model = Model::load(&golden("tiny-llama-mask"), false).unwrap();
-    assert_eq!(model.vocabulary, 512);
+    assert_eq!(model.identity.vocabulary, 512);
     assert_eq!(model.report.after_head, ["Mul"]);
     let inputs: Vec<_> = model.inputs.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(inputs, ["input_ids", "attention_mask", "position_ids"]);

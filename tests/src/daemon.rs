@@ -75,6 +75,19 @@ impl Daemon {
         }
     }
 
+    /// Waits until the daemon has ended by itself with exit code `code`.
+    pub fn wait_for_end(&mut self, code: i32) {
+        let deadline = Instant::now() + Duration::from_mins(1);
+        loop {
+            if let Some(status) = self.ended() {
+                assert_eq!(status.code(), Some(code));
+                return;
+            }
+            assert!(Instant::now() < deadline, "waited a minute for the daemon to end");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// Records that were scored or dead-lettered so far.
     pub fn finished(&self) -> usize {
         let (_, text) = self.get("/metrics");

@@ -65,7 +65,8 @@ pub fn read_all(bootstrap_servers: &str, topic: &str) -> Vec<Record> {
     consumer.assign(&assignment).unwrap();
     let mut records = Vec::new();
     let deadline = Instant::now() + PATIENCE;
-    let mut unread: HashSet<i32> = assignment.elements().iter().map(|partition| partition.partition()).collect();
+    let mut unread: HashSet<i32> =
+        assignment.elements().iter().map(|partition| partition.partition()).collect();
     while !unread.is_empty() {
         assert!(Instant::now() < deadline, "partitions {unread:?} of {topic} have no end");
         let message = match consumer.poll(Duration::from_millis(100)) {

@@ -7,7 +7,9 @@ pub mod runtime;
 use anyhow::{Context as _, bail};
 use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
+use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::onnx::tensor_proto::DataType;
+use sluice_schemas::record::Precision;
 
 use crate::batch::Batch;
 use graft::{ENTROPY_OUTPUT, LOSS_OUTPUT, ROWS_INPUT, TARGETS_INPUT};
@@ -21,6 +23,25 @@ pub struct Scores {
     pub losses: Vec<f32>,
     /// Entropy of the distribution that the target was drawn from; empty where not asked for.
     pub entropies: Vec<f32>,
+}
+
+/// What turns batches into losses: the reference model, or something that stands in for it in a measurement.
+pub trait Score: Send {
+    /// Scores every target of `batch`, in order.
+    fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores>;
+}
+
+/// What records and checks need to know of a reference model.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelIdentity {
+    /// Fingerprint over the graph and its external data.
+    pub fingerprint: Fingerprint,
+    /// Fingerprint of `tokenizer.json`.
+    pub tokenizer: Fingerprint,
+    /// Number of token ids that the model knows.
+    pub vocabulary: u32,
+    /// Arithmetic of the weights.
+    pub precision: Precision,
 }
 
 /// The inputs that Sluice knows how to fill.
@@ -63,9 +84,10 @@ impl Scorer {
         }
         Ok(Self { session: runtime::open_session(model, options)?, inputs, entropies })
     }
+}
 
-    /// Scores every target of `batch`.
-    pub fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
+impl Score for Scorer {
+    fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
         if batch.targets.is_empty() {
             return Ok(Scores::default());
         }

@@ -13,6 +13,7 @@ use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
 use sluice_schemas::onnx::{ModelProto, TensorProto};
 use sluice_schemas::record::Precision;
 
+use super::ModelIdentity;
 use super::graft::{GraftReport, graft};
 
 /// A reference model, read and given its loss head, ready for a session.
@@ -26,16 +27,10 @@ pub struct Model {
     pub report: GraftReport,
     /// Inputs that the graph wants beside those of the loss head, with their element types.
     pub inputs: Vec<(String, DataType)>,
-    /// Fingerprint over the graph and its external data.
-    pub fingerprint: Fingerprint,
-    /// Fingerprint of `tokenizer.json`.
-    pub tokenizer: Fingerprint,
-    /// Number of token ids that the model knows.
-    pub vocabulary: u32,
+    /// What records say of the model, and are checked against.
+    pub identity: ModelIdentity,
     /// Longest sequence that the model was made for, where `config.json` says so.
     pub context_max: Option<u32>,
-    /// Arithmetic of the weights.
-    pub precision: Precision,
 }
 
 /// The keys of `config.json` that scoring needs.
@@ -94,17 +89,19 @@ impl Model {
             data_folder,
             report,
             inputs,
-            fingerprint: Fingerprint::of_parts(&mut parts),
-            tokenizer: tokenizer_fingerprint(&folder.join("tokenizer.json"))?,
-            vocabulary,
+            identity: ModelIdentity {
+                fingerprint: Fingerprint::of_parts(&mut parts),
+                tokenizer: tokenizer_fingerprint(&folder.join("tokenizer.json"))?,
+                vocabulary,
+                precision,
+            },
             context_max: config.max_position_embeddings,
-            precision,
         })
     }
 }
 
 /// Fingerprint of the `tokenizer.json` at `path`.
-pub fn tokenizer_fingerprint(path: &Path) -> anyhow::Result<Fingerprint> {
+fn tokenizer_fingerprint(path: &Path) -> anyhow::Result<Fingerprint> {
     let bytes = std::fs::read(path).with_context(|| {
         format!("cannot read the tokenizer {}; records are checked against its fingerprint", path.display())
     })?;

@@ -8,7 +8,7 @@ mod error;
 mod producer;
 mod record;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -20,7 +20,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use crate::config::{Config, Delivery};
 use crate::health::{Health, Loop};
 use crate::kafka;
-use crate::ledger::{Group, Ledger};
+use crate::ledger::{Group, Ledger, Ticket};
 use crate::metrics::Metrics;
 use crate::source::DocumentsConsumer;
 use error::{Verdict, classify, is_too_large};
@@ -32,6 +32,9 @@ const IDLE: Duration = Duration::from_millis(100);
 const CALL: Duration = Duration::from_secs(1);
 /// Wait between an aborted transaction and the next try.
 const ABORT_WAIT: Duration = Duration::from_millis(200);
+
+/// Records that were in a batch which the broker refused as too large.
+type Suspects = HashSet<Ticket>;
 
 /// Why a transaction was not committed.
 enum Failure {
@@ -120,12 +123,13 @@ impl<'a> Sink<'a> {
     /// Records and offsets in one transaction, begun only now that everything is scored. After an abort the same
     /// outcomes go into another, less those whose partition was taken away meanwhile.
     fn deliver_exactly_once(&self, group: &mut Group<Outcome>) -> anyhow::Result<()> {
+        let mut suspects = HashSet::new();
         loop {
             self.ledger.drop_revoked(group);
             if group.is_empty() {
                 return Ok(());
             }
-            match self.transaction(group) {
+            match self.transaction(group, &suspects) {
                 Ok(()) => {
                     self.metrics.commits.inc();
                     return Ok(());
@@ -138,24 +142,18 @@ impl<'a> Sink<'a> {
                         Ok(()) => {}
                         Err(Failure::Aborted(error) | Failure::Fatal(error)) => return Err(error),
                     }
-                    self.shrink_refused(group)?;
+                    self.sort_out_refused(group, &mut suspects)?;
                     std::thread::sleep(ABORT_WAIT);
                 }
             }
         }
     }
 
-    fn transaction(&self, group: &mut Group<Outcome>) -> Result<(), Failure> {
+    fn transaction(&self, group: &mut Group<Outcome>, suspects: &Suspects) -> Result<(), Failure> {
         let client = &self.producer.client;
         client.begin_transaction().map_err(|error| self.judge(error))?;
         for index in 0..group.len() {
-            // A record that the client itself refuses does not touch the transaction.
-            while let Err(error) = self.send(group, index) {
-                if !is_too_large(&error) {
-                    return Err(self.judge(error));
-                }
-                self.shrink(group, index).map_err(Failure::Fatal)?;
-            }
+            self.send(group, index, suspects)?;
         }
         let offsets = self.offsets(&Ledger::commit_points(group));
         let Some(membership) = self.consumer.group_metadata() else {
@@ -196,23 +194,17 @@ impl<'a> Sink<'a> {
 
     /// Records first, and once the broker has confirmed them all, the offsets.
     fn deliver_at_least_once(&self, group: &mut Group<Outcome>) -> anyhow::Result<()> {
+        let mut suspects = HashSet::new();
         let mut unsent: Vec<usize> = (0..group.len()).collect();
         while !unsent.is_empty() {
-            for index in unsent {
-                while let Err(error) = self.send(group, index) {
-                    if !is_too_large(&error) {
-                        return Err(error).context("cannot publish");
-                    }
-                    self.shrink(group, index)?;
-                }
+            let sent = unsent
+                .iter()
+                .try_for_each(|&index| self.send(group, index, &suspects))
+                .and_then(|()| self.insist(|| self.producer.client.flush(CALL)));
+            if let Err(Failure::Aborted(error) | Failure::Fatal(error)) = sent {
+                return Err(error.context("cannot publish"));
             }
-            match self.insist(|| self.producer.client.flush(CALL)) {
-                Ok(()) => {}
-                Err(Failure::Aborted(error) | Failure::Fatal(error)) => {
-                    return Err(error.context("cannot publish"));
-                }
-            }
-            unsent = self.shrink_refused(group)?;
+            unsent = self.sort_out_refused(group, &mut suspects)?;
         }
         self.ledger.drop_revoked(group);
         let points = Ledger::commit_points(group);
@@ -230,7 +222,26 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    fn send(&self, group: &Group<Outcome>, index: usize) -> KafkaResult<()> {
+    /// Hands record `index` to the producer; a suspect goes in a batch of its own, so that a refusal is meant for it.
+    fn send(&self, group: &mut Group<Outcome>, index: usize, suspects: &Suspects) -> Result<(), Failure> {
+        let alone = suspects.contains(&group[index].ticket);
+        if alone {
+            self.insist(|| self.producer.client.flush(CALL))?;
+        }
+        // A record that the client itself refuses does not touch the transaction.
+        while let Err(error) = self.hand_over(group, index) {
+            if !is_too_large(&error) {
+                return Err(self.judge(error));
+            }
+            self.shrink(group, index).map_err(Failure::Fatal)?;
+        }
+        if alone {
+            self.insist(|| self.producer.client.flush(CALL))?;
+        }
+        Ok(())
+    }
+
+    fn hand_over(&self, group: &Group<Outcome>, index: usize) -> KafkaResult<()> {
         let settings = &self.config.kafka;
         let taken = &group[index];
         let topic = match taken.outcome {
@@ -242,19 +253,29 @@ impl<'a> Sink<'a> {
         self.producer.send(topic, index, key.map(AsRef::as_ref), payload.map(AsRef::as_ref), headers)
     }
 
-    /// Replaces the records that the broker found too large, and returns their indices. Any other refusal of an
-    /// aborted transaction is that of the abort itself.
-    fn shrink_refused(&self, group: &mut Group<Outcome>) -> anyhow::Result<Vec<usize>> {
-        let mut shrunk = Vec::new();
+    /// Looks at the records that the broker refused as too large, and returns their indices.
+    ///
+    /// The broker's limit is on batches, and refuses a whole batch for one record. So the records of a refused batch
+    /// are suspects, which are sent one by one, and one that is refused alone is made smaller. Any other refusal in
+    /// an aborted transaction is that of the abort itself.
+    fn sort_out_refused(
+        &self,
+        group: &mut Group<Outcome>,
+        suspects: &mut Suspects,
+    ) -> anyhow::Result<Vec<usize>> {
+        let mut refused = Vec::new();
         for (index, error) in self.producer.refused() {
             if is_too_large(&error) {
-                self.shrink(group, index)?;
-                shrunk.push(index);
+                if !suspects.insert(group[index].ticket) {
+                    self.shrink(group, index)?;
+                }
+                refused.push(index);
             } else if self.delivery == Delivery::AtLeastOnce {
                 return Err(error).context("the broker refuses a record");
             }
         }
-        Ok(shrunk)
+        refused.sort_unstable();
+        Ok(refused)
     }
 
     fn shrink(&self, group: &mut Group<Outcome>, index: usize) -> anyhow::Result<()> {

@@ -10,9 +10,9 @@ use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use sluice_daemon::batch::{Batch, windows};
-use sluice_daemon::score::Scorer;
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
+use sluice_daemon::score::{Score as _, Scorer};
 use sluice_schemas::record::{ContextPolicy, ScoredDocument};
 
 use super::load::{Obligations, id, key, poison_key, tokens};
