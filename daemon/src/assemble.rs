@@ -61,14 +61,13 @@ impl Assembly {
     pub fn finish(self, policy: &RecordPolicy) -> (Ticket, Outcome) {
         let ticket = self.job.ticket;
         let (key, origin) = (self.job.key.clone(), self.job.payload.clone());
-        let dead =
-            |reason, detail| Outcome::DeadLetter(DeadLetter { key, payload: Some(origin), reason, detail });
+        let dead = |reason, detail: &str| Outcome::DeadLetter(DeadLetter::new(key, origin, reason, detail));
         if let Some((reason, detail)) = self.failure {
-            return (ticket, dead(reason, detail));
+            return (ticket, dead(reason, &detail));
         }
         match self.record(policy) {
             Ok(scored) => (ticket, Outcome::Scored(scored)),
-            Err(error) => (ticket, dead(error.code(), error.to_string())),
+            Err(error) => (ticket, dead(error.code(), &error.to_string())),
         }
     }
 

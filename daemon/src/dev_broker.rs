@@ -5,6 +5,7 @@
 
 use std::io::{Read as _, Write as _};
 
+use crate::exit::{ExitCode as _, USAGE};
 use anyhow::{Context as _, bail};
 use rdkafka::mocking::MockCluster;
 use tokio::signal::unix::{SignalKind, signal};
@@ -14,7 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 pub fn run(topics: &[String], until_stdin_closes: bool) -> anyhow::Result<()> {
     let cluster = MockCluster::new(1).context("cannot start the mock cluster")?;
     for topic in topics {
-        let (name, partitions) = parse_topic(topic)?;
+        let (name, partitions) = parse_topic(topic).exit_code(USAGE)?;
         cluster
             .create_topic(name, partitions, 1)
             .with_context(|| format!("cannot create the topic `{name}` with {partitions} partitions"))?;

@@ -7,12 +7,14 @@ use anyhow::{Context as _, anyhow, bail};
 use rdkafka::ClientConfig;
 use rdkafka::client::{Client, ClientContext};
 use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::KafkaError;
 use rdkafka::metadata::Metadata;
+use rdkafka::types::RDKafkaConfRes;
 
 use crate::config::{Delivery, Kafka};
 
 /// Settings of librdkafka that delivery depends on, with the key of ours that sets each, or why none may.
-const OWNED: [(&str, &str); 13] = [
+const OWNED: [(&str, &str); 15] = [
     ("bootstrap.servers", "set kafka.bootstrap_servers instead"),
     ("metadata.broker.list", "set kafka.bootstrap_servers instead"),
     ("group.id", "set kafka.group_id instead"),
@@ -22,6 +24,8 @@ const OWNED: [(&str, &str); 13] = [
     ("enable.auto.offset.store", "offsets are committed only after what they cover is published"),
     ("isolation.level", "records of aborted transactions must not be scored"),
     ("enable.idempotence", "a retry must not publish a record twice"),
+    ("request.required.acks", "a record counts as published once every replica in sync has it"),
+    ("statistics.interval.ms", "the lag is worked out from it"),
     ("acks", "a record counts as published once every replica in sync has it"),
     ("transactional.id", "set kafka.group_id and kafka.instance instead"),
     ("auto.offset.reset", "a new group begins with the first document, so that none is passed over"),
@@ -74,6 +78,43 @@ pub fn producer_config(
         .set("message.timeout.ms", "0")
         .set("message.max.bytes", record_bytes_max.to_string());
     config
+}
+
+/// Settings of the consumer of the documents topic.
+pub fn consumer_config(settings: &Kafka) -> ClientConfig {
+    let mut config = client_config(&settings.bootstrap_servers, &settings.properties);
+    config
+        .set("group.id", &settings.group_id)
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "earliest")
+        .set("isolation.level", "read_committed")
+        .set("partition.assignment.strategy", "cooperative-sticky")
+        // Read ahead little: it is memory beyond the budget.
+        .set("queued.max.messages.kbytes", "16384")
+        // How often the lag is worked out.
+        .set("statistics.interval.ms", "1000");
+    config
+}
+
+/// Refuses properties that librdkafka does not know or whose values it does not take, before anything starts.
+pub fn check_properties(settings: &Kafka) -> anyhow::Result<()> {
+    consumer_config(settings).create_native_config().map_err(setting_error)?;
+    sink_config(settings)?.create_native_config().map_err(setting_error)?;
+    Ok(())
+}
+
+/// An error about a setting in words that do not repeat its value, which may be a secret.
+pub fn setting_error(error: KafkaError) -> anyhow::Error {
+    match error {
+        KafkaError::ClientConfig(RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN, _, key, _) => {
+            anyhow!("librdkafka knows no property `{key}`; its names are in its CONFIGURATION.md")
+        }
+        KafkaError::ClientConfig(_, _, key, _) => {
+            anyhow!("librdkafka does not take the value given for the property `{key}`")
+        }
+        other => anyhow!(other).context("the settings of the Kafka client do not go together"),
+    }
 }
 
 /// Settings of the daemon's own producer.
@@ -130,13 +171,17 @@ pub fn reach<C: ClientContext>(
     })
 }
 
+/// Whether the brokers are librdkafka's mock cluster.
+pub fn is_mock<C: ClientContext>(client: &Client<C>) -> bool {
+    client.fetch_cluster_id(Duration::from_secs(10)).is_some_and(|cluster| cluster.starts_with("mockCluster"))
+}
+
 /// Refuses `delivery` where the brokers cannot keep its promise.
 ///
 /// librdkafka's mock cluster takes transactions and neither isolates them nor keeps their offsets, so that every start
 /// would read everything again.
 pub fn check_delivery<C: ClientContext>(client: &Client<C>, delivery: Delivery) -> anyhow::Result<()> {
-    let cluster = client.fetch_cluster_id(Duration::from_secs(10)).unwrap_or_default();
-    if delivery == Delivery::ExactlyOnce && cluster.starts_with("mockCluster") {
+    if delivery == Delivery::ExactlyOnce && is_mock(client) {
         bail!(
             "this is librdkafka's mock cluster (sluiced dev-broker), which keeps no transactions; set kafka.delivery to \
              at-least-once"

@@ -193,6 +193,13 @@ impl<T> Ledger<T> {
         self.lock().tokens
     }
 
+    /// Waits until fewer than `tokens_max` tokens are in flight; false where `timeout` passed first.
+    pub fn wait_below(&self, tokens_max: usize, timeout: Duration) -> bool {
+        let full = |state: &mut State<T>| state.tokens >= tokens_max;
+        let waited = self.changed.wait_timeout_while(self.lock(), timeout, full);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
     /// Whether any partition is assigned.
     pub fn is_assigned(&self) -> bool {
         !self.lock().partitions.is_empty()

@@ -24,6 +24,8 @@ use crate::source::{self, Job};
 
 /// Documents in a row that the model may fail on before the model itself is taken to be broken.
 const FAILURES_MAX: usize = 3;
+/// Longest wait before a loop looks whether it should stop.
+const TURN: Duration = Duration::from_millis(100);
 
 /// The windows that `config` asks for from `model`.
 pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextPolicy> {
@@ -37,6 +39,12 @@ pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextP
         }
         (asked, _) => asked,
     };
+    if window < 2 {
+        bail!(
+            "a window of {window} tokens predicts nothing; check max_position_embeddings in config.json, \
+             score.window_tokens and batch.tokens_max"
+        );
+    }
     let stride = match config.score.stride_tokens {
         0 => (window / 2).max(1),
         asked if asked >= window => {
@@ -52,9 +60,12 @@ pub fn warm_up(scorer: &mut dyn Score, policy: ContextPolicy, batch: &BatchSetti
     for (rows, len) in [(1, 2), (batch.tokens_max / policy.window as usize, policy.window as usize)] {
         let tokens: Arc<[u32]> = vec![0; len].into();
         let rows: Vec<Window> = (0..rows.max(1)).flat_map(|row| windows(row, &tokens, policy)).collect();
-        scorer
+        let scores = scorer
             .score(&Batch::new(rows, batch.padding_multiple))
             .context("the model fails on a batch of padding; see the message of ONNX Runtime above")?;
+        if let Some(loss) = scores.losses.iter().find(|loss| !loss.is_finite()) {
+            bail!("the model gives a loss of {loss}; its weights or its arithmetic are broken");
+        }
     }
     Ok(())
 }
@@ -197,7 +208,7 @@ fn complete(
 fn gather(jobs: &Receiver<Job>, settings: &BatchSettings, health: &Health) -> Option<Vec<Job>> {
     let first = loop {
         health.beat(Loop::Score);
-        match jobs.recv_timeout(Duration::from_millis(100)) {
+        match jobs.recv_timeout(TURN) {
             Ok(job) => break job,
             Err(RecvTimeoutError::Timeout) if health.is_aborted() => return None,
             Err(RecvTimeoutError::Timeout) => {}
@@ -207,12 +218,13 @@ fn gather(jobs: &Receiver<Job>, settings: &BatchSettings, health: &Health) -> Op
     let deadline = Instant::now() + Duration::from_millis(settings.delay_ms_max);
     let mut tokens = first.document.tokens.len();
     let mut gathered = vec![first];
-    while tokens < settings.lookahead_tokens {
-        match jobs.recv_deadline(deadline) {
+    while tokens < settings.lookahead_tokens && !health.is_stopping() {
+        match jobs.recv_deadline(deadline.min(Instant::now() + TURN)) {
             Ok(job) => {
                 tokens += job.document.tokens.len();
                 gathered.push(job);
             }
+            Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => health.beat(Loop::Score),
             Err(_) => break,
         }
     }

@@ -10,7 +10,7 @@ use sluice_schemas::record::ContextPolicy;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
-use crate::exit::{ExitCode as _, NO_INPUT, UNAVAILABLE, USAGE};
+use crate::exit::{DATA, ExitCode as _, NO_INPUT, UNAVAILABLE, USAGE};
 use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::score::Scorer;
@@ -20,6 +20,7 @@ use crate::{http, kafka, pipeline};
 
 /// Runs the daemon until SIGTERM or SIGINT; returns once everything read is published and committed.
 pub fn serve(config: &Config) -> anyhow::Result<()> {
+    kafka::check_properties(&config.kafka).exit_code(USAGE)?;
     let metrics = Metrics::new().context("cannot register the metrics")?;
     let health = Health::default();
     let address: SocketAddr = config.http.listen.parse().exit_code(USAGE)?;
@@ -32,7 +33,11 @@ pub fn serve(config: &Config) -> anyhow::Result<()> {
         &format!("{:?}", model.identity.precision).to_lowercase(),
         &config.model.device,
     );
-    pipeline::warm_up(&mut scorer, policy, &config.batch)?;
+    if health.is_stopping() {
+        tracing::info!("stopped before anything was read");
+        return Ok(());
+    }
+    pipeline::warm_up(&mut scorer, policy, &config.batch).exit_code(DATA)?;
     health.set_warm();
     tracing::info!(
         model = %model.identity.fingerprint.short(),
@@ -59,7 +64,8 @@ fn start_edge(
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
     let listener = runtime.block_on(tokio::net::TcpListener::bind(address)).with_context(|| {
         format!("cannot listen on http.listen = {address}; is another daemon running there?")
-    })?;
+    });
+    let listener = listener.exit_code(UNAVAILABLE)?;
     let bound = listener.local_addr().context("the listener has no address")?;
     tracing::info!(address = %bound, "serving /metrics, /live and /ready");
     let router =
@@ -81,7 +87,7 @@ fn start_edge(
                     _ = terminate.recv() => {}
                     _ = interrupt.recv() => {}
                 }
-                if health.is_stopping() || health.not_ready() == Some("the model is loading") {
+                if health.is_stopping() {
                     tracing::warn!("stopping at once; what is not committed will be read again");
                     std::process::exit(130);
                 }
@@ -116,9 +122,10 @@ fn onnxruntime_library(config: &Config) -> PathBuf {
 /// Checks everything `serve` would need, and prints a line for each to standard output.
 #[allow(clippy::print_stdout)]
 pub fn validate(config: &Config) -> anyhow::Result<()> {
+    kafka::check_properties(&config.kafka).exit_code(USAGE)?;
     println!("configuration: ok");
     let (model, mut scorer, policy) = open_model(config)?;
-    pipeline::warm_up(&mut scorer, policy, &config.batch)?;
+    pipeline::warm_up(&mut scorer, policy, &config.batch).exit_code(DATA)?;
     println!("model: ok, {} with {} logits", model.identity.fingerprint, model.identity.vocabulary);
     println!("  head: {}, then {:?}", model.report.head, model.report.after_head);
     println!(
@@ -134,7 +141,7 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
     let settings = &config.kafka;
     let consumer: BaseConsumer = kafka::client_config(&settings.bootstrap_servers, &settings.properties)
         .create()
-        .context("kafka.properties")
+        .map_err(kafka::setting_error)
         .exit_code(USAGE)?;
     let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))
         .exit_code(UNAVAILABLE)?;

@@ -28,11 +28,12 @@ const POLL: Duration = Duration::from_millis(100);
 /// How long a paused consumer waits before it looks at the budget again.
 const POLL_PAUSED: Duration = Duration::from_millis(2);
 
-/// How often the lag is worked out.
-const STATISTICS_EVERY_MS: &str = "1000";
-/// How often, and how long, brokers that were down are asked for a sign of life.
-const PROBE_EVERY: Duration = Duration::from_secs(2);
-const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the budget must stay used up before reading is paused.
+const PAUSE_AFTER: Duration = Duration::from_secs(1);
+/// How long after its last word a broker is asked for a sign of life: one that was down, and one that is quiet.
+const PROBE_DOWN: Duration = Duration::from_secs(2);
+const PROBE_QUIET: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A document to be scored, with its place in the ledger.
 #[derive(Debug)]
@@ -74,9 +75,7 @@ impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
         self.metrics.kafka_errors.inc();
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
-            if self.health.set_broker_down(true) {
-                tracing::warn!(reason, "no broker answers; waiting for one");
-            }
+            broker_is_down(&self.health, reason);
         } else {
             tracing::debug!(%error, reason, "kafka client error");
         }
@@ -125,18 +124,8 @@ pub fn subscribe(
 ) -> anyhow::Result<DocumentsConsumer> {
     let settings = &config.kafka;
     let context = Context { ledger, metrics, health, drain: config.limits.drain() };
-    let consumer: DocumentsConsumer = kafka::client_config(&settings.bootstrap_servers, &settings.properties)
-        .set("group.id", &settings.group_id)
-        .set("enable.auto.commit", "false")
-        .set("enable.auto.offset.store", "false")
-        .set("auto.offset.reset", "earliest")
-        .set("isolation.level", "read_committed")
-        .set("partition.assignment.strategy", "cooperative-sticky")
-        // Read ahead little: what waits inside the client is thrown away at every pause.
-        .set("queued.max.messages.kbytes", "16384")
-        .set("statistics.interval.ms", STATISTICS_EVERY_MS)
-        .create_with_context(context)
-        .context("kafka.properties")?;
+    let consumer: DocumentsConsumer =
+        kafka::consumer_config(settings).create_with_context(context).map_err(kafka::setting_error)?;
     let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))
         .exit_code(UNAVAILABLE)?;
     kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
@@ -166,7 +155,7 @@ pub fn run(
     let budget = config.limits.in_flight_tokens;
     let mut paused = false;
     let mut stopping: Option<Instant> = None;
-    let mut last_probe = Instant::now();
+    let mut last_answer = Instant::now();
     loop {
         health.beat(Loop::Source);
         let in_flight = ledger.tokens();
@@ -186,16 +175,22 @@ pub fn run(
                 );
             }
         }
+        // A pause throws away what the client has fetched, so it is for when the budget stays used up.
+        if !paused && in_flight >= budget && !health.is_stopping() && ledger.wait_below(budget, PAUSE_AFTER) {
+            continue;
+        }
         let pause = health.is_stopping() || in_flight >= budget || (paused && in_flight > budget / 2);
         if pause != paused {
             set_paused(consumer, pause);
             metrics.paused.set(i64::from(pause));
             paused = pause;
         }
-        if health.is_broker_down() && last_probe.elapsed() > PROBE_EVERY {
-            last_probe = Instant::now();
-            if consumer.client().fetch_metadata(Some(&config.kafka.documents_topic), PROBE_TIMEOUT).is_ok() {
-                broker_is_up(health);
+        let probe_after = if health.is_broker_down() { PROBE_DOWN } else { PROBE_QUIET };
+        if last_answer.elapsed() > probe_after {
+            last_answer = Instant::now();
+            match consumer.client().fetch_metadata(Some(&config.kafka.documents_topic), PROBE_TIMEOUT) {
+                Ok(_) => broker_is_up(health),
+                Err(error) => broker_is_down(health, &error.to_string()),
             }
         }
         match consumer.poll(if paused { POLL_PAUSED } else { POLL }) {
@@ -205,6 +200,7 @@ pub fn run(
             Some(Ok(_)) if stopping.is_some() => {}
             Some(Ok(message)) => {
                 broker_is_up(health);
+                last_answer = Instant::now();
                 accept(&message, jobs, ledger, model, metrics);
                 if paused {
                     // A rebalance has brought partitions that are not paused yet.
@@ -212,6 +208,12 @@ pub fn run(
                 }
             }
         }
+    }
+}
+
+fn broker_is_down(health: &Health, reason: &str) {
+    if health.set_broker_down(true) {
+        tracing::warn!(reason, "no broker answers; waiting for one");
     }
 }
 
@@ -236,9 +238,7 @@ fn consumer_error(error: &KafkaError, health: &Health, metrics: &Metrics) -> any
     match error.rdkafka_error_code() {
         Some(RDKafkaErrorCode::Fatal) => bail!("the consumer failed for good: {error}"),
         Some(RDKafkaErrorCode::AllBrokersDown) => {
-            if health.set_broker_down(true) {
-                tracing::warn!("no broker answers; waiting for one");
-            }
+            broker_is_down(health, "all brokers are down");
         }
         _ => tracing::warn!(%error, "kafka consumer error; the client tries again"),
     }
@@ -268,17 +268,8 @@ fn accept(
             let _ = jobs.send(Job { ticket, key, payload, document });
         }
         Err(error) => {
-            let reason = error.code();
-            tracing::debug!(partition = ticket.partition, offset = ticket.offset, %error, "dead letter");
-            ledger.complete(
-                ticket,
-                Outcome::DeadLetter(DeadLetter {
-                    key,
-                    payload: Some(payload),
-                    reason,
-                    detail: error.to_string(),
-                }),
-            );
+            let letter = DeadLetter::new(key, payload, error.code(), &error.to_string());
+            ledger.complete(ticket, Outcome::DeadLetter(letter));
         }
     }
 }

@@ -24,5 +24,5 @@ pub const ORIGIN_TOPIC_HEADER: &str = "sluice-origin-topic";
 pub const ORIGIN_PARTITION_HEADER: &str = "sluice-origin-partition";
 /// Dead-letter header: the offset the record was read from, in decimal.
 pub const ORIGIN_OFFSET_HEADER: &str = "sluice-origin-offset";
-/// Dead-letter header: `true` where the payload was too large to be carried along and is left out.
-pub const PAYLOAD_OMITTED_HEADER: &str = "sluice-payload-omitted";
+/// Dead-letter header: `payload`, or `payload, key`, where these were too large to be carried along.
+pub const OMITTED_HEADER: &str = "sluice-omitted";

@@ -45,6 +45,16 @@ fn wrong_settings_exit_64_before_anything_starts() {
     fails(&["serve", "--model-device", "tpu"], 64, &["`tpu` is no device", "cuda:N"]);
     fails(&["serve", "--kafka-properties", "enable.auto.commit=true"], 64, &["enable.auto.commit"]);
     fails(&["serve", "--no-such-flag"], 64, &["--no-such-flag"]);
+    let given = ["serve", "--kafka-bootstrap-servers", "127.0.0.1:9", "--model-path", "/no/model"];
+    let with = |flags: &[&str], words: &[&str]| fails(&[&given[..], flags].concat(), 64, words);
+    with(&["--batch-padding-multiple", "1000000000000"], &["batch.padding_multiple is 1000000000000"]);
+    with(
+        &["--kafka-properties", "socket.timeout.ms=soon"],
+        &["does not take the value", "`socket.timeout.ms`"],
+    );
+    with(&["--kafka-properties", "sasl.passwrd=hunter2"], &["librdkafka knows no property `sasl.passwrd`"]);
+    let secret = sluiced(&[&given[..], &["--kafka-properties", "sasl.passwrd=hunter2"]].concat());
+    assert!(!String::from_utf8_lossy(&secret.stderr).contains("hunter2"), "a secret is never printed");
 }
 
 #[test]
@@ -76,6 +86,27 @@ fn validate_says_what_is_missing() {
     let bytes = std::fs::read(golden("tiny-llama").join("model.onnx")).unwrap();
     std::fs::write(folder.path().join("model.onnx"), &bytes[..bytes.len() / 2]).unwrap();
     validate(servers, text(folder.path()), 66, &["model.onnx is not an ONNX file, or is cut short"]);
+}
+
+#[test]
+fn a_context_of_one_token_is_refused_and_not_scored_wrongly() {
+    let broker = Broker::with_sluice_topics();
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["model.onnx", "tokenizer.json"] {
+        std::fs::copy(golden("tiny-llama").join(file), folder.path().join(file)).unwrap();
+    }
+    let validate = |config: &str, words: &[&str], code| {
+        std::fs::write(folder.path().join("config.json"), config).unwrap();
+        let servers = broker.bootstrap_servers.as_str();
+        let arguments =
+            ["validate", "--kafka-bootstrap-servers", servers, "--model-path", text(folder.path())];
+        fails(&arguments, code, words);
+    };
+    validate("{\"max_position_embeddings\":1}", &["a window of 1 tokens predicts nothing"], 64);
+    validate("{\"max_position_embeddings\":0}", &["a window of 0 tokens predicts nothing"], 64);
+    validate("{\"vocab_size\":0,\"max_position_embeddings\":64}", &["the vocabulary is empty"], 66);
+    std::fs::write(folder.path().join("tokenizer.json"), "{garbage").unwrap();
+    validate("{\"max_position_embeddings\":64}", &["tokenizer.json is no tokenizer"], 66);
 }
 
 #[test]
@@ -137,16 +168,16 @@ fn ingestion_gives_the_same_records_from_files_and_standard_input_again_and_agai
     ingest("two", text(&file));
     let first = documents(&broker, "one");
     assert_eq!(first, documents(&broker, "two"), "ids are stable over re-runs");
-    let ids: Vec<_> = first.iter().map(|document| document.id.as_str()).collect();
-    assert_eq!(ids, ["a", "lines.jsonl:2"]);
-    assert_eq!((first[0].source.as_str(), first[1].source.as_str()), ("web", "default"));
+    // Sorted by id, and the path of a temporary file comes before a letter.
+    assert_eq!((first[1].id.as_str(), first[1].source.as_str()), ("a", "web"));
+    assert_eq!((first[0].id.clone(), first[0].source.as_str()), (format!("{}:2", file.display()), "default"));
     let fingerprint = Fingerprint::of_bytes(&std::fs::read(&tokenizer).unwrap());
     assert!(first.iter().all(|document| document.tokenizer == fingerprint));
 
     ingest("three", "-");
     let piped = documents(&broker, "three");
     assert_eq!(piped[1].id, "stdin:2");
-    assert_eq!(piped[1].tokens, first[1].tokens);
+    assert_eq!(piped[1].tokens, first[0].tokens);
 }
 
 #[test]
@@ -163,6 +194,12 @@ fn bad_lines_are_counted_and_the_good_ones_go_in() {
     };
     with(text(&tokenizer), text(&file), 65, &["lines.jsonl:3", "1 lines or files hold no document"]);
     assert_eq!(documents(&broker, "documents").len(), 3);
+    let large = folder.path().join("large.jsonl");
+    let words = "the sea ".repeat(500_000);
+    std::fs::write(&large, format!("{{\"text\":\"{words}\"}}\n{{\"text\":\"after\"}}\n")).unwrap();
+    with(text(&tokenizer), text(&large), 65, &["larger than --record-bytes-max"]);
+    assert_eq!(documents(&broker, "documents").len(), 4, "what follows a document that is too large goes in");
+    with(text(&tokenizer), text(folder.path()), 66, &["is a folder"]);
     with("/no/tokenizer.json", text(&file), 66, &["/no/tokenizer.json"]);
     with(text(&file), text(&file), 66, &["lines.jsonl is no tokenizer.json"]);
     with(text(&tokenizer), "/no/lines.jsonl", 66, &["/no/lines.jsonl does not exist"]);

@@ -74,6 +74,9 @@ fn documents_in_are_scored_plus_dead_lettered() {
         // 990 kB of ids are taken; with four bytes of loss for each they are more than the broker allows.
         ("megabyte", "record_too_large", Some(document("megabyte", &half_a_megabyte, ours))),
     ];
+    // Nothing but the origin is left of a record whose key alone is more than the broker allows.
+    let huge_key = "k".repeat(2_000_000);
+    records.push((huge_key, Some(Bytes::from_static(b"bad"))));
     records.extend(bad.iter().map(|(key, _, payload)| ((*key).to_owned(), payload.clone())));
     let borrowed: Vec<_> = records.iter().map(|(key, payload)| (key.as_str(), payload.clone())).collect();
     produce(&broker.bootstrap_servers, "sluice.documents", &borrowed);
@@ -87,6 +90,7 @@ fn documents_in_are_scored_plus_dead_lettered() {
     for (_, reason, _) in &bad {
         *reasons.entry(reason).or_default() += 1;
     }
+    *reasons.entry("malformed").or_default() += 1;
     for (reason, count) in reasons {
         assert_eq!(
             daemon.metric(&format!("sluiced_dead_letters_total{{reason=\"{reason}\"}}")),
@@ -113,8 +117,15 @@ fn documents_in_are_scored_plus_dead_lettered() {
         let letter = letters.iter().find(|letter| letter.key.as_deref() == Some(key.as_bytes())).unwrap();
         assert_eq!(letter.headers["sluice-error"], *reason);
         assert_eq!(letter.headers["sluice-origin-topic"], "sluice.documents");
-        assert_eq!(letter.payload.clone().unwrap_or_default(), payload.clone().unwrap_or_default());
+        assert_eq!(letter.payload, *payload, "{key}");
+        assert!(!letter.headers.contains_key("sluice-omitted"));
     }
+    let shrunk: Vec<_> =
+        letters.iter().filter(|letter| letter.headers.contains_key("sluice-omitted")).collect();
+    assert_eq!(shrunk.len(), 1);
+    assert_eq!(shrunk[0].headers["sluice-omitted"], "payload, key");
+    assert!(shrunk[0].key.is_none() && shrunk[0].payload.is_none());
+    assert!(shrunk[0].headers.contains_key("sluice-origin-offset"));
 }
 
 #[test]

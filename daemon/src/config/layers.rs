@@ -139,15 +139,34 @@ pub fn load(file: Option<&Path>, matches: &ArgMatches) -> Result<Config, ConfigE
         toml::from_str::<Config>(&text).map_err(invalid)?;
         table = toml::from_str(&text).map_err(invalid)?;
     }
-    for key in keys() {
+    let keys = keys();
+    refuse_unknown_variables(&keys, std::env::vars_os().map(|(name, _)| name))?;
+    for key in &keys {
         let Some(values) = matches.get_many::<String>(&key.id()) else { continue };
-        overlay(&mut table, &key, &values.map(String::as_str).collect::<Vec<_>>())?;
+        overlay(&mut table, key, &values.map(String::as_str).collect::<Vec<_>>())?;
     }
     let config: Config = table.try_into().map_err(|error: toml::de::Error| {
         ConfigError::Override(format!("a flag or environment variable does not fit: {}", error.message()))
     })?;
     let problems = config.problems();
     if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems(problems)) }
+}
+
+/// A misspelt variable is as wrong as a misspelt key.
+fn refuse_unknown_variables(
+    keys: &[Key],
+    names: impl Iterator<Item = std::ffi::OsString>,
+) -> Result<(), ConfigError> {
+    let known: Vec<String> = keys.iter().map(Key::variable).chain(["SLUICED_CONFIG".to_owned()]).collect();
+    for name in names {
+        let name = name.to_string_lossy();
+        if name.starts_with("SLUICED_") && !known.iter().any(|known| *known == name) {
+            return Err(ConfigError::Override(format!(
+                "the environment variable {name} sets nothing; `sluiced serve --help` lists those that do"
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn overlay(table: &mut toml::Table, key: &Key, values: &[&str]) -> Result<(), ConfigError> {
@@ -235,6 +254,19 @@ mod tests {
     fn a_number_must_be_one() {
         let error = run(MINIMAL, &["--batch-tokens-max", "many"]).unwrap_err().to_string();
         assert_eq!(error, "--batch-tokens-max (or SLUICED_BATCH_TOKENS_MAX): `many` is not a whole number");
+    }
+
+    #[test]
+    fn a_misspelt_variable_is_refused() {
+        let check = |name: &str| refuse_unknown_variables(&keys(), [name.into()].into_iter());
+        assert!(
+            check("SLUICED_KAFKA_GROUP")
+                .unwrap_err()
+                .to_string()
+                .contains("SLUICED_KAFKA_GROUP sets nothing")
+        );
+        check("SLUICED_KAFKA_GROUP_ID").unwrap();
+        check("SLUICE_CACHE").unwrap();
     }
 
     #[test]

@@ -174,7 +174,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { in_flight_tokens: 262_144, publish_tokens: 65_536, drain_seconds: 30, stalled_seconds: 120 }
+        Self { in_flight_tokens: 1_048_576, publish_tokens: 262_144, drain_seconds: 30, stalled_seconds: 120 }
     }
 }
 
@@ -264,6 +264,16 @@ impl Config {
         ] {
             demand(value > 0, format!("{key} must be at least 1"));
         }
+        for (key, value, most) in [
+            ("batch.tokens_max", self.batch.tokens_max as u64, 1 << 24),
+            ("batch.padding_multiple", self.batch.padding_multiple as u64, self.batch.tokens_max as u64),
+            ("batch.delay_ms_max", self.batch.delay_ms_max, 60_000),
+            ("limits.drain_seconds", self.limits.drain_seconds, 86_400),
+            ("limits.stalled_seconds", self.limits.stalled_seconds, 86_400),
+        ] {
+            demand(value <= most, format!("{key} is {value}; it may be at most {most}"));
+        }
+        demand(self.limits.stalled_seconds > 0, "limits.stalled_seconds must be at least 1".to_owned());
         demand(
             self.score.window_tokens == 0 || self.score.window_tokens >= 2,
             "score.window_tokens must be at least 2: one token alone predicts nothing".to_owned(),

@@ -7,9 +7,9 @@ use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
@@ -29,6 +29,10 @@ pub use read::{Fields, Format, Text, open};
 const CHUNK_DOCUMENTS: usize = 1024;
 /// Bytes of text tokenized at once.
 const CHUNK_BYTES: usize = 8 << 20;
+/// How long an outage of the broker may last, in milliseconds.
+const OUTAGE_MS_MAX: &str = "120000";
+/// Longest time without a word while the broker takes nothing.
+const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// Bad lines that are shown; all are counted.
 const SHOWN: u64 = 10;
 
@@ -97,33 +101,41 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
     // A record holds the document's own tokens, neither cut nor padded, whatever the file says.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| anyhow!(error))?;
+    // Text that spells a special token is text.
+    tokenizer.set_encode_special_tokens(true);
     if let Some(problem) = ingest.properties.keys().find_map(|key| kafka::owned_property(key)) {
         return Err(anyhow!(problem)).exit_code(USAGE);
     }
     for file in ingest.files.iter().filter(|file| file.as_os_str() != "-") {
-        if !file.is_file() {
-            return Err(anyhow!("the file {} does not exist", file.display())).exit_code(NO_INPUT);
+        if !file.exists() || file.is_dir() {
+            let what = if file.is_dir() { "is a folder; name its files" } else { "does not exist" };
+            return Err(anyhow!("the file {} {what}", file.display())).exit_code(NO_INPUT);
         }
     }
 
     let failures = Arc::new(AtomicU64::new(0));
     let producer: ThreadedProducer<Delivery> =
         kafka::producer_config(&ingest.bootstrap_servers, &ingest.properties, ingest.record_bytes_max)
+            // A person waits for this: an outage that lasts is an error, and what was not taken is counted.
+            .set("message.timeout.ms", OUTAGE_MS_MAX)
             .create_with_context(Delivery { failures: Arc::clone(&failures) })
-            .context("--property")
+            .map_err(kafka::setting_error)
             .exit_code(USAGE)?;
     kafka::reach(producer.client(), &ingest.bootstrap_servers, Duration::from_secs(10))
         .exit_code(UNAVAILABLE)?;
 
     let progress = progress_bar(&ingest.files);
     let mut counts = Counts::default();
+    let mut ended = Ok(());
     for file in &ingest.files {
-        ingest_file(file, ingest, &tokenizer, fingerprint, &producer, &progress, &mut counts)?;
+        ended = ingest_file(file, ingest, &tokenizer, fingerprint, &producer, &progress, &mut counts);
+        if ended.is_err() {
+            break;
+        }
     }
+    // However it ended, what was handed over is seen through, and the figures are said.
     progress.set_message("waiting for the broker");
-    producer
-        .flush(Duration::from_mins(5))
-        .context("the broker did not confirm all documents within 5 minutes")?;
+    wait_for_broker(&producer, &progress);
     progress.finish_and_clear();
     let failed = failures.load(Ordering::Relaxed);
     tracing::info!(
@@ -135,12 +147,20 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
         topic = ingest.topic,
         "ingested"
     );
+    ended?;
     if failed > 0 {
-        bail!("the broker refused {failed} documents");
+        return Err(anyhow!(
+            "the broker at {} did not take {failed} documents; run the same command again, ids stay the same",
+            ingest.bootstrap_servers
+        ))
+        .exit_code(UNAVAILABLE);
     }
     if counts.bad > 0 {
-        return Err(anyhow!("{} lines or files hold no document; all others were ingested", counts.bad))
-            .exit_code(DATA);
+        return Err(anyhow!(
+            "{} lines or files hold no document that could be published; all others were ingested",
+            counts.bad
+        ))
+        .exit_code(DATA);
     }
     Ok(())
 }
@@ -193,12 +213,20 @@ fn ingest_file(
             }
         }
         if chunk.len() >= CHUNK_DOCUMENTS || bytes >= CHUNK_BYTES {
-            send_chunk(std::mem::take(&mut chunk), ingest, tokenizer, fingerprint, producer, counts)?;
+            send_chunk(
+                std::mem::take(&mut chunk),
+                ingest,
+                tokenizer,
+                fingerprint,
+                producer,
+                progress,
+                counts,
+            )?;
             bytes = 0;
             progress.set_message(format!("{} documents, {} tokens", counts.documents, counts.tokens));
         }
     }
-    send_chunk(chunk, ingest, tokenizer, fingerprint, producer, counts)
+    send_chunk(chunk, ingest, tokenizer, fingerprint, producer, progress, counts)
 }
 
 fn send_chunk(
@@ -207,6 +235,7 @@ fn send_chunk(
     tokenizer: &Tokenizer,
     fingerprint: Fingerprint,
     producer: &ThreadedProducer<Delivery>,
+    progress: &ProgressBar,
     counts: &mut Counts,
 ) -> anyhow::Result<()> {
     let texts: Vec<&str> = chunk.iter().map(|text| text.text.as_str()).collect();
@@ -222,34 +251,80 @@ fn send_chunk(
             source: text.source.unwrap_or_else(|| ingest.source.clone()),
             attributes: BTreeMap::new(),
         };
-        counts.documents += 1;
-        counts.tokens += document.tokens.len() as u64;
-        send(producer, &ingest.topic, &document)?;
+        let tokens = document.tokens.len() as u64;
+        if send(producer, &ingest.topic, &document, progress)? {
+            counts.documents += 1;
+            counts.tokens += tokens;
+        } else {
+            counts.bad += 1;
+            let most = ingest.record_bytes_max;
+            progress.suspend(|| {
+                tracing::warn!(
+                    id = document.id,
+                    tokens,
+                    "the document is larger than --record-bytes-max {most}"
+                );
+            });
+        }
     }
     Ok(())
 }
 
+/// Hands a document to the client, waiting while its queue is full; false where the document is too large.
 fn send(
     producer: &ThreadedProducer<Delivery>,
     topic: &str,
     document: &TokenizedDocument,
-) -> anyhow::Result<()> {
+    progress: &ProgressBar,
+) -> anyhow::Result<bool> {
     let payload = document.encode();
     let headers = OwnedHeaders::new()
         .insert(Header { key: names::RECORD_HEADER, value: Some(names::TOKENIZED_DOCUMENT) });
     let mut record =
         BaseRecord::to(topic).key(document.id.as_str()).payload(payload.as_ref()).headers(headers);
+    let mut waiting = Waiting::default();
     loop {
         match producer.send(record) {
-            Ok(()) => return Ok(()),
-            Err((error, returned)) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull) => {
-                record = returned;
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            Err((error, _)) => {
-                return Err(anyhow!(error))
-                    .with_context(|| format!("cannot publish document `{}`", document.id));
-            }
+            Ok(()) => return Ok(true),
+            Err((error, returned)) => match error.rdkafka_error_code() {
+                Some(RDKafkaErrorCode::MessageSizeTooLarge) => return Ok(false),
+                Some(RDKafkaErrorCode::QueueFull) => {
+                    record = returned;
+                    waiting.turn(progress);
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                _ => {
+                    return Err(anyhow!(error))
+                        .with_context(|| format!("cannot publish document `{}`", document.id));
+                }
+            },
+        }
+    }
+}
+
+/// Waits until the broker has taken, or failed to take, every document handed over.
+fn wait_for_broker(producer: &ThreadedProducer<Delivery>, progress: &ProgressBar) {
+    let mut waiting = Waiting::default();
+    // Ends by itself: every document times out.
+    while producer.flush(Duration::from_millis(500)).is_err() && producer.in_flight_count() > 0 {
+        waiting.turn(progress);
+    }
+}
+
+/// Says that nothing moves, now and then.
+struct Waiting(Instant);
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Waiting {
+    fn turn(&mut self, progress: &ProgressBar) {
+        if self.0.elapsed() > SILENCE_MAX {
+            progress.suspend(|| tracing::warn!("waiting for the broker to take documents"));
+            self.0 = Instant::now();
         }
     }
 }

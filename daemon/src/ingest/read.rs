@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, bail};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
 
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
@@ -55,20 +56,17 @@ pub fn open(
     let raw: Box<dyn Read> =
         if standard_input { Box::new(std::io::stdin()) } else { Box::new(File::open(file)?) };
     let mut reader = decompress(progress.wrap_read(raw))?;
-    let name = if standard_input {
-        "stdin".to_owned()
-    } else {
-        file.file_name().unwrap_or(file.as_os_str()).to_string_lossy().into_owned()
-    };
+    // The path as it was given: files of the same name in two folders must not share ids.
+    let name = if standard_input { "stdin".to_owned() } else { file.to_string_lossy().into_owned() };
     if is_jsonl(format, standard_input, &name) {
         return Ok(Box::new(JsonLines { reader, name, fields: fields.clone(), line: 0, failed: false }));
     }
-    let mut bytes = Vec::new();
-    reader.read_to_end(&mut bytes)?;
-    let text = String::from_utf8(bytes)
-        .map(|text| Text { id: name.clone(), text, source: None })
-        .map_err(|error| anyhow!("{name} is not UTF-8: {error}"));
-    Ok(Box::new(std::iter::once(text)))
+    let mut text = String::new();
+    let document = reader
+        .read_to_string(&mut text)
+        .map(|_| Text { id: name.clone(), text, source: None })
+        .with_context(|| format!("cannot read {name} as text"));
+    Ok(Box::new(std::iter::once(document)))
 }
 
 fn is_jsonl(format: Format, standard_input: bool, name: &str) -> bool {
@@ -130,6 +128,7 @@ impl Iterator for JsonLines {
 
 impl JsonLines {
     fn parse(&self, line: &[u8]) -> anyhow::Result<Text> {
+        let line = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line);
         let mut object: Map<String, Value> = serde_json::from_slice(line).context("not a JSON object")?;
         let Some(Value::String(text)) = object.remove(&self.fields.text) else {
             bail!("no text in the field `{}`; --text-field names another", self.fields.text);
@@ -160,7 +159,13 @@ mod tests {
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();
         let documents = open(&path, Format::Auto, &fields(), &ProgressBar::hidden()).unwrap();
-        documents.map(|document| document.map_err(|error| format!("{error:#}"))).collect()
+        let path = path.to_str().unwrap();
+        documents
+            .map(|document| {
+                let document = document.map(|text| Text { id: text.id.replace(path, "FILE"), ..text });
+                document.map_err(|error| format!("{error:#}").replace(path, "FILE"))
+            })
+            .collect()
     }
 
     const LINES: &str =
@@ -170,7 +175,7 @@ mod tests {
         let text = |id: &str, text: &str, source: Option<&str>| {
             Ok(Text { id: id.to_owned(), text: text.to_owned(), source: source.map(str::to_owned) })
         };
-        vec![text("a", "one", Some("web")), text("x.jsonl:3", "two", None), text("7", "", None)]
+        vec![text("a", "one", Some("web")), text("FILE:3", "two", None), text("7", "", None)]
     }
 
     #[test]
@@ -187,8 +192,8 @@ mod tests {
         let read =
             read("x.jsonl", b"{\"text\":\"good\"}\nnot json\n[1]\n{\"text\":5}\n\xff\n{\"text\":\"end\"}\n");
         assert_eq!(read.len(), 6);
-        assert!(read[1].as_ref().unwrap_err().starts_with("x.jsonl:2: not a JSON object"), "{read:?}");
-        assert!(read[3].as_ref().unwrap_err().contains("x.jsonl:4: no text in the field `text`"), "{read:?}");
+        assert!(read[1].as_ref().unwrap_err().starts_with("FILE:2: not a JSON object"), "{read:?}");
+        assert!(read[3].as_ref().unwrap_err().contains("FILE:4: no text in the field `text`"), "{read:?}");
         assert!(read[2].is_err() && read[4].is_err() && read[5].is_ok());
     }
 
@@ -200,8 +205,13 @@ mod tests {
     }
 
     #[test]
+    fn a_byte_order_mark_is_passed_over() {
+        assert!(read("x.jsonl", b"\xef\xbb\xbf{\"text\":\"marked\"}").remove(0).is_ok());
+    }
+
+    #[test]
     fn a_plain_file_is_one_document() {
-        let text = Text { id: "x.txt".to_owned(), text: "one\ntwo\n".to_owned(), source: None };
+        let text = Text { id: "FILE".to_owned(), text: "one\ntwo\n".to_owned(), source: None };
         assert_eq!(read("x.txt", b"one\ntwo\n"), [Ok(text)]);
         assert!(read("x.txt", b"\xff")[0].is_err());
     }

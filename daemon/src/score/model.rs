@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
@@ -79,6 +79,9 @@ impl Model {
                 config_path.display()
             ),
         };
+        if vocabulary == 0 {
+            bail!("{} says that the vocabulary is empty (vocab_size 0)", config_path.display());
+        }
         let precision = match report.weight_type {
             Some(DataType::Float16) => Precision::F16,
             Some(DataType::Bfloat16) => Precision::Bf16,
@@ -105,6 +108,8 @@ fn tokenizer_fingerprint(path: &Path) -> anyhow::Result<Fingerprint> {
     let bytes = std::fs::read(path).with_context(|| {
         format!("cannot read the tokenizer {}; records are checked against its fingerprint", path.display())
     })?;
+    tokenizers::Tokenizer::from_bytes(&bytes)
+        .map_err(|error| anyhow!("{} is no tokenizer: {error}", path.display()))?;
     Ok(Fingerprint::of_bytes(&bytes))
 }
 
@@ -144,6 +149,9 @@ fn resolve_external_data(
             bail!("the external tensor `{}` has no location", tensor.name());
         };
         let location = entry.value().to_owned();
+        if !Path::new(&location).components().all(|part| matches!(part, Component::Normal(_))) {
+            bail!("the external data `{location}` lies outside the model's folder; refusing to read it");
+        }
         let real = folder.join(&location).canonicalize().with_context(|| {
             format!("cannot find the model's external data `{location}` in {}", folder.display())
         })?;

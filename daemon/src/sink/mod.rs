@@ -5,6 +5,7 @@
 //! records, and what lies between the two is published again by the next daemon.
 
 mod error;
+mod notice;
 mod producer;
 mod record;
 
@@ -24,6 +25,7 @@ use crate::ledger::{Group, Ledger, Ticket};
 use crate::metrics::Metrics;
 use crate::source::DocumentsConsumer;
 use error::{Verdict, classify, is_too_large};
+use notice::Notices;
 use producer::RecordProducer;
 pub use record::{DeadLetter, Outcome, Scored};
 
@@ -53,6 +55,7 @@ pub struct Sink<'a> {
     ledger: &'a Ledger<Outcome>,
     metrics: &'a Metrics,
     health: &'a Health,
+    notices: Notices,
 }
 
 impl<'a> Sink<'a> {
@@ -66,9 +69,10 @@ impl<'a> Sink<'a> {
         health: &'a Health,
     ) -> anyhow::Result<Self> {
         let settings = kafka::sink_config(&config.kafka)?;
-        let producer = RecordProducer::new(&settings).context("kafka.properties")?;
-        let sink =
-            Self { producer, delivery: config.kafka.delivery, config, consumer, ledger, metrics, health };
+        let producer = RecordProducer::new(&settings).map_err(kafka::setting_error)?;
+        let notices = Notices::default();
+        let delivery = config.kafka.delivery;
+        let sink = Self { producer, delivery, config, consumer, ledger, metrics, health, notices };
         if sink.delivery == Delivery::ExactlyOnce {
             sink.insist(|| sink.producer.client.init_transactions(CALL)).map_err(
                 |failure| match failure {
@@ -115,6 +119,7 @@ impl<'a> Sink<'a> {
                 }
                 Outcome::DeadLetter(letter) => {
                     self.metrics.dead_letters.with_label_values(&[letter.reason]).inc();
+                    self.notices.dead_letter(letter, taken.ticket);
                 }
             }
         }
@@ -194,6 +199,7 @@ impl<'a> Sink<'a> {
 
     /// Records first, and once the broker has confirmed them all, the offsets.
     fn deliver_at_least_once(&self, group: &mut Group<Outcome>) -> anyhow::Result<()> {
+        self.ledger.drop_revoked(group);
         let mut suspects = HashSet::new();
         let mut unsent: Vec<usize> = (0..group.len()).collect();
         while !unsent.is_empty() {
@@ -213,10 +219,10 @@ impl<'a> Sink<'a> {
         }
         match self.consumer.commit(&self.offsets(&points), CommitMode::Sync) {
             Ok(()) => self.metrics.commits.inc(),
-            // At worst a repetition, and the next commit covers it.
+            // At worst a repetition: the next commit covers it, or whoever has the partitions now repeats it.
             Err(error) => {
                 self.metrics.commit_failures.inc();
-                tracing::warn!(%error, "cannot commit offsets; the next commit covers them");
+                tracing::warn!(%error, "cannot commit offsets; what was published may be published again");
             }
         }
         Ok(())
@@ -283,7 +289,7 @@ impl<'a> Sink<'a> {
         match taken.outcome.shrink() {
             Some(letter) => taken.outcome = Outcome::DeadLetter(letter),
             None => bail!(
-                "the broker refuses even a dead letter without its payload as too large; raise max.message.bytes of \
+                "the broker refuses even a dead letter without payload and key as too large; raise max.message.bytes of \
                  the topic `{}`",
                 self.config.kafka.dead_letter_topic
             ),

@@ -29,38 +29,68 @@ pub struct Scored {
     pub tokens: usize,
 }
 
+/// What of a dead letter is too large to be carried along.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Omitted {
+    /// Nothing.
+    Nothing,
+    /// The payload.
+    Payload,
+    /// The payload and the key; the record's origin still says which it is.
+    PayloadAndKey,
+}
+
+/// Longest reason in words, in bytes: it may quote what it complains of.
+const DETAIL_BYTES_MAX: usize = 500;
+
 /// A record for the dead-letter topic.
 #[derive(Debug)]
 pub struct DeadLetter {
     /// The key of the record that was read.
     pub key: Option<Bytes>,
-    /// The payload as it was read; nothing where it is too large to be carried along.
-    pub payload: Option<Bytes>,
+    /// The payload as it was read; empty for a tombstone.
+    pub payload: Bytes,
+    /// What was left out, because the broker takes no larger record.
+    pub omitted: Omitted,
     /// A short name of the reason.
     pub reason: &'static str,
     /// The reason in words.
     pub detail: String,
 }
 
+impl DeadLetter {
+    /// A dead letter with all that was read.
+    pub fn new(key: Option<Bytes>, payload: Bytes, reason: &'static str, detail: &str) -> Self {
+        let end = detail.floor_char_boundary(DETAIL_BYTES_MAX);
+        Self { key, payload, omitted: Omitted::Nothing, reason, detail: detail[..end].to_owned() }
+    }
+
+    /// The same with less in it; nothing where all that can be is left out already.
+    fn shrink(&self) -> Option<Self> {
+        let omitted = match self.omitted {
+            Omitted::Nothing => Omitted::Payload,
+            Omitted::Payload => Omitted::PayloadAndKey,
+            Omitted::PayloadAndKey => return None,
+        };
+        let key = self.key.clone().filter(|_| omitted != Omitted::PayloadAndKey);
+        Some(Self { key, payload: Bytes::new(), omitted, reason: self.reason, detail: self.detail.clone() })
+    }
+}
+
 impl Outcome {
     /// The dead letter to publish in place of a record that is too large; nothing where it cannot be made smaller.
     pub fn shrink(&self) -> Option<DeadLetter> {
         match self {
-            Self::Scored(scored) => Some(DeadLetter {
-                key: Some(scored.key.clone()),
-                payload: Some(scored.origin.clone()),
-                reason: RECORD_TOO_LARGE,
-                detail: format!(
+            Self::Scored(scored) => Some(DeadLetter::new(
+                Some(scored.key.clone()),
+                scored.origin.clone(),
+                RECORD_TOO_LARGE,
+                &format!(
                     "with its losses the record has {} bytes, more than the broker or kafka.record_bytes_max allows",
                     scored.payload.len()
                 ),
-            }),
-            Self::DeadLetter(letter) => letter.payload.is_some().then(|| DeadLetter {
-                key: letter.key.clone(),
-                payload: None,
-                reason: letter.reason,
-                detail: letter.detail.clone(),
-            }),
+            )),
+            Self::DeadLetter(letter) => letter.shrink(),
         }
     }
 
@@ -72,11 +102,11 @@ impl Outcome {
         }
     }
 
-    /// The record's payload.
+    /// The record's payload; nothing for a tombstone and where it was left out.
     pub fn payload(&self) -> Option<&Bytes> {
         match self {
             Self::Scored(scored) => Some(&scored.payload),
-            Self::DeadLetter(letter) => letter.payload.as_ref(),
+            Self::DeadLetter(letter) => Some(&letter.payload).filter(|payload| !payload.is_empty()),
         }
     }
 
@@ -94,12 +124,42 @@ impl Outcome {
                     .insert(header(names::ORIGIN_TOPIC_HEADER, documents_topic))
                     .insert(header(names::ORIGIN_PARTITION_HEADER, &partition))
                     .insert(header(names::ORIGIN_OFFSET_HEADER, &offset));
-                if letter.payload.is_none() {
-                    headers.insert(header(names::PAYLOAD_OMITTED_HEADER, "true"))
-                } else {
-                    headers
+                match letter.omitted {
+                    Omitted::Nothing => headers,
+                    Omitted::Payload => headers.insert(header(names::OMITTED_HEADER, "payload")),
+                    Omitted::PayloadAndKey => headers.insert(header(names::OMITTED_HEADER, "payload, key")),
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_shrinks_until_nothing_is_left_that_could_be_too_large() {
+        let bytes = |len: usize| Bytes::from(vec![b'x'; len]);
+        let scored =
+            Outcome::Scored(Scored { key: bytes(3), payload: bytes(9), origin: bytes(5), tokens: 1 });
+        let mut shapes = Vec::new();
+        let mut outcome = scored;
+        while let Some(letter) = outcome.shrink() {
+            shapes.push((letter.key.clone().map(|key| key.len()), letter.payload.len(), letter.omitted));
+            outcome = Outcome::DeadLetter(letter);
+        }
+        let expected = [
+            (Some(3), 5, Omitted::Nothing),
+            (Some(3), 0, Omitted::Payload),
+            (None, 0, Omitted::PayloadAndKey),
+        ];
+        assert_eq!(shapes, expected);
+    }
+
+    #[test]
+    fn a_long_reason_is_cut_between_characters() {
+        let letter = DeadLetter::new(None, Bytes::new(), "x", &"é".repeat(400));
+        assert_eq!(letter.detail, "é".repeat(250));
     }
 }
