@@ -125,14 +125,9 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
         .exit_code(UNAVAILABLE)?;
 
     let progress = progress_bar(&ingest.files);
-    let mut counts = Counts::default();
-    let mut ended = Ok(());
-    for file in &ingest.files {
-        ended = ingest_file(file, ingest, &tokenizer, fingerprint, &producer, &progress, &mut counts);
-        if ended.is_err() {
-            break;
-        }
-    }
+    let mut run = Run { ingest, tokenizer, fingerprint, producer, progress, counts: Counts::default() };
+    let ended = ingest.files.iter().try_for_each(|file| run.file(file));
+    let Run { producer, progress, counts, .. } = run;
     // However it ended, what was handed over is seen through, and the figures are said.
     progress.set_message("waiting for the broker");
     wait_for_broker(&producer, &progress);
@@ -185,89 +180,81 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-fn ingest_file(
-    file: &Path,
-    ingest: &Ingest,
-    tokenizer: &Tokenizer,
+/// One call of `sluiced ingest` on its way through the files.
+struct Run<'a> {
+    ingest: &'a Ingest,
+    tokenizer: Tokenizer,
     fingerprint: Fingerprint,
-    producer: &ThreadedProducer<Delivery>,
-    progress: &ProgressBar,
-    counts: &mut Counts,
-) -> anyhow::Result<()> {
-    let documents = open(file, ingest.format, &ingest.fields, progress)
-        .with_context(|| format!("cannot read {}", file.display()))
-        .exit_code(NO_INPUT)?;
-    let mut chunk: Vec<Text> = Vec::new();
-    let mut bytes = 0;
-    for document in documents {
-        match document {
-            Ok(text) => {
-                bytes += text.text.len();
-                chunk.push(text);
-            }
-            Err(error) => {
-                counts.bad += 1;
-                if counts.bad <= SHOWN {
-                    progress.suspend(|| tracing::warn!("{error:#}"));
-                }
-            }
-        }
-        if chunk.len() >= CHUNK_DOCUMENTS || bytes >= CHUNK_BYTES {
-            send_chunk(
-                std::mem::take(&mut chunk),
-                ingest,
-                tokenizer,
-                fingerprint,
-                producer,
-                progress,
-                counts,
-            )?;
-            bytes = 0;
-            progress.set_message(format!("{} documents, {} tokens", counts.documents, counts.tokens));
-        }
-    }
-    send_chunk(chunk, ingest, tokenizer, fingerprint, producer, progress, counts)
+    producer: ThreadedProducer<Delivery>,
+    progress: ProgressBar,
+    counts: Counts,
 }
 
-fn send_chunk(
-    chunk: Vec<Text>,
-    ingest: &Ingest,
-    tokenizer: &Tokenizer,
-    fingerprint: Fingerprint,
-    producer: &ThreadedProducer<Delivery>,
-    progress: &ProgressBar,
-    counts: &mut Counts,
-) -> anyhow::Result<()> {
-    let texts: Vec<&str> = chunk.iter().map(|text| text.text.as_str()).collect();
-    // Without special tokens: what stands before a document is the scorer's policy, not the record's.
-    let encodings = tokenizer
-        .encode_batch_fast(texts, false)
-        .map_err(|error| ExitError { code: DATA, error: anyhow!("the tokenizer fails: {error}") })?;
-    for (text, encoding) in chunk.into_iter().zip(encodings) {
-        let document = TokenizedDocument {
-            id: text.id,
-            tokens: TokenIds::new(encoding.get_ids()),
-            tokenizer: fingerprint,
-            source: text.source.unwrap_or_else(|| ingest.source.clone()),
-            attributes: BTreeMap::new(),
-        };
-        let tokens = document.tokens.len() as u64;
-        if send(producer, &ingest.topic, &document, progress)? {
-            counts.documents += 1;
-            counts.tokens += tokens;
-        } else {
-            counts.bad += 1;
-            let most = ingest.record_bytes_max;
-            progress.suspend(|| {
-                tracing::warn!(
-                    id = document.id,
-                    tokens,
-                    "the document is larger than --record-bytes-max {most}"
-                );
-            });
+impl Run<'_> {
+    fn file(&mut self, file: &Path) -> anyhow::Result<()> {
+        let documents = open(file, self.ingest.format, &self.ingest.fields, &self.progress)
+            .with_context(|| format!("cannot read {}", file.display()))
+            .exit_code(NO_INPUT)?;
+        let mut chunk: Vec<Text> = Vec::new();
+        let mut bytes = 0;
+        for document in documents {
+            match document {
+                Ok(text) => {
+                    bytes += text.text.len();
+                    chunk.push(text);
+                }
+                Err(error) => self.bad(|| tracing::warn!("{error:#}")),
+            }
+            if chunk.len() >= CHUNK_DOCUMENTS || bytes >= CHUNK_BYTES {
+                self.chunk(std::mem::take(&mut chunk))?;
+                bytes = 0;
+                let Counts { documents, tokens, .. } = self.counts;
+                self.progress.set_message(format!("{documents} documents, {tokens} tokens"));
+            }
+        }
+        self.chunk(chunk)
+    }
+
+    /// Counts a line, a file or a document that cannot be published, and shows the first few.
+    fn bad(&mut self, show: impl FnOnce()) {
+        self.counts.bad += 1;
+        if self.counts.bad <= SHOWN {
+            self.progress.suspend(show);
         }
     }
-    Ok(())
+
+    fn chunk(&mut self, chunk: Vec<Text>) -> anyhow::Result<()> {
+        let texts: Vec<&str> = chunk.iter().map(|text| text.text.as_str()).collect();
+        // Without special tokens: what stands before a document is the scorer's policy, not the record's.
+        let encodings = self
+            .tokenizer
+            .encode_batch_fast(texts, false)
+            .map_err(|error| ExitError { code: DATA, error: anyhow!("the tokenizer fails: {error}") })?;
+        for (text, encoding) in chunk.into_iter().zip(encodings) {
+            let document = TokenizedDocument {
+                id: text.id,
+                tokens: TokenIds::new(encoding.get_ids()),
+                tokenizer: self.fingerprint,
+                source: text.source.unwrap_or_else(|| self.ingest.source.clone()),
+                attributes: BTreeMap::new(),
+            };
+            let tokens = document.tokens.len() as u64;
+            if send(&self.producer, &self.ingest.topic, &document, &self.progress)? {
+                self.counts.documents += 1;
+                self.counts.tokens += tokens;
+            } else {
+                let most = self.ingest.record_bytes_max;
+                self.bad(|| {
+                    tracing::warn!(
+                        id = document.id,
+                        tokens,
+                        "the document is larger than --record-bytes-max {most}"
+                    );
+                });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Hands a document to the client, waiting while its queue is full; false where the document is too large.

@@ -57,30 +57,18 @@ impl Slot {
             ("--model-threads", "1"),
             ("--kafka-properties", "session.timeout.ms=6000,heartbeat.interval.ms=1000"),
         ];
-        let mut slot = Self {
-            bootstrap_servers: kafka.bootstrap_servers.clone(),
-            model: model.to_owned(),
-            flags: flags.iter().flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()]).collect(),
-            instance: index,
-            daemon: None,
-            lived: Counters::default(),
-            exits: 0,
-        };
-        slot.start();
-        slot
+        let flags = flags.iter().flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()]);
+        Self::begin(kafka.bootstrap_servers.clone(), model.to_owned(), flags.collect(), index)
     }
 
     /// A further daemon of the same group, under a name of its own.
     pub fn sibling(&self, index: usize) -> Self {
-        let mut slot = Self {
-            bootstrap_servers: self.bootstrap_servers.clone(),
-            model: self.model.clone(),
-            flags: self.flags.clone(),
-            instance: index,
-            daemon: None,
-            lived: Counters::default(),
-            exits: 0,
-        };
+        Self::begin(self.bootstrap_servers.clone(), self.model.clone(), self.flags.clone(), index)
+    }
+
+    fn begin(bootstrap_servers: String, model: PathBuf, flags: Vec<String>, instance: usize) -> Self {
+        let lived = Counters::default();
+        let mut slot = Self { bootstrap_servers, model, flags, instance, daemon: None, lived, exits: 0 };
         slot.start();
         slot
     }
