@@ -18,6 +18,9 @@ use crate::score::model::Model;
 use crate::score::runtime::{Device, SessionOptions};
 use crate::{http, kafka, pipeline};
 
+/// How long the other loops may take to end once one has failed.
+const GIVE_UP_WITHIN: Duration = Duration::from_secs(10);
+
 /// Runs the daemon until SIGTERM or SIGINT; returns once everything read is published and committed.
 pub fn serve(config: &Config) -> anyhow::Result<()> {
     kafka::check_properties(&config.kafka).exit_code(USAGE)?;
@@ -77,6 +80,7 @@ fn start_edge(
     };
     std::thread::Builder::new().name("edge".to_owned()).spawn(move || {
         runtime.block_on(async move {
+            tokio::spawn(exit_when_stuck(health.clone()));
             tokio::spawn(async move {
                 if let Err(error) = axum::serve(listener, router).await {
                     tracing::error!(%error, "the HTTP endpoint ended");
@@ -97,6 +101,19 @@ fn start_edge(
         });
     })?;
     Ok(())
+}
+
+/// Ends the process when one loop has given up and another does not follow, such as one that waits for a call into a
+/// library that never returns.
+async fn exit_when_stuck(health: Health) {
+    while !health.is_aborted() {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    tokio::time::sleep(GIVE_UP_WITHIN).await;
+    tracing::error!(
+        "a loop has failed and another does not end; exiting, and what is not committed will be read again"
+    );
+    std::process::exit(1);
 }
 
 fn open_model(config: &Config) -> anyhow::Result<(Model, Scorer, ContextPolicy)> {

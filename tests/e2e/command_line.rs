@@ -45,6 +45,7 @@ fn wrong_settings_exit_64_before_anything_starts() {
     fails(&["serve", "--model-device", "tpu"], 64, &["`tpu` is no device", "cuda:N"]);
     fails(&["serve", "--kafka-properties", "enable.auto.commit=true"], 64, &["enable.auto.commit"]);
     fails(&["serve", "--no-such-flag"], 64, &["--no-such-flag"]);
+    fails(&["serve", "--log-level", "shout"], 64, &["log.level: `shout`"]);
     let given = ["serve", "--kafka-bootstrap-servers", "127.0.0.1:9", "--model-path", "/no/model"];
     let with = |flags: &[&str], words: &[&str]| fails(&[&given[..], flags].concat(), 64, words);
     with(&["--batch-padding-multiple", "1000000000000"], &["batch.padding_multiple is 1000000000000"]);
@@ -123,6 +124,29 @@ fn validate_passes_what_serve_would_take() {
     {
         assert!(stdout.contains(word), "`{word}` is not in: {stdout}");
     }
+}
+
+#[test]
+fn nothing_is_written_into_the_users_home() {
+    let broker = Broker::with_sluice_topics();
+    let (home, model) = (tempfile::tempdir().unwrap(), golden("tiny-llama"));
+    let output = Command::new(binary("sluiced"))
+        .args([
+            "validate",
+            "--kafka-bootstrap-servers",
+            &broker.bootstrap_servers,
+            "--model-path",
+            text(&model),
+        ])
+        .args(["--kafka-delivery", "at-least-once"])
+        .env("ORT_DYLIB_PATH", onnxruntime())
+        .env("HOME", home.path())
+        .env_remove("XDG_CACHE_HOME")
+        .env_remove("ORT_DISABLE_TELEMETRY")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0, "ONNX Runtime's telemetry is off");
 }
 
 #[test]

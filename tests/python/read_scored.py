@@ -16,14 +16,14 @@ PROTO = Path(__file__).resolve().parents[2] / "schemas/proto"
 
 def load_records_module():
     """Compiles the `.proto` as any user of another language would, and imports the result."""
-    out = tempfile.mkdtemp()
-    failed = protoc.main(["protoc", f"-I{PROTO}", f"--python_out={out}", str(PROTO / "sluice/v1/records.proto")])
-    if failed:
-        sys.exit(f"protoc refuses {PROTO}")
-    sys.path.insert(0, str(Path(out) / "sluice/v1"))
-    import records_pb2
+    with tempfile.TemporaryDirectory() as out:
+        failed = protoc.main(["protoc", f"-I{PROTO}", f"--python_out={out}", str(PROTO / "sluice/v1/records.proto")])
+        if failed:
+            sys.exit(f"protoc refuses {PROTO}")
+        sys.path.insert(0, str(Path(out) / "sluice/v1"))
+        import records_pb2
 
-    return records_pb2
+        return records_pb2
 
 
 def numbers(data: bytes, code: str) -> list:

@@ -72,7 +72,7 @@ impl EvalSet {
         let opened = opened.with_context(|| format!("cannot read evaluation set {shown}")).or_usage()?;
         let mut documents = Vec::new();
         for (number, line) in (1..).zip(BufReader::new(opened).lines()) {
-            let line = line.with_context(|| format!("cannot read {shown}, line {number}"))?;
+            let line = line.with_context(|| format!("cannot read {shown}, line {number}")).or_data()?;
             if line.trim().is_empty() {
                 continue;
             }

@@ -15,6 +15,7 @@ use sluice_schemas::graph::{Dim, GraphBuilder, int_attribute, ints_attribute, ra
 use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{GraphProto, ModelProto, OperatorSetIdProto};
 
+use crate::failure::Classify;
 use crate::model::checkpoint::{WEIGHTS_FILE, read_weights, write_file};
 use crate::model::config::CONFIG_FILE;
 use crate::model::decoder::rotary_tables;
@@ -36,8 +37,8 @@ const MODEL_BYTES_MAX: usize = (1 << 31) - (1 << 20);
 /// Writes `model.onnx` and `config.json` into `out_folder` (made if missing) from the `model.safetensors` and
 /// `config.json` of `checkpoint_folder`, and copies its `tokenizer.json` if there is one.
 pub fn export_onnx(checkpoint_folder: &Path, out_folder: &Path) -> Result<()> {
-    let config = ModelConfig::read(checkpoint_folder)?;
-    let weights = read_weights(checkpoint_folder, &config)?;
+    let config = ModelConfig::read(checkpoint_folder).or_data()?;
+    let weights = read_weights(checkpoint_folder, &config).or_data()?;
     let bytes = size_of::<f32>() * weights.iter().map(|weight| weight.values.len()).sum::<usize>();
     ensure!(
         bytes <= MODEL_BYTES_MAX,

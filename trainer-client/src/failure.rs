@@ -6,7 +6,7 @@ use crate::stream::StreamError;
 pub const EXIT_USAGE: u8 = 64;
 /// Data that is not what it should be.
 pub const EXIT_DATA: u8 = 65;
-/// A service that cannot be reached.
+/// A broker that cannot be reached, or that has no such topic.
 pub const EXIT_UNAVAILABLE: u8 = 69;
 /// Anything else.
 pub const EXIT_FAILURE: u8 = 1;
@@ -54,13 +54,17 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         };
     }
     match error.downcast_ref::<StreamError>() {
-        Some(StreamError::Unreachable { .. }) => EXIT_UNAVAILABLE,
-        Some(StreamError::Settings(_) | StreamError::OwnedProperty(_) | StreamError::NoSuchTopic { .. }) => {
-            EXIT_USAGE
-        }
+        Some(StreamError::Unreachable { .. } | StreamError::NoSuchTopic { .. }) => EXIT_UNAVAILABLE,
+        Some(
+            StreamError::Settings(_)
+            | StreamError::UnknownProperty(_)
+            | StreamError::PropertyValue(_)
+            | StreamError::OwnedProperty(_),
+        ) => EXIT_USAGE,
         Some(
             StreamError::EmptyTopic(_)
             | StreamError::Record { .. }
+            | StreamError::Kind { .. }
             | StreamError::Losses { .. }
             | StreamError::ForeignReference { .. },
         ) => EXIT_DATA,

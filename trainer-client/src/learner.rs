@@ -24,7 +24,8 @@ pub trait Learner {
 
     /// One optimizer step: a forward pass, `select` on its per-position losses (NaN where there is no target),
     /// and a backward pass for the positions whose flat indices `select` returned (ascending, without repeats),
-    /// minimising their mean loss. An empty selection leaves the weights alone.
+    /// minimising their mean loss. An empty selection leaves the weights alone, and so do a kept loss and a gradient
+    /// that are not finite, which show in the outcome.
     fn step(
         &mut self,
         batch: &Batch,
@@ -33,7 +34,7 @@ pub trait Learner {
     ) -> StepOutcome;
 
     /// Writes `model.safetensors` (Hugging Face names), `config.json` (a `LlamaForCausalLM`) and
-    /// `optimizer.safetensors` into `folder`, which exists.
+    /// `optimizer.safetensors` into `folder`, which exists. Fails where a weight is not finite.
     fn save(&self, folder: &Path) -> anyhow::Result<()>;
 
     /// Reads back what [`Learner::save`] wrote; a missing optimizer file leaves the optimizer fresh.

@@ -1,5 +1,6 @@
 //! How far a run has come, on standard error: a bar on a terminal, a line now and then elsewhere.
 
+use std::io::Write;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -15,6 +16,7 @@ const NEWEST_WEIGHT: f64 = 0.1;
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
+    is_silent: bool,
     steps: u64,
     started: Instant,
     loss: Option<f64>,
@@ -34,8 +36,24 @@ impl Progress {
             bar.set_style(style);
         }
         bar.set_prefix(label.to_owned());
-        let started = Instant::now();
-        Self { bar, steps, started, loss: None, tokens_before: 0, seconds: 0.0, waited: 0.0, tokens: 0 }
+        Self {
+            bar,
+            is_silent: false,
+            steps,
+            started: Instant::now(),
+            loss: None,
+            tokens_before: 0,
+            seconds: 0.0,
+            waited: 0.0,
+            tokens: 0,
+        }
+    }
+
+    /// Shows nothing.
+    pub fn silent() -> Self {
+        let progress = Self { is_silent: true, ..Self::new("", 0) };
+        progress.bar.set_draw_target(ProgressDrawTarget::hidden());
+        progress
     }
 
     /// Shows a step.
@@ -56,14 +74,15 @@ impl Progress {
         self.bar.set_position(metric.step);
         if self.bar.is_hidden() && self.is_due(metric.step) {
             let elapsed = self.started.elapsed().as_secs();
-            eprintln!("{} step {}/{} [{elapsed} s] {message}", self.bar.prefix(), metric.step, self.steps);
+            let (label, step) = (self.bar.prefix(), metric.step);
+            self.print(&format!("{label} step {step}/{} [{elapsed} s] {message}", self.steps));
         }
         self.bar.set_message(message);
     }
 
     /// Says something without tearing the bar.
     pub fn say(&self, line: &str) {
-        if self.bar.is_hidden() { eprintln!("{line}") } else { self.bar.println(line) }
+        if self.bar.is_hidden() { self.print(line) } else { self.bar.println(line) }
     }
 
     /// Leaves the bar as it stands.
@@ -73,5 +92,11 @@ impl Progress {
 
     fn is_due(&self, step: u64) -> bool {
         step == 1 || step == self.steps || step.is_multiple_of((self.steps / LINES).max(1))
+    }
+    fn print(&self, line: &str) {
+        if !self.is_silent {
+            // A closed terminal or pipe is no reason to end a run, as `eprintln!` would.
+            let _ = writeln!(std::io::stderr(), "{line}");
+        }
     }
 }

@@ -2,8 +2,8 @@
 //! few tokens (`tokens.json`), and checkpoints.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::fs::{self, File, TryLockError};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -31,6 +31,8 @@ pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// The run's progress beside each checkpoint.
 pub const STATE_FILE: &str = "state.json";
 
+/// Held locked by the process that writes the run.
+const LOCK_FILE: &str = "lock";
 /// Name of a model's weights file, which [`Learner::save`] writes.
 const WEIGHTS_FILE: &str = "model.safetensors";
 /// Checkpoints kept; older ones are removed.
@@ -81,22 +83,37 @@ pub struct State {
 pub struct RunFolder {
     path: PathBuf,
     metrics: File,
+    /// Step of the last checkpoint that this run wrote.
+    saved_step: Option<u64>,
+    /// The operating system lets go of the lock when the process ends, however it ends.
+    _lock: File,
 }
 
 impl RunFolder {
-    /// Creates the folder. One that already holds a run is refused: two runs never mix.
+    /// Creates the folder and locks it for as long as the value lives. One that already holds a run, or a part of
+    /// one, is refused: two runs never mix.
     pub fn create(path: &Path) -> anyhow::Result<Self> {
-        // A run that was refused before its first step has left an empty file of metrics, which is in nobody's way.
-        let has_metrics = fs::metadata(path.join(METRICS_FILE)).is_ok_and(|file| file.len() > 0);
-        if path.join(RUN_FILE).exists() || has_metrics {
-            bail!("{} already holds a run; remove it or give another --out", path.display());
-        }
         let checkpoints = path.join(CHECKPOINTS);
         fs::create_dir_all(&checkpoints)
             .with_context(|| format!("cannot create {}", checkpoints.display()))?;
+        // Before anything is looked at: what another process writes here now is not to be judged, or removed.
+        let lock = lock(path)?;
+        // A run that was refused before its first step has left an empty file of metrics, which is in nobody's way.
+        let has_metrics = fs::metadata(path.join(METRICS_FILE)).is_ok_and(|file| file.len() > 0);
+        if path.join(RUN_FILE).exists() || path.join(TOKENS_FILE).exists() || has_metrics {
+            bail!("{} already holds a run; remove it or give another --out", path.display());
+        }
+        let mut left = fs::read_dir(&checkpoints)
+            .with_context(|| format!("cannot list checkpoints in {}", checkpoints.display()))?;
+        if left.next().is_some() {
+            bail!(
+                "{} holds checkpoints of an earlier run; remove them or give another --out",
+                checkpoints.display()
+            );
+        }
         let metrics = path.join(METRICS_FILE);
         let file = File::create(&metrics).with_context(|| format!("cannot create {}", metrics.display()))?;
-        Ok(Self { path: path.to_owned(), metrics: file })
+        Ok(Self { path: path.to_owned(), metrics: file, saved_step: None, _lock: lock })
     }
 
     /// The folder.
@@ -134,16 +151,20 @@ impl RunFolder {
         Ok(Fingerprint::of_bytes(&bytes))
     }
 
-    /// Writes a checkpoint under a temporary name, renames it, and removes all but the last two.
+    /// Writes a checkpoint under a temporary name, renames it, removes all but the last two, and says where it is.
+    /// The step that this run saved last is not saved again.
     pub fn checkpoint(
-        &self,
+        &mut self,
         learner: &dyn Learner,
         tokenizer: &TextTokenizer,
         state: &State,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<PathBuf> {
         let folder = self.path.join(CHECKPOINTS).join(format!("step-{:07}", state.step));
+        if self.saved_step == Some(state.step) {
+            return Ok(folder);
+        }
         if folder.exists() {
-            return Ok(());
+            bail!("{} is there already, but this run has not written it; remove it", folder.display());
         }
         let partial = self.path.join(CHECKPOINTS).join(".partial");
         recreate(&partial)?;
@@ -152,12 +173,28 @@ impl RunFolder {
         write_json(&partial.join(STATE_FILE), state)?;
         fs::rename(&partial, &folder)
             .with_context(|| format!("cannot rename {} into place", partial.display()))?;
+        self.saved_step = Some(state.step);
         let checkpoints = checkpoints(&self.path)?;
         for old in &checkpoints[..checkpoints.len().saturating_sub(CHECKPOINTS_KEPT)] {
             fs::remove_dir_all(old)
                 .with_context(|| format!("cannot remove old checkpoint {}", old.display()))?;
         }
-        Ok(())
+        Ok(folder)
+    }
+}
+
+/// Locks a run folder for this process.
+fn lock(run: &Path) -> anyhow::Result<File> {
+    let path = run.join(LOCK_FILE);
+    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another process is writing a run into {}; give another --out", run.display())
+        }
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| {
+            format!("cannot lock {}; give an --out on a file system that has locks", path.display())
+        }),
     }
 }
 
@@ -214,14 +251,13 @@ impl RecordedRun {
 }
 
 fn read_metrics(path: &Path) -> anyhow::Result<Vec<Metric>> {
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let lines: Vec<String> = BufReader::new(file)
-        .lines()
-        .collect::<Result<_, _>>()
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    // Bytes, because a crash may cut the last line inside a character.
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let whole = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
+    let lines: Vec<&[u8]> = whole.split(|&byte| byte == b'\n').collect();
     let mut metrics = Vec::with_capacity(lines.len());
     for (number, line) in (1..).zip(&lines) {
-        match serde_json::from_str(line) {
+        match serde_json::from_slice(line) {
             Ok(metric) => metrics.push(metric),
             Err(error) if number == lines.len() && error.is_eof() => {}
             Err(error) => bail!("{}, line {number} is not a metric: {error}", path.display()),

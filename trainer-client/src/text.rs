@@ -27,8 +27,12 @@ impl TextTokenizer {
         // Documents are cut by the packer; a tokenizer that cuts or pads by itself would lose tokens or add some.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| anyhow!("{error}"))?;
+        // "<|endoftext|>" in a text is a text about tokenizers, not the end of one.
+        tokenizer.set_encode_special_tokens(true);
         let highest = tokenizer.get_vocab(true).values().copied().max().context("it knows no token")?;
-        Ok(Self { tokenizer, file, vocabulary: highest + 1 })
+        let vocabulary =
+            highest.checked_add(1).context("its highest token id is no id: number them from 0")?;
+        Ok(Self { tokenizer, file, vocabulary })
     }
 
     /// SHA-256 of the file, which records carry.
@@ -46,7 +50,7 @@ impl TextTokenizer {
         self.vocabulary
     }
 
-    /// Token ids of a text, without special tokens: as `sluiced ingest` makes documents.
+    /// Token ids of a text, without special tokens, even where it spells one: as `sluiced ingest` makes documents.
     pub fn encode(&self, text: &str) -> anyhow::Result<Vec<u32>> {
         let encoding =
             self.tokenizer.encode_fast(text, false).map_err(|error| anyhow!("cannot tokenize: {error}"))?;

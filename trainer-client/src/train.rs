@@ -15,7 +15,7 @@ use crate::metrics::{EvalMetric, Metric, SourceCount, StepMetric};
 use crate::pack::{BatchShape, PackedBatch, Packer};
 use crate::picture::{Choice, PictureDocuments};
 use crate::progress::Progress;
-use crate::run_folder::{RunFolder, RunRecord, State};
+use crate::run_folder::{RunFolder, RunRecord, State, latest_checkpoint};
 use crate::schedule::Schedule;
 use crate::select::Objective;
 use crate::stream::{DocumentStream, StreamError};
@@ -85,11 +85,26 @@ pub struct Training<'a> {
 
 impl Training<'_> {
     /// Trains until the steps are done, the stream ends or the run is asked to stop; a checkpoint follows in each
-    /// case. `run.json` is written once the first batch has shown that the stream fits the tokenizer.
-    pub fn run(mut self, mut record: RunRecord) -> anyhow::Result<Outcome> {
+    /// case, and where an error ends the run after a step. `run.json` is written once the first batch has shown that
+    /// the stream fits the tokenizer.
+    pub fn run(mut self, record: RunRecord) -> anyhow::Result<Outcome> {
         let mut supply = Supply::new(self.plan.shape);
         let mut state = State { step: 0, tokens: 0, tokens_kept: 0, position: self.stream.position() };
         let mut threshold = None;
+        match self.take_steps(record, &mut supply, &mut state, &mut threshold) {
+            Ok(ending) => self.close(&state, threshold, &supply, ending),
+            Err(error) => Err(self.save_after(error, &state)),
+        }
+    }
+
+    /// Steps until something ends them. After an error the weights are those of `state`: no step is taken by half.
+    fn take_steps(
+        &mut self,
+        mut record: RunRecord,
+        supply: &mut Supply,
+        state: &mut State,
+        threshold: &mut Option<f32>,
+    ) -> anyhow::Result<Ending> {
         let mut ending = Ending::Finished;
         while state.step < self.plan.schedule.steps {
             let started = Instant::now();
@@ -105,7 +120,7 @@ impl Training<'_> {
             if state.step == 0 {
                 record.reference_model = self.stream.reference_model();
                 self.folder.write_record(&record)?;
-                self.evaluate(&state)?;
+                self.evaluate(state)?;
             }
             let step_started = Instant::now();
             let mut metric = self.step(&packed, state.step + 1, supply.packer.sources().names())?;
@@ -115,21 +130,43 @@ impl Training<'_> {
             state.tokens += packed.batch.predictions() as u64;
             state.tokens_kept += metric.kept;
             state.position = self.stream.position();
-            (metric.tokens, metric.tokens_kept, threshold) =
+            (metric.tokens, metric.tokens_kept, *threshold) =
                 (state.tokens, state.tokens_kept, metric.threshold);
             self.progress.step(&metric);
             self.folder.log(&Metric::Step(metric))?;
             if state.step.is_multiple_of(self.plan.checkpoint_every) {
-                self.folder.checkpoint(self.learner, self.tokenizer, &state)?;
+                self.folder.checkpoint(self.learner, self.tokenizer, state)?;
             }
             if state.step.is_multiple_of(self.plan.eval_every) && state.step < self.plan.schedule.steps {
-                self.evaluate(&state)?;
+                self.evaluate(state)?;
             }
         }
         if self.stop.load(Ordering::Relaxed) {
             ending = Ending::Stopped;
         }
-        self.close(&state, threshold, &supply, ending)
+        Ok(ending)
+    }
+
+    /// Saves what was learnt before an error, and adds to the error where it is, or that it is lost.
+    fn save_after(self, error: anyhow::Error, state: &State) -> anyhow::Error {
+        self.progress.finish();
+        let step = state.step;
+        if step == 0 {
+            return error;
+        }
+        match self.folder.checkpoint(self.learner, self.tokenizer, state) {
+            Ok(path) => error
+                .context(format!("the run ended after step {step}, and its model is in {}", path.display())),
+            Err(lost) => {
+                let left = match latest_checkpoint(self.folder.path()) {
+                    Ok(path) => format!("the last checkpoint is {}", path.display()),
+                    Err(_) => "there is no checkpoint".to_owned(),
+                };
+                error.context(format!(
+                    "the run ended after step {step}; {left}, as this step's failed ({lost:#})"
+                ))
+            }
+        }
     }
 
     fn close(
@@ -170,12 +207,15 @@ impl Training<'_> {
         });
         let StepOutcome { kept_loss, gradient_norm, .. } = outcome;
         if books.selected.count == 0 {
-            bail!("step {step} found no token to learn from: no loss of its batch is a number");
+            bail!(
+                "step {step} found no token to learn from: no loss of its batch is a number; if --keep and the topic \
+                 are as intended, lower --learning-rate"
+            );
         }
         if !kept_loss.is_finite() || !gradient_norm.is_finite() {
             bail!(
-                "step {step} is not finite (loss {kept_loss}, gradient norm {gradient_norm}); lower --learning-rate or \
-                 lengthen --warmup-steps, and start again from the last checkpoint"
+                "step {step} is not finite (loss {kept_loss}, gradient norm {gradient_norm}) and was not taken; lower \
+                 --learning-rate or lengthen --warmup-steps, and start again"
             );
         }
         Ok(StepMetric { step, loss: kept_loss, learning_rate, gradient_norm, ..books.into_metric() })

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rdkafka::types::RDKafkaRespErr;
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::names::{SCORED_DOCUMENT, TOKENIZED_DOCUMENT};
 use sluice_trainer::failure::exit_code;
 use sluice_trainer::stream::{
     Broker, Decoder, DocumentStream, Extent, KafkaStream, PROPERTIES_OWNED, StreamError, TopicKind,
 };
-use support::{Cluster, cluster, produce, produce_scored, scored, tokenized};
+use support::{Cluster, cluster, produce, produce_as, produce_scored, scored, tokenized};
 
 const TOPIC: &str = "scored";
 
@@ -159,9 +161,73 @@ fn a_broker_that_is_down_is_named_in_time() {
 }
 
 #[test]
+fn a_topic_of_the_other_kind_is_said_to_be_one() {
+    let plain = tokenized("d", "s", &[1, 2, 3], tokenizer()).encode().to_vec();
+    for (said, payload, read, expected) in [
+        (
+            TOKENIZED_DOCUMENT,
+            plain.clone(),
+            TopicKind::Scored,
+            Err("a topic of tokenized documents; `run` wants"),
+        ),
+        (
+            SCORED_DOCUMENT,
+            document("d"),
+            TopicKind::Documents,
+            Err("a topic of scored documents; `reference` wants"),
+        ),
+        (TOKENIZED_DOCUMENT, plain, TopicKind::Documents, Ok(())),
+        (SCORED_DOCUMENT, document("d"), TopicKind::Scored, Ok(())),
+    ] {
+        let cluster = cluster(TOPIC, 1);
+        produce_as(&cluster.bootstrap_servers(), TOPIC, Some(said), [(0, payload)]);
+        let broker = Broker::new(cluster.bootstrap_servers(), vec![]).unwrap();
+        let decoder = Decoder::new(read, tokenizer(), 10);
+        let extent = Extent::UntilEnd { epochs: 1 };
+        let mut stream = KafkaStream::open(broker, TOPIC, extent, decoder, Arc::default()).unwrap();
+        match (drain(&mut stream), expected) {
+            (Ok(ids), Ok(())) => assert_eq!(ids, ["d"]),
+            (Err(error), Err(expected)) => {
+                let shown = error.to_string();
+                assert!(shown.contains(expected) && shown.contains("partition 0, offset 0"), "{shown}");
+                assert_eq!(exit_code(&error.into()), 65);
+            }
+            (found, _) => panic!("{said} read as {read:?}: {found:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_topic_that_is_not_there_is_unavailable() {
+    let cluster = cluster(TOPIC, 1);
+    let unknown = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+    cluster.topic_error(TOPIC, unknown).unwrap();
+    let error = open(&cluster, Extent::Follow, &Arc::default()).unwrap_err();
+    assert!(matches!(error, StreamError::NoSuchTopic { .. }), "{error}");
+    assert_eq!(exit_code(&error.into()), 69);
+}
+
+#[test]
+fn a_property_that_librdkafka_refuses_is_named_without_its_value() {
+    for (key, expected) in
+        [("sasl.passwrd", "is unknown"), ("ssl.endpoint.identification.algorithm", "not accepted")]
+    {
+        let Err(error) = Broker::new("b:1".to_owned(), vec![(key.to_owned(), "hunter2".to_owned())]) else {
+            panic!("{key} is refused")
+        };
+        let error = anyhow::Error::from(error);
+        let shown = format!("{error:#} {error:?}");
+        assert!(shown.contains(key) && shown.contains(expected) && !shown.contains("hunter2"), "{shown}");
+        assert_eq!(exit_code(&error), 64);
+    }
+}
+
+#[test]
 fn settings_that_offsets_rest_on_are_refused() {
     for key in PROPERTIES_OWNED {
-        let error = Broker::new("b:1".to_owned(), vec![(key.to_owned(), "x".to_owned())]).unwrap_err();
+        let Err(error) = Broker::new("b:1".to_owned(), vec![(key.to_owned(), "x".to_owned())]) else {
+            panic!("{key} is refused")
+        };
         assert!(error.to_string().contains(key));
         assert_eq!(exit_code(&error.into()), 64);
     }

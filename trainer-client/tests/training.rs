@@ -70,7 +70,7 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
         tokenizer: &tokenizer,
         folder: &mut run,
         stop,
-        progress: Progress::new("test", steps),
+        progress: Progress::silent(),
     };
     let outcome = training.run(record).unwrap();
     (outcome, RecordedRun::read(&out).unwrap())
@@ -190,6 +190,21 @@ fn a_stream_that_ends_and_a_request_to_stop_both_leave_a_checkpoint() {
     assert_eq!(stream.next_document().unwrap(), None);
     stop.store(false, Ordering::Relaxed);
     assert!(stream.next_document().unwrap().is_some());
+}
+
+#[test]
+fn a_special_token_spelled_in_a_text_is_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = write_tokenizer(folder.path());
+    let mut file: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    file["added_tokens"] = serde_json::json!([{ "id": 256, "content": "<|endoftext|>", "special": true,
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false }]);
+    std::fs::write(&path, file.to_string()).unwrap();
+    let tokenizer = TextTokenizer::read(&path).unwrap();
+    assert_eq!(tokenizer.vocabulary(), 257);
+    let tokens = tokenizer.encode("a<|endoftext|>b").unwrap();
+    assert_eq!(tokens.len(), 15, "one token for each byte: {tokens:?}");
+    assert!(!tokens.contains(&256));
 }
 
 #[test]

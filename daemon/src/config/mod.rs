@@ -293,6 +293,15 @@ impl Config {
             self.http.listen.parse::<std::net::SocketAddr>().is_ok(),
             format!("http.listen: `{}` is no ADDRESS:PORT, such as 127.0.0.1:9464", self.http.listen),
         );
+        let levels = ["off", "error", "warn", "info", "debug", "trace"];
+        demand(
+            self.log.level.split(',').all(|part| part.contains('=') || levels.contains(&part.trim())),
+            format!(
+                "log.level: `{}` is none of {}, nor a filter such as info,rdkafka=debug",
+                self.log.level,
+                levels.join(", ")
+            ),
+        );
         demand(
             matches!(self.log.format.as_str(), "human" | "json"),
             format!("log.format: `{}` is neither human nor json", self.log.format),

@@ -32,6 +32,9 @@ pub use record::{DeadLetter, Outcome, Scored};
 const IDLE: Duration = Duration::from_millis(100);
 /// How long one call to the broker may take before the loop shows a sign of life and makes it again.
 const CALL: Duration = Duration::from_secs(1);
+/// The same for calls of a transaction, which wait for the broker's word: each resumed call is a chance for the client
+/// to lose its place.
+const TRANSACTION_CALL: Duration = Duration::from_secs(30);
 /// Wait between an aborted transaction and the next try.
 const ABORT_WAIT: Duration = Duration::from_millis(200);
 
@@ -74,13 +77,13 @@ impl<'a> Sink<'a> {
         let delivery = config.kafka.delivery;
         let sink = Self { producer, delivery, config, consumer, ledger, metrics, health, notices };
         if sink.delivery == Delivery::ExactlyOnce {
-            sink.insist(|| sink.producer.client.init_transactions(CALL)).map_err(
-                |failure| match failure {
+            sink.insist(|| sink.producer.client.init_transactions(TRANSACTION_CALL)).map_err(|failure| {
+                match failure {
                     Failure::Aborted(error) | Failure::Fatal(error) => {
                         error.context("cannot begin with transactions")
                     }
-                },
-            )?;
+                }
+            })?;
         }
         Ok(sink)
     }
@@ -143,7 +146,7 @@ impl<'a> Sink<'a> {
                 Err(Failure::Aborted(error)) => {
                     tracing::info!(error = format!("{error:#}"), "transaction aborted; trying again");
                     self.metrics.aborts.inc();
-                    match self.insist(|| self.producer.client.abort_transaction(CALL)) {
+                    match self.insist(|| self.producer.client.abort_transaction(TRANSACTION_CALL)) {
                         Ok(()) => {}
                         Err(Failure::Aborted(error) | Failure::Fatal(error)) => return Err(error),
                     }
@@ -164,8 +167,8 @@ impl<'a> Sink<'a> {
         let Some(membership) = self.consumer.group_metadata() else {
             return Err(Failure::Fatal(anyhow!("the consumer is not a member of a group")));
         };
-        self.insist(|| client.send_offsets_to_transaction(&offsets, &membership, CALL))?;
-        self.insist(|| client.commit_transaction(CALL))
+        self.insist(|| client.send_offsets_to_transaction(&offsets, &membership, TRANSACTION_CALL))?;
+        self.insist(|| client.commit_transaction(TRANSACTION_CALL))
     }
 
     /// Makes one call again and again while its error is one that passes.

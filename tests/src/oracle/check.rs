@@ -46,6 +46,8 @@ pub struct Findings {
     pub unknown: Vec<String>,
     /// Times that a daemon ended by itself.
     pub exits: usize,
+    /// Times that a loop of a daemon stood still.
+    pub hangs: usize,
     /// What the surviving daemons have counted.
     pub counters: Counters,
     /// How long it took.
@@ -65,7 +67,7 @@ impl fmt::Display for Findings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "seed {}: {} faults, {} records: {} lost, {} doubled, {} reordered, {} changed, {} unknown; {} exits, \
+            "seed {}: {} faults, {} records: {} lost, {} doubled, {} reordered, {} changed, {} unknown; {} exits, {} hangs, \
              {} commits, {} aborts, {} rebalances; {:.0} s",
             self.seed,
             self.faults,
@@ -76,6 +78,7 @@ impl fmt::Display for Findings {
             self.changed.len(),
             self.unknown.len(),
             self.exits,
+            self.hangs,
             self.counters.commits,
             self.counters.aborts,
             self.counters.rebalances,

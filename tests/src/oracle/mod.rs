@@ -83,6 +83,7 @@ pub fn run(kafka: &Kafka, model: &Path, options: &Options) -> Findings {
     findings.seed = options.seed;
     findings.faults = options.faults;
     findings.exits = slots.iter().map(|slot| slot.exits).sum();
+    findings.hangs = slots.iter().map(|slot| slot.hangs).sum();
     findings.counters = slots.iter_mut().map(Slot::counters).fold(Default::default(), |sum, one| sum + one);
     findings.seconds = started.elapsed().as_secs_f64();
     for slot in &mut slots {

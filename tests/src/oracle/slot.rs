@@ -39,6 +39,8 @@ pub struct Slot {
     lived: Counters,
     /// Times that the daemon ended by itself, other than by a signal of ours.
     pub exits: usize,
+    /// Times that a loop of the daemon stood still and it was killed for it.
+    pub hangs: usize,
 }
 
 impl Slot {
@@ -54,6 +56,7 @@ impl Slot {
             // Small groups and a short session: many transactions, and zombies within seconds.
             ("--limits-publish-tokens", "2000"),
             ("--limits-drain-seconds", "20"),
+            ("--limits-stalled-seconds", "45"),
             ("--model-threads", "1"),
             ("--kafka-properties", "session.timeout.ms=6000,heartbeat.interval.ms=1000"),
         ];
@@ -68,7 +71,8 @@ impl Slot {
 
     fn begin(bootstrap_servers: String, model: PathBuf, flags: Vec<String>, instance: usize) -> Self {
         let lived = Counters::default();
-        let mut slot = Self { bootstrap_servers, model, flags, instance, daemon: None, lived, exits: 0 };
+        let mut slot =
+            Self { bootstrap_servers, model, flags, instance, daemon: None, lived, exits: 0, hangs: 0 };
         slot.start();
         slot
     }
@@ -103,7 +107,13 @@ impl Slot {
     pub fn revive(&mut self) {
         if let Some(daemon) = &mut self.daemon {
             match daemon.ended() {
-                None => return,
+                None if daemon.get("/live").0 == 200 => return,
+                // As a watchdog would.
+                None => {
+                    eprintln!("daemon {} hangs; killing it", self.instance);
+                    self.hangs += 1;
+                    daemon.signal("KILL");
+                }
                 Some(status) => {
                     use std::os::unix::process::ExitStatusExt as _;
                     if status.signal() != Some(9) {

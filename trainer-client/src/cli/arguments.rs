@@ -5,14 +5,15 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::evaluate::EvalFile;
-use crate::failure::Classify;
+use crate::failure::{Classify, Failure};
 use crate::model::BurnLearner;
 use crate::model::ModelConfig;
-use crate::model::checkpoint::{WEIGHTS_FILE, read_tensors};
+use crate::model::checkpoint::read_weights;
+use crate::model::config::CONFIG_FILE;
 use crate::optimizer::AdamWConfig;
 use crate::pack::BatchShape;
 use crate::schedule::Shape;
-use crate::stream::{Broker, StreamError};
+use crate::stream::Broker;
 use crate::text::TextTokenizer;
 
 /// Where the broker is.
@@ -23,22 +24,31 @@ pub(super) struct BrokerArguments {
     #[arg(long, env = "SLUICE_TRAIN_BOOTSTRAP_SERVERS", default_value = "localhost:9092")]
     pub bootstrap_servers: String,
     /// A further librdkafka setting; repeatable, in the environment one a line
-    #[arg(long = "property", env = "SLUICE_TRAIN_PROPERTY", value_name = "KEY=VALUE", value_parser = property,
-          value_delimiter = '\n', hide_env_values = true)]
-    pub properties: Vec<(String, String)>,
-}
-
-fn property(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.trim().to_owned(), value.to_owned())),
-        // The text may hold a secret, so it is not repeated.
-        _ => Err("a property is KEY=VALUE, such as security.protocol=SSL".to_owned()),
-    }
+    #[arg(
+        long = "property",
+        env = "SLUICE_TRAIN_PROPERTY",
+        value_name = "KEY=VALUE",
+        value_delimiter = '\n',
+        hide_env_values = true
+    )]
+    properties: Vec<String>,
 }
 
 impl BrokerArguments {
-    pub fn broker(&self) -> Result<Broker, StreamError> {
-        Broker::new(self.bootstrap_servers.clone(), self.properties.clone())
+    pub fn broker(&self) -> anyhow::Result<Broker> {
+        // Not a parser of clap's, which repeats what it refuses, and that may hold a secret.
+        let properties = self.properties.iter().map(|text| match text.split_once('=') {
+            Some((key, value)) if !key.trim().is_empty() => Ok((key.trim().to_owned(), value.to_owned())),
+            _ => {
+                Err(Failure::Usage("a --property is not KEY=VALUE, such as security.protocol=SSL".to_owned()))
+            }
+        });
+        Ok(Broker::new(self.bootstrap_servers.clone(), properties.collect::<Result<_, _>>()?)?)
+    }
+
+    /// Names of the further settings; values may be secrets.
+    pub fn property_names(&self) -> impl Iterator<Item = &str> {
+        self.properties.iter().filter_map(|text| text.split_once('=')).map(|(key, _)| key.trim())
     }
 }
 
@@ -81,7 +91,13 @@ impl ModelArguments {
         let Some(folder) = &self.init else {
             return BurnLearner::new(self.config(tokenizer, sequence_length), optimizer, seed).or_usage();
         };
-        let config = ModelConfig::read(folder).or_usage()?;
+        if !folder.join(CONFIG_FILE).is_file() {
+            let error =
+                anyhow::anyhow!("{} holds no {CONFIG_FILE}; give a checkpoint to --init", folder.display());
+            return Err(error).or_usage();
+        }
+        optimizer.validate().or_usage()?;
+        let config = ModelConfig::read(folder).or_data()?;
         if config.vocab_size < tokenizer.vocabulary() as usize {
             return Err(anyhow::anyhow!(
                 "the model in {} has {} token rows, but the tokenizer has ids up to {}; give the tokenizer it was \
@@ -100,8 +116,8 @@ impl ModelArguments {
             ))
             .or_usage();
         }
-        let (weights, _) = read_tensors(&folder.join(WEIGHTS_FILE)).or_usage()?;
-        BurnLearner::from_weights(config, optimizer, weights, burn::tensor::Device::flex()).or_usage()
+        let weights = read_weights(folder, &config).or_data()?;
+        BurnLearner::from_weights(config, optimizer, weights, burn::tensor::Device::flex()).or_data()
     }
 
     fn config(&self, tokenizer: &TextTokenizer, sequence_length: usize) -> ModelConfig {
@@ -110,7 +126,7 @@ impl ModelArguments {
             hidden_size: self.hidden_size,
             intermediate_size: self
                 .intermediate_size
-                .unwrap_or((self.hidden_size * 8).div_ceil(3).next_multiple_of(64)),
+                .unwrap_or(self.hidden_size.saturating_mul(8).div_ceil(3).next_multiple_of(64)),
             layers: self.layers,
             heads: self.heads,
             kv_heads: self.kv_heads.unwrap_or(self.heads),

@@ -1,6 +1,6 @@
 //! `sluice-train export`, `evaluate` and `report`: what becomes of finished runs.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 
 use super::arguments::at_least;
+use super::say;
 use crate::evaluate::{EvalFile, read_sets};
 use crate::export::export_onnx;
 use crate::failure::Classify;
@@ -72,22 +73,35 @@ pub(super) struct ReportArguments {
 /// Exports a run's last checkpoint.
 pub(super) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
     let checkpoint = checkpoint_in(&arguments.run).or_usage()?;
-    std::fs::create_dir_all(&arguments.out)
-        .with_context(|| format!("cannot create {}", arguments.out.display()))?;
+    for source in [&checkpoint, &arguments.run] {
+        if is_same_folder(source, &arguments.out) {
+            let error = anyhow::anyhow!(
+                "--out {} is the folder that is exported; give another one",
+                arguments.out.display()
+            );
+            return Err(error).or_usage();
+        }
+    }
+    // A model without a tokenizer that can be read is of no use to those who load it.
+    TextTokenizer::read(&checkpoint.join(TOKENIZER_FILE)).or_data()?;
     export_onnx(&checkpoint, &arguments.out)?;
-    let (from, to) = (checkpoint.join(TOKENIZER_FILE), arguments.out.join(TOKENIZER_FILE));
-    std::fs::copy(&from, &to)
-        .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
-    eprintln!("exported {} to {}", checkpoint.display(), arguments.out.display());
+    say(format_args!("exported {} to {}", checkpoint.display(), arguments.out.display()));
     Ok(())
+}
+
+/// Whether two paths lead to one folder; a folder that is not there yet is no other one.
+fn is_same_folder(one: &Path, other: &Path) -> bool {
+    matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
 }
 
 /// Prints the loss of a checkpoint on each set.
 pub(super) fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<()> {
     let checkpoint = checkpoint_in(&arguments.checkpoint).or_usage()?;
-    let learner = BurnLearner::open(&checkpoint, AdamWConfig::default()).or_usage()?;
-    let tokenizer = arguments.tokenizer.clone().unwrap_or_else(|| checkpoint.join(TOKENIZER_FILE));
-    let tokenizer = TextTokenizer::read(&tokenizer).or_usage()?;
+    let learner = BurnLearner::open(&checkpoint, AdamWConfig::default()).or_data()?;
+    let tokenizer = match &arguments.tokenizer {
+        Some(file) => TextTokenizer::read(file).or_usage()?,
+        None => TextTokenizer::read(&checkpoint.join(TOKENIZER_FILE)).or_data()?,
+    };
     let config = learner.config();
     if config.vocab_size < tokenizer.vocabulary() as usize {
         let error = anyhow::anyhow!(
@@ -98,6 +112,9 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<()> {
         return Err(error).or_usage();
     }
     let longest = config.max_position_embeddings;
+    if longest < 2 {
+        return Err(anyhow::anyhow!("the model reads a single token, so it predicts none")).or_data();
+    }
     let len = arguments.sequence_length.unwrap_or_else(|| longest.min(2048));
     if len > longest {
         let error = anyhow::anyhow!(
@@ -110,7 +127,9 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<()> {
     for set in read_sets(&arguments.evals, &tokenizer, shape)? {
         if let Some(loss) = set.loss(&learner, &never) {
             let line = serde_json::to_string(&loss).context("cannot encode a loss")?;
-            print_line(&line)?;
+            if print_line(&line)? == Reader::Gone {
+                break;
+            }
         }
     }
     Ok(())
@@ -124,7 +143,7 @@ pub(super) fn report(arguments: &ReportArguments) -> anyhow::Result<()> {
     std::fs::write(&arguments.out, page)
         .with_context(|| format!("cannot write {}", arguments.out.display()))?;
     print_line(&report::text_table(&runs))?;
-    eprintln!("the report is in {}", arguments.out.display());
+    say(format_args!("the report is in {}", arguments.out.display()));
     Ok(())
 }
 
@@ -139,6 +158,20 @@ fn checkpoint_in(folder: &Path) -> anyhow::Result<PathBuf> {
     latest_checkpoint(folder)
 }
 
-fn print_line(line: &str) -> anyhow::Result<()> {
-    writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")
+/// Whoever reads standard output.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reader {
+    /// Takes what is written.
+    Listens,
+    /// Has closed the pipe, having seen enough (`head`): no failure.
+    Gone,
+}
+
+fn print_line(line: &str) -> anyhow::Result<Reader> {
+    let mut output = std::io::stdout();
+    match writeln!(output, "{line}").and_then(|()| output.flush()) {
+        Ok(()) => Ok(Reader::Listens),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Reader::Gone),
+        Err(error) => Err(error).context("cannot write to standard output"),
+    }
 }

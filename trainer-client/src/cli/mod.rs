@@ -5,7 +5,8 @@ mod inspect;
 mod training;
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
+use std::fmt::Arguments;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -21,8 +22,8 @@ use crate::failure::{EXIT_USAGE, exit_code};
 #[derive(Debug, Parser)]
 #[command(name = "sluice-train", version, max_term_width = 110)]
 #[command(
-    after_help = "Exit codes: 0 done or stopped by a signal, 64 wrong arguments, 65 wrong data, 69 no broker, \
-                        1 anything else."
+    after_help = "Exit codes: 0 done or stopped by a signal, 64 wrong arguments, 65 wrong data, 69 no broker or \
+                        no such topic, 1 anything else."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -65,10 +66,16 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say(format_args!("error: {error:#}"));
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// Says something on standard error.
+fn say(text: Arguments<'_>) {
+    // Nothing can be done where nobody listens, and `eprintln!` would panic.
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 fn log_to_stderr() {
@@ -78,6 +85,7 @@ fn log_to_stderr() {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .try_init();
 }

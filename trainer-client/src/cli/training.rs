@@ -108,10 +108,10 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         None => Extent::Follow,
     };
     let stop = stop_on_signals()?;
+    let broker = arguments.broker.broker()?;
     let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_usage()?;
     let prepared = Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
     let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary());
-    let broker = arguments.broker.broker()?;
     let mut stream = KafkaStream::open(broker, &arguments.topic, extent, decoder, Arc::clone(&stop))?;
     let extent = match extent {
         Extent::Follow => json!("follow"),
@@ -124,10 +124,10 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
 /// Trains a reference model on curated documents.
 pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
     let stop = stop_on_signals()?;
+    let broker = arguments.broker.broker()?;
     let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_usage()?;
     let prepared = Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
     let decoder = Decoder::new(TopicKind::Documents, tokenizer.fingerprint(), tokenizer.vocabulary());
-    let broker = arguments.broker.broker()?;
     let extent = Extent::UntilEnd { epochs: 1 };
     let mut topic = KafkaStream::open(broker, &arguments.topic, extent, decoder, Arc::clone(&stop))?;
     let mut documents = Vec::new();
@@ -214,13 +214,13 @@ impl<'a> Prepared<'a> {
             }
             Ending::Stopped => "stopped by a signal",
         };
-        eprintln!(
+        super::say(format_args!(
             "{} of {steps} steps, {} tokens seen, {} learnt from: {why}; the run is in {}",
             outcome.steps,
             outcome.tokens,
             outcome.tokens_kept,
             self.output.out.display()
-        );
+        ));
         Ok(())
     }
 
@@ -262,7 +262,7 @@ impl<'a> Prepared<'a> {
 
 fn stream_settings(topic: &str, broker: &BrokerArguments, extent: &serde_json::Value) -> serde_json::Value {
     // Values of properties may be secrets; their names are enough to know that there were some.
-    let properties: Vec<&str> = broker.properties.iter().map(|(key, _)| key.as_str()).collect();
+    let properties: Vec<&str> = broker.property_names().collect();
     json!({
         "topic": topic,
         "bootstrap_servers": broker.bootstrap_servers,

@@ -9,6 +9,9 @@ use serde_json::{Value, json};
 /// File name of a model's configuration in a Hugging Face style folder.
 pub const CONFIG_FILE: &str = "config.json";
 
+/// Largest size of anything in a model: more is a mistake, and products of such sizes still fit.
+const SIZE_MAX: usize = 1 << 24;
+
 /// The shape of a Llama-style decoder; sizes are counts of elements.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -90,7 +93,10 @@ impl ModelConfig {
             ("kv_heads", self.kv_heads),
             ("max_position_embeddings", self.max_position_embeddings),
         ] {
-            ensure!(value > 0, "{field} of the model must be at least 1");
+            ensure!(
+                (1..=SIZE_MAX).contains(&value),
+                "{field} of the model must be between 1 and {SIZE_MAX}, not {value}"
+            );
         }
         let Self { hidden_size, heads, kv_heads, .. } = self;
         ensure!(

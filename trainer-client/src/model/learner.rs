@@ -253,8 +253,7 @@ impl Learner for BurnLearner {
         self.head_losses(&forward, batch, Keep::Nothing).0
     }
 
-    /// Beside what [`Learner::step`] says: an empty selection has a kept loss of NaN, and a gradient that is not
-    /// finite leaves the weights alone, to be seen in the outcome's norm.
+    /// Beside what [`Learner::step`] says: an empty selection has a kept loss of NaN.
     fn step(
         &mut self,
         batch: &Batch,
@@ -270,7 +269,7 @@ impl Learner for BurnLearner {
         }
         let sum: f64 = kept.iter().map(|&position| f64::from(losses[position as usize])).sum();
         let gradients = self.backward(batch, forward, blocks, &kept);
-        let norm = self.update(gradients, learning_rate);
+        let norm = if sum.is_finite() { self.update(gradients, learning_rate) } else { f64::NAN };
         StepOutcome {
             kept_loss: (sum / kept.len() as f64) as f32,
             kept: kept.len(),
@@ -280,8 +279,11 @@ impl Learner for BurnLearner {
 
     fn save(&self, folder: &Path) -> Result<()> {
         let config = &self.config;
+        let weights = self.weights();
+        // Such a checkpoint could not be read again, and would push out one that can.
+        weights::check_finite(&weights)?;
         write_file(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
-        write_tensors(&folder.join(WEIGHTS_FILE), &self.weights(), ("format", "pt"))?;
+        write_tensors(&folder.join(WEIGHTS_FILE), &weights, ("format", "pt"))?;
         let (means, squares): (Vec<_>, Vec<_>) =
             self.moments.iter().cloned().map(|Moments { mean, square }| (mean, square)).unzip();
         let mut tensors = Vec::new();

@@ -178,16 +178,23 @@ pub(crate) fn in_order(config: &ModelConfig, weights: Vec<NamedTensor>) -> Resul
             "weight {name} has shape {:?}, the model needs {shape:?}: use the config.json that belongs to the weights",
             weight.shape
         );
-        ensure!(
-            weight.values.iter().all(|value| value.is_finite()),
-            "weight {name} holds values that are not finite: take an earlier checkpoint"
-        );
         sorted.push(weight);
     }
+    check_finite(&sorted)?;
     if let Some(name) = by_name.keys().min() {
         bail!("weight {name} is not part of this model: use the config.json that belongs to the weights");
     }
     Ok(sorted)
+}
+
+/// Refuses weights that are not finite.
+pub(crate) fn check_finite(weights: &[NamedTensor]) -> Result<()> {
+    match weights.iter().find(|weight| !weight.values.iter().all(|value| value.is_finite())) {
+        Some(NamedTensor { name, .. }) => {
+            bail!("weight {name} holds values that are not finite: take an earlier checkpoint")
+        }
+        None => Ok(()),
+    }
 }
 
 /// Puts host weights on a device, in the order of [`specs`], after checking them against the model.

@@ -50,6 +50,8 @@ training lags furthest behind a reference.</p>\
 <dl class=\"terms\">\
 <div><dt>Reference loss</dt><dd>how surprised a model trained on curated text is by the token</dd></div>\
 <div><dt>Current loss</dt><dd>how surprised the model in training is by it</dd></div>\
-<div><dt>Excess loss</dt><dd>current minus reference: high where there is something left to learn</dd></div>\
-<div><dt>clm, random</dt><dd>the controls: learn from every token; keep as many as slm, but at random</dd></div>\
+<div><dt>Excess loss</dt><dd>current minus reference: high where there is something left to learn; below zero on text \
+that the reference, which knows its own subject only, finds harder</dd></div>\
+<div><dt>clm</dt><dd>causal language modeling, the first control: learn from every token</dd></div>\
+<div><dt>random</dt><dd>the second control: keep as many tokens as slm, drawn at random</dd></div>\
 </dl>";

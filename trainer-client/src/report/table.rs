@@ -97,6 +97,9 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
     html.push("</ul></section>");
 }
 
+/// Differences of the target loss below this are not worth a word, in nats.
+const NOISE_NATS: f64 = 0.01;
+
 /// What the numbers say, whichever way they fell.
 fn findings(comparison: &Comparison<'_>) -> Vec<String> {
     let mut findings = Vec::new();
@@ -113,13 +116,27 @@ fn findings(comparison: &Comparison<'_>) -> Vec<String> {
                 }
                 None => format!("it did not reach {}'s final loss", plain.name()),
             };
-            findings.push(format!(
-                "On {target}, {} ended {:.3} nats {word} {} ({loss:.3} against {plain_loss:.3}); {reached}.",
-                run.name(),
-                difference.abs(),
-                plain.name()
-            ));
+            let standing = if difference.abs() < NOISE_NATS {
+                format!("{} ended where {} did", run.name(), plain.name())
+            } else {
+                format!("{} ended {:.3} nats {word} {}", run.name(), difference.abs(), plain.name())
+            };
+            findings.push(format!("On {target}, {standing} ({loss:.3} against {plain_loss:.3}); {reached}."));
+            // What selection costs elsewhere belongs beside what it brings.
+            for &set in comparison.sets.iter().skip(1) {
+                if let (Some(loss), Some(plain_loss)) = (run.final_loss(set), plain.final_loss(set)) {
+                    let difference = loss - plain_loss;
+                    let word = if difference < 0.0 { "below" } else { "above" };
+                    findings.push(format!(
+                        "On {set}, {} ended {:.3} nats {word} {} ({loss:.3} against {plain_loss:.3}).",
+                        run.name(),
+                        difference.abs(),
+                        plain.name()
+                    ));
+                }
+            }
         }
+        findings.push("One run of each kind, from one seed: small differences are chance.".to_owned());
     }
     findings.extend(conditions(comparison));
     findings

@@ -9,7 +9,7 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::metadata::{MetadataPartition, MetadataTopic};
-use rdkafka::types::RDKafkaErrorCode;
+use rdkafka::types::{RDKafkaConfRes, RDKafkaErrorCode};
 
 use super::error::StreamError;
 
@@ -31,7 +31,7 @@ pub const PROPERTIES_OWNED: [&str; 7] = [
 ];
 
 /// How to reach a broker.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Broker {
     servers: String,
     properties: Vec<(String, String)>,
@@ -40,10 +40,13 @@ pub struct Broker {
 impl Broker {
     /// Brokers at `servers` (`host:port,...`), with further librdkafka settings.
     pub fn new(servers: String, properties: Vec<(String, String)>) -> Result<Self, StreamError> {
-        match properties.iter().find(|(key, _)| PROPERTIES_OWNED.contains(&key.as_str())) {
-            Some((key, _)) => Err(StreamError::OwnedProperty(key.clone())),
-            None => Ok(Self { servers, properties }),
+        if let Some((key, _)) = properties.iter().find(|(key, _)| PROPERTIES_OWNED.contains(&key.as_str())) {
+            return Err(StreamError::OwnedProperty(key.clone()));
         }
+        // Tried here as well, so that a wrong one is found before anything else is done.
+        let tried: ClientConfig = properties.iter().cloned().collect();
+        tried.create_native_config().map_err(refused)?;
+        Ok(Self { servers, properties })
     }
 
     /// The addresses, as given.
@@ -69,7 +72,7 @@ impl Broker {
             .set("auto.offset.reset", "error")
             .set("isolation.level", "read_committed");
         let consumer: BaseConsumer<Listener> =
-            config.create_with_context(Listener::default()).map_err(StreamError::Settings)?;
+            config.create_with_context(Listener::default()).map_err(refused)?;
         let metadata = consumer.fetch_metadata(Some(topic), CONNECT_TIMEOUT).map_err(|error| {
             // What the broker threads had to say is in the queue, which nobody has polled yet.
             while consumer.poll(Duration::ZERO).is_some() {}
@@ -116,12 +119,33 @@ impl Broker {
                     | RDKafkaErrorCode::Resolve
             )
         );
-        if unreachable {
+        if is_unknown_topic(&error) {
+            StreamError::NoSuchTopic { topic: topic.to_owned(), servers: self.servers.clone() }
+        } else if unreachable {
             let seconds = CONNECT_TIMEOUT.as_secs();
             StreamError::Unreachable { servers: self.servers.clone(), seconds, reason }
         } else {
             StreamError::Broker { topic: topic.to_owned(), error: Box::new(error), reason }
         }
+    }
+}
+
+/// Whether the broker said that it has no such topic.
+pub(super) fn is_unknown_topic(error: &KafkaError) -> bool {
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic))
+}
+
+/// Why a client was not made. The words of [`KafkaError::ClientConfig`] hold the property's value, which may be a
+/// secret (a mistyped `sasl.password` is one), so only its name is taken over.
+fn refused(error: KafkaError) -> StreamError {
+    match error {
+        KafkaError::ClientConfig(RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN, _, key, _) => {
+            StreamError::UnknownProperty(key)
+        }
+        KafkaError::ClientConfig(_, _, key, _) => StreamError::PropertyValue(key),
+        KafkaError::ClientCreation(reason) => StreamError::Settings(reason),
+        other => StreamError::Settings(other.to_string()),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::names;
 use sluice_schemas::record::{RecordError, ScoredDocument, TokenizedDocument};
 
 use super::error::{Origin, StreamError};
@@ -14,6 +15,40 @@ pub enum TopicKind {
     Scored,
     /// `sluice.v1.TokenizedDocument`.
     Documents,
+}
+
+impl TopicKind {
+    /// The kind that a record's header names; `None` for a header of something else.
+    pub(super) fn of_header(value: &[u8]) -> Option<Self> {
+        [(Self::Scored, names::SCORED_DOCUMENT), (Self::Documents, names::TOKENIZED_DOCUMENT)]
+            .into_iter()
+            .find_map(|(kind, name)| (value == name.as_bytes()).then_some(kind))
+    }
+
+    /// Many records of this kind, in words.
+    pub(super) fn plural(self) -> &'static str {
+        match self {
+            Self::Scored => "scored documents",
+            Self::Documents => "tokenized documents",
+        }
+    }
+
+    /// What to do with a topic of this kind that was read as the other.
+    pub(super) fn advice(self) -> &'static str {
+        match self {
+            Self::Scored => "`reference` wants tokenized ones, so check --topic",
+            Self::Documents => "`run` wants scored ones, so check --topic or score it with `sluiced serve`",
+        }
+    }
+}
+
+impl std::fmt::Display for TopicKind {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Scored => "a scored document",
+            Self::Documents => "a tokenized document",
+        })
+    }
 }
 
 /// Decodes records and holds them against the run's tokenizer and reference model.
@@ -34,6 +69,19 @@ impl Decoder {
     /// The reference model of the first scored record, to which all later ones are held.
     pub fn reference_model(&self) -> Option<Fingerprint> {
         self.reference_model
+    }
+
+    /// Refuses a record whose header says that it is of the other kind; one that says nothing is left to
+    /// [`Decoder::decode`].
+    pub(super) fn check_kind(
+        &self,
+        said: Option<TopicKind>,
+        origin: impl Fn() -> Origin,
+    ) -> Result<(), StreamError> {
+        match said {
+            Some(found) if found != self.kind => Err(StreamError::Kind { origin: origin(), found }),
+            _ => Ok(()),
+        }
     }
 
     /// Decodes and checks one record.

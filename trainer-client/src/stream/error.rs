@@ -4,6 +4,7 @@ use rdkafka::error::KafkaError;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::RecordError;
 
+use super::decode::TopicKind;
 use crate::document::LengthMismatch;
 
 /// Why a stream could not be opened or had to end.
@@ -23,9 +24,15 @@ pub enum StreamError {
         /// What librdkafka said last.
         reason: Option<String>,
     },
-    /// The client refused its settings.
+    /// The client refused its settings; the words are librdkafka's and hold no property's value.
     #[error("librdkafka refused its settings: {0}; check the --property flags")]
-    Settings(#[source] KafkaError),
+    Settings(String),
+    /// A setting that does not exist. Its value may be a secret, so nothing here holds it.
+    #[error("--property {0} is unknown to librdkafka; check its spelling")]
+    UnknownProperty(String),
+    /// A setting with a value of the wrong kind, which may be a secret and is not held here.
+    #[error("the value of --property {0} is not accepted by librdkafka; see {0} in its CONFIGURATION.md")]
+    PropertyValue(String),
     /// A setting that the stream's guarantees rest on.
     #[error("--property {0} cannot be set: the trainer keeps its own offsets and sets this itself")]
     OwnedProperty(String),
@@ -57,6 +64,14 @@ pub enum StreamError {
         origin: Origin,
         /// What is wrong with it.
         error: Box<RecordError>,
+    },
+    /// A record that says itself that it is of the other kind.
+    #[error("record at {origin} is {found}: this is a topic of {}; {}", .found.plural(), .found.advice())]
+    Kind {
+        /// Where it was read.
+        origin: Origin,
+        /// What it is.
+        found: TopicKind,
     },
     /// Reference losses that do not fit their tokens.
     #[error("record at {origin} is refused: {error}")]

@@ -11,12 +11,14 @@ use bytes::Bytes;
 use rdkafka::Message;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
+use rdkafka::message::Headers;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::names;
 
-use super::connection::{Broker, Listener};
-use super::decode::Decoder;
+use super::connection::{Broker, Listener, is_unknown_topic};
+use super::decode::{Decoder, TopicKind};
 use super::error::{Origin, StreamError};
 use super::rotation::{Range, Record, Rotation, Turn};
 use super::throttle::{Stall, Throttle};
@@ -256,9 +258,9 @@ impl Reader {
                     }
                     // A tombstone holds no document; it only moves the offset.
                     Turn::Take(_, Record { payload: None, .. }) => continue,
-                    Turn::Take(partition, Record { offset, payload: Some(payload) }) => {
+                    Turn::Take(partition, Record { offset, payload: Some(payload), kind }) => {
                         stall.over();
-                        self.decode(epoch, partition, offset, payload)?
+                        self.decode(epoch, partition, offset, kind, payload)?
                     }
                 },
             };
@@ -285,9 +287,11 @@ impl Reader {
         epoch: u64,
         partition: i32,
         offset: i64,
+        kind: Option<TopicKind>,
         payload: Bytes,
     ) -> Result<Delivery, StreamError> {
         let origin = || Origin { topic: self.topic.clone(), partition, offset };
+        self.decoder.check_kind(kind, origin)?;
         let document = self.decoder.decode(payload, origin)?;
         let reference_model = self.decoder.reference_model();
         Ok(Delivery { document, epoch, partition, next_offset: offset + 1, reference_model })
@@ -301,7 +305,8 @@ impl Reader {
             match polled {
                 Ok(message) => {
                     let payload = message.payload().map(Bytes::copy_from_slice);
-                    rotation.arrive(message.partition(), Record { offset: message.offset(), payload });
+                    let kind = kind_of(&message);
+                    rotation.arrive(message.partition(), Record { offset: message.offset(), payload, kind });
                     // Hand over early: a large fetch should not be copied whole before the trainer sees any of it.
                     if rotation.buffered().map(|(_, bytes, _)| bytes).sum::<usize>() >= BUFFER_BYTES_MAX {
                         return Ok(());
@@ -318,6 +323,12 @@ impl Reader {
     }
 
     fn failed(&self, error: KafkaError) -> StreamError {
+        if is_unknown_topic(&error) {
+            return StreamError::NoSuchTopic {
+                topic: self.topic.clone(),
+                servers: self.broker.servers().to_owned(),
+            };
+        }
         StreamError::Broker {
             topic: self.topic.clone(),
             error: Box::new(error),
@@ -332,6 +343,13 @@ enum Handed {
     QueueFull,
     Waiting,
     AllDone,
+}
+
+/// What a record's header says that the record is.
+fn kind_of(message: &impl Message) -> Option<TopicKind> {
+    let headers = message.headers()?;
+    let header = headers.iter().find(|header| header.key == names::RECORD_HEADER)?;
+    TopicKind::of_header(header.value?)
 }
 
 /// Errors that librdkafka recovers from by itself.

@@ -15,7 +15,7 @@ use sluice_schemas::fingerprint::Fingerprint;
 
 pub use connection::{Broker, PROPERTIES_OWNED};
 pub use decode::{Decoder, TopicKind};
-pub use error::StreamError;
+pub use error::{Origin, StreamError};
 pub use fetch::{Extent, KafkaStream};
 pub use memory::ShuffledDocuments;
 

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
+use super::decode::TopicKind;
+
 /// A record's place and bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
@@ -11,6 +13,8 @@ pub struct Record {
     pub offset: i64,
     /// Payload; `None` for a tombstone.
     pub payload: Option<Bytes>,
+    /// What the record's header says that it is, if it says so.
+    pub kind: Option<TopicKind>,
 }
 
 /// Whose turn it is, and whether it can be taken.
@@ -124,7 +128,7 @@ mod tests {
     use crate::random::SplitMix64;
 
     fn record(offset: i64) -> Record {
-        Record { offset, payload: Some(Bytes::from_static(b"x")) }
+        Record { offset, payload: Some(Bytes::from_static(b"x")), kind: None }
     }
 
     fn drain(rotation: &mut Rotation) -> Vec<(i32, i64)> {

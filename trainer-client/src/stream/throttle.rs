@@ -12,6 +12,8 @@ use super::rotation::Rotation;
 
 /// A partition waiting longer than this for its turn's record is worth a line.
 const STALL: Duration = Duration::from_secs(5);
+/// Between two words about the same stall.
+const AGAIN: Duration = Duration::from_secs(30);
 
 /// Pauses partitions whose buffers are full; resumes them with wide hysteresis, because a pause drops what
 /// librdkafka had fetched ahead. Its state cannot be asked for, so it is kept here.
@@ -55,22 +57,23 @@ fn only(topic: &str, partition: i32) -> TopicPartitionList {
     list
 }
 
-/// Says once per stall that a partition keeps the stream waiting.
+/// Says now and then that a partition keeps the stream waiting.
 #[derive(Default)]
 pub(super) struct Stall {
     since: Option<Instant>,
-    said: bool,
+    said: u32,
 }
 
 impl Stall {
     /// It is this partition's turn, and nothing has arrived.
     pub fn waiting(&mut self, topic: &str, partition: i32) {
         let since = *self.since.get_or_insert_with(Instant::now);
-        if !self.said && since.elapsed() > STALL {
-            self.said = true;
+        if since.elapsed() > STALL + AGAIN * self.said {
+            self.said += 1;
             tracing::info!(
                 topic,
-                "waiting for partition {partition}: it is its turn, and it holds no new record"
+                "waiting for partition {partition}: it is its turn, and it holds no new record; --until-end or --epochs \
+                 would end here"
             );
         }
     }

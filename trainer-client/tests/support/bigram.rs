@@ -52,11 +52,13 @@ impl Learner for Bigram {
                     share * (probability - f32::from(u8::from(column == target as usize)));
             }
         }
-        for (logit, slope) in self.logits.iter_mut().zip(&gradient) {
-            *logit -= learning_rate as f32 * slope;
-        }
         let kept_loss = share * kept.iter().map(|&index| losses[index as usize]).sum::<f32>();
         let gradient_norm = gradient.iter().map(|slope| slope * slope).sum::<f32>().sqrt();
+        if kept_loss.is_finite() && gradient_norm.is_finite() {
+            for (logit, slope) in self.logits.iter_mut().zip(&gradient) {
+                *logit -= learning_rate as f32 * slope;
+            }
+        }
         StepOutcome { kept_loss, kept: kept.len(), gradient_norm }
     }
 

@@ -12,10 +12,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
+use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use serde_json::json;
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::names::RECORD_HEADER;
 use sluice_schemas::record::{
     ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
 };
@@ -94,10 +96,24 @@ pub fn cluster(topic: &str, partitions: i32) -> Cluster {
 
 /// Produces payloads, each to its partition.
 pub fn produce(servers: &str, topic: &str, records: impl IntoIterator<Item = (i32, Vec<u8>)>) {
+    produce_as(servers, topic, None, records);
+}
+
+/// Produces payloads, each to its partition, with a header that names what they are.
+pub fn produce_as(
+    servers: &str,
+    topic: &str,
+    kind: Option<&str>,
+    records: impl IntoIterator<Item = (i32, Vec<u8>)>,
+) {
     let producer: ThreadedProducer<_> =
         ClientConfig::new().set("bootstrap.servers", servers).create().unwrap();
     for (partition, payload) in records {
-        let record = BaseRecord::<(), [u8]>::to(topic).partition(partition).payload(&payload);
+        let mut record = BaseRecord::<(), [u8]>::to(topic).partition(partition).payload(&payload);
+        if let Some(kind) = kind {
+            let header = Header { key: RECORD_HEADER, value: Some(kind) };
+            record = record.headers(OwnedHeaders::new().insert(header));
+        }
         producer.send(record).map_err(|(error, _)| error).unwrap();
     }
     producer.flush(Duration::from_secs(10)).unwrap();
