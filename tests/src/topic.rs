@@ -9,7 +9,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList, TopicPartitionListElem};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 
@@ -66,7 +66,7 @@ pub fn read_all(bootstrap_servers: &str, topic: &str) -> Vec<Record> {
     let mut records = Vec::new();
     let deadline = Instant::now() + PATIENCE;
     let mut unread: HashSet<i32> =
-        assignment.elements().iter().map(|partition| partition.partition()).collect();
+        assignment.elements().iter().map(TopicPartitionListElem::partition).collect();
     while !unread.is_empty() {
         assert!(Instant::now() < deadline, "partitions {unread:?} of {topic} have no end");
         let message = match consumer.poll(Duration::from_millis(100)) {

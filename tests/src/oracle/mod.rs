@@ -16,7 +16,7 @@ use crate::Kafka;
 pub use check::Findings;
 use fault::Faults;
 use load::Load;
-use slot::Slot;
+use slot::{Counters, Slot};
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -84,7 +84,7 @@ pub fn run(kafka: &Kafka, model: &Path, options: &Options) -> Findings {
     findings.faults = options.faults;
     findings.exits = slots.iter().map(|slot| slot.exits).sum();
     findings.hangs = slots.iter().map(|slot| slot.hangs).sum();
-    findings.counters = slots.iter_mut().map(Slot::counters).fold(Default::default(), |sum, one| sum + one);
+    findings.counters = slots.iter_mut().map(Slot::counters).fold(Counters::default(), |sum, one| sum + one);
     findings.seconds = started.elapsed().as_secs_f64();
     for slot in &mut slots {
         slot.terminate();
