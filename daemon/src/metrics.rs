@@ -41,6 +41,8 @@ pub struct Metrics {
     pub aborts: IntCounter,
     /// Times that another daemon took over our transactional id.
     pub fences: IntCounter,
+    /// Producers given up because a call did not return, and replaced.
+    pub producers_replaced: IntCounter,
     /// Offset commits that failed; the next one covers them.
     pub commit_failures: IntCounter,
     /// Times that partitions were assigned or revoked.
@@ -108,6 +110,10 @@ impl Metrics {
             fences: counter(
                 "sluiced_fences_total",
                 "Times that another daemon took over our transactional id.",
+            )?,
+            producers_replaced: counter(
+                "sluiced_producers_replaced_total",
+                "Producers that did not return from a call and were replaced.",
             )?,
             commit_failures: counter("sluiced_commit_failures_total", "Offset commits that failed.")?,
             rebalances: counter(

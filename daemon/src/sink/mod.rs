@@ -10,6 +10,7 @@ mod producer;
 mod record;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -26,7 +27,7 @@ use crate::metrics::Metrics;
 use crate::source::DocumentsConsumer;
 use error::{Verdict, classify, is_too_large};
 use notice::Notices;
-use producer::RecordProducer;
+use producer::{RecordProducer, Stuck};
 pub use record::{DeadLetter, Outcome, Scored};
 
 const IDLE: Duration = Duration::from_millis(100);
@@ -45,8 +46,23 @@ type Suspects = HashSet<Ticket>;
 enum Failure {
     /// It was or must be aborted; its outcomes can be published in another.
     Aborted(anyhow::Error),
+    /// The producer answers no more; its outcomes can be published by another, which aborts this transaction.
+    Stuck,
     /// The process must end.
     Fatal(anyhow::Error),
+}
+
+impl Failure {
+    fn into_error(self) -> anyhow::Error {
+        match self {
+            Self::Aborted(error) | Self::Fatal(error) => error,
+            Self::Stuck => anyhow!("the Kafka client does not return from a call"),
+        }
+    }
+}
+
+fn new_producer(config: &Config) -> anyhow::Result<RecordProducer> {
+    RecordProducer::new(&kafka::sink_config(&config.kafka)?).map_err(kafka::setting_error)
 }
 
 /// The producer and the names it publishes under.
@@ -71,25 +87,24 @@ impl<'a> Sink<'a> {
         metrics: &'a Metrics,
         health: &'a Health,
     ) -> anyhow::Result<Self> {
-        let settings = kafka::sink_config(&config.kafka)?;
-        let producer = RecordProducer::new(&settings).map_err(kafka::setting_error)?;
+        let producer = new_producer(config)?;
         let notices = Notices::default();
         let delivery = config.kafka.delivery;
         let sink = Self { producer, delivery, config, consumer, ledger, metrics, health, notices };
         if sink.delivery == Delivery::ExactlyOnce {
-            sink.insist(|| sink.producer.client.init_transactions(TRANSACTION_CALL)).map_err(|failure| {
-                match failure {
-                    Failure::Aborted(error) | Failure::Fatal(error) => {
-                        error.context("cannot begin with transactions")
-                    }
-                }
-            })?;
+            sink.resolve_open_transaction()?;
         }
         Ok(sink)
     }
 
+    /// Takes over the transactional id: what an earlier producer with the same one left open is aborted.
+    fn resolve_open_transaction(&self) -> anyhow::Result<()> {
+        self.insist(|| self.producer.client.init_transactions(TRANSACTION_CALL))
+            .map_err(|failure| failure.into_error().context("cannot begin with transactions"))
+    }
+
     /// Publishes and commits until asked to stop and nothing is in flight any more.
-    pub fn run(&self) -> anyhow::Result<()> {
+    pub fn run(&mut self) -> anyhow::Result<()> {
         loop {
             self.health.beat(Loop::Sink);
             let mut group = self.ledger.take(self.config.limits.publish_tokens, IDLE);
@@ -130,7 +145,7 @@ impl<'a> Sink<'a> {
 
     /// Records and offsets in one transaction, begun only now that everything is scored. After an abort the same
     /// outcomes go into another, less those whose partition was taken away meanwhile.
-    fn deliver_exactly_once(&self, group: &mut Group<Outcome>) -> anyhow::Result<()> {
+    fn deliver_exactly_once(&mut self, group: &mut Group<Outcome>) -> anyhow::Result<()> {
         let mut suspects = HashSet::new();
         loop {
             self.ledger.drop_revoked(group);
@@ -146,12 +161,16 @@ impl<'a> Sink<'a> {
                 Err(Failure::Aborted(error)) => {
                     tracing::info!(error = format!("{error:#}"), "transaction aborted; trying again");
                     self.metrics.aborts.inc();
-                    match self.insist(|| self.producer.client.abort_transaction(TRANSACTION_CALL)) {
-                        Ok(()) => {}
-                        Err(Failure::Aborted(error) | Failure::Fatal(error)) => return Err(error),
-                    }
+                    self.insist(|| self.producer.client.abort_transaction(TRANSACTION_CALL))
+                        .map_err(Failure::into_error)?;
                     self.sort_out_refused(group, &mut suspects)?;
                     std::thread::sleep(ABORT_WAIT);
+                }
+                Err(Failure::Stuck) => {
+                    tracing::warn!("the Kafka client does not return from a call; going on with a new producer");
+                    self.metrics.producers_replaced.inc();
+                    self.producer = new_producer(self.config)?;
+                    self.resolve_open_transaction()?;
                 }
             }
         }
@@ -167,15 +186,24 @@ impl<'a> Sink<'a> {
         let Some(membership) = self.consumer.group_metadata() else {
             return Err(Failure::Fatal(anyhow!("the consumer is not a member of a group")));
         };
-        self.insist(|| client.send_offsets_to_transaction(&offsets, &membership, TRANSACTION_CALL))?;
+        let membership = Arc::new(membership);
+        self.insist_unless_stuck(|| {
+            let sign_of_life = || self.health.beat(Loop::Sink);
+            self.producer.send_offsets(&offsets, &membership, TRANSACTION_CALL, sign_of_life)
+        })?;
         self.insist(|| client.commit_transaction(TRANSACTION_CALL))
     }
 
     /// Makes one call again and again while its error is one that passes.
     fn insist(&self, call: impl Fn() -> KafkaResult<()>) -> Result<(), Failure> {
+        self.insist_unless_stuck(|| Ok(call()))
+    }
+
+    /// [`Self::insist`] on a call that may never return.
+    fn insist_unless_stuck(&self, call: impl Fn() -> Result<KafkaResult<()>, Stuck>) -> Result<(), Failure> {
         loop {
             self.health.beat(Loop::Sink);
-            let Err(error) = call() else { return Ok(()) };
+            let Err(error) = call().map_err(|Stuck| Failure::Stuck)? else { return Ok(()) };
             if classify(&error) != Verdict::Retry {
                 return Err(self.judge(error));
             }
@@ -210,9 +238,7 @@ impl<'a> Sink<'a> {
                 .iter()
                 .try_for_each(|&index| self.send(group, index, &suspects))
                 .and_then(|()| self.insist(|| self.producer.client.flush(CALL)));
-            if let Err(Failure::Aborted(error) | Failure::Fatal(error)) = sent {
-                return Err(error.context("cannot publish"));
-            }
+            sent.map_err(|failure| failure.into_error().context("cannot publish"))?;
             unsent = self.sort_out_refused(group, &mut suspects)?;
         }
         self.ledger.drop_revoked(group);

@@ -1,19 +1,30 @@
 //! The producer: hands records to librdkafka and collects the broker's word on each.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crossbeam_channel::{RecvTimeoutError, bounded};
 use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::ConsumerGroupMetadata;
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::{DeliveryResult, OwnedHeaders};
-use rdkafka::producer::{BaseRecord, ProducerContext, ThreadedProducer};
+use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
+use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::error::is_queue_full;
 use crate::kafka::log_client;
 
 const QUEUE_FULL_WAIT: Duration = Duration::from_millis(10);
+/// How long after its timeout a call into librdkafka is taken never to return.
+const OVERDUE: Duration = Duration::from_secs(5);
+/// How often the caller of a call that takes long hears that it is still waited for.
+const TURN: Duration = Duration::from_secs(1);
+
+/// A call into librdkafka that has not returned long after its timeout; its producer is of no more use.
+#[derive(Debug)]
+pub struct Stuck;
 
 /// Collects the records that the broker did not take, each by its index in the group.
 #[derive(Debug, Default)]
@@ -80,8 +91,84 @@ impl RecordProducer {
         }
     }
 
+    /// Enters offsets into the open transaction, and calls `waiting` every second meanwhile.
+    ///
+    /// On a thread of its own, because librdkafka may wait without end for a group coordinator that was restarted,
+    /// whatever the timeout (confluentinc/librdkafka issues 5456 and 5511). A producer that is stuck there can be
+    /// left alone: it has not been asked to commit, and the next producer of its transactional id fences it.
+    pub fn send_offsets(
+        &self,
+        offsets: &TopicPartitionList,
+        membership: &Arc<ConsumerGroupMetadata>,
+        timeout: Duration,
+        waiting: impl Fn(),
+    ) -> Result<KafkaResult<()>, Stuck> {
+        let (answer, answered) = bounded(1);
+        let (client, offsets, membership) = (self.client.clone(), offsets.clone(), Arc::clone(membership));
+        std::thread::spawn(move || {
+            // Nobody listens any more where the answer came too late.
+            let _ = answer.send(client.send_offsets_to_transaction(&offsets, &membership, timeout));
+        });
+        let deadline = Instant::now() + timeout + OVERDUE;
+        loop {
+            match answered.recv_deadline(deadline.min(Instant::now() + TURN)) {
+                Ok(result) => return Ok(result),
+                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => waiting(),
+                Err(_) => return Err(Stuck),
+            }
+        }
+    }
+
     /// The records refused since the last call.
     pub fn refused(&self) -> Vec<(usize, KafkaError)> {
         std::mem::take(&mut *self.refusals.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use rdkafka::consumer::{BaseConsumer, Consumer as _};
+    use rdkafka::mocking::{MockCluster, MockCoordinator};
+    use rdkafka::topic_partition_list::Offset;
+
+    use super::*;
+
+    const CALL: Duration = Duration::from_secs(1);
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// What made a soak of 300 faults stop: the group's coordinator is down, and the call knows no end.
+    #[test]
+    #[allow(clippy::unwrap_used)]
+    fn a_call_that_never_returns_is_given_up_and_another_producer_goes_on() {
+        let cluster = MockCluster::new(2).unwrap();
+        cluster.create_topic("documents", 1, 1).unwrap();
+        cluster.coordinator(MockCoordinator::Transaction("group-0".to_owned()), 1).unwrap();
+        cluster.coordinator(MockCoordinator::Group("group".to_owned()), 2).unwrap();
+        let mut settings = ClientConfig::new();
+        settings.set("bootstrap.servers", cluster.bootstrap_servers());
+        let consumer: BaseConsumer = settings.clone().set("group.id", "group").create().unwrap();
+        let membership = Arc::new(consumer.group_metadata().unwrap());
+        let mut offsets = TopicPartitionList::new();
+        offsets.add_partition_offset("documents", 0, Offset::Offset(1)).unwrap();
+        settings.set("transactional.id", "group-0");
+
+        let first = RecordProducer::new(&settings).unwrap();
+        first.client.init_transactions(PATIENCE).unwrap();
+        first.client.begin_transaction().unwrap();
+        cluster.broker_down(2).unwrap();
+        let turns = Cell::new(0);
+        let outcome = first.send_offsets(&offsets, &membership, CALL, || turns.set(turns.get() + 1));
+        assert!(matches!(outcome, Err(Stuck) | Ok(Err(_))), "{outcome:?}");
+        assert!(turns.get() > 0, "its caller shows signs of life meanwhile");
+        drop(first);
+
+        let second = RecordProducer::new(&settings).unwrap();
+        second.client.init_transactions(PATIENCE).unwrap();
+        second.client.begin_transaction().unwrap();
+        cluster.broker_up(2).unwrap();
+        second.send_offsets(&offsets, &membership, PATIENCE, || {}).unwrap().unwrap();
+        second.client.commit_transaction(PATIENCE).unwrap();
     }
 }
