@@ -168,12 +168,12 @@ fn an_outage_of_the_broker_is_ridden_out() {
     daemon.wait("the first documents", |daemon| daemon.finished() >= 50);
     let commits = daemon.metric("sluiced_commits_total");
     assert!(commits > 0 && daemon.metric("sluiced_rebalances_total") > 0);
-    cluster.kafka.command("kill");
+    cluster.kafka.kill(1);
     daemon.wait("/ready to fail", |daemon| daemon.get("/ready") == (503, "no broker answers\n".to_owned()));
     std::thread::sleep(Duration::from_secs(15));
     assert_eq!(daemon.get("/live").0, 200);
     assert!(daemon.ended().is_none());
-    cluster.kafka.command("start");
+    cluster.kafka.start_again();
     daemon.wait("/ready to hold", |daemon| daemon.get("/ready").0 == 200);
     cluster.send(50..100, 20);
     daemon.wait("the rest", |daemon| daemon.finished() >= 100);

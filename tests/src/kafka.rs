@@ -1,5 +1,6 @@
 //! A real Apache Kafka, through `ops/kafka`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,31 +10,72 @@ use rdkafka::client::DefaultClientContext;
 
 use crate::root;
 
-/// A cluster of one broker, which ends with this value.
+/// What [`Kafka::start_with`] starts.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Brokers: 1, or 3 that copy each other's records.
+    pub brokers: usize,
+    /// Whether there is a listener with TLS and SASL beside the plain one.
+    pub tls_sasl: bool,
+}
+
+/// A cluster, which ends with this value.
 pub struct Kafka {
     data: PathBuf,
-    /// Its address, the same over restarts.
+    /// Number of brokers; their nodes are numbered from 1.
+    pub brokers: usize,
+    /// Their addresses, the same over restarts.
     pub bootstrap_servers: String,
 }
 
 impl Kafka {
-    /// Starts a broker with its data in `data`.
+    /// Starts one broker with its data in `data`.
     pub fn start(data: &Path) -> Self {
-        let mut kafka = Self { data: data.to_owned(), bootstrap_servers: String::new() };
-        kafka.bootstrap_servers = kafka.command("start");
+        Self::start_with(data, Shape { brokers: 1, tls_sasl: false })
+    }
+
+    /// Starts a cluster with its data in `data`.
+    pub fn start_with(data: &Path, shape: Shape) -> Self {
+        let mut kafka =
+            Self { data: data.to_owned(), brokers: shape.brokers, bootstrap_servers: String::new() };
+        let brokers = shape.brokers.to_string();
+        let mut words = vec!["start", "--brokers", &brokers];
+        if shape.tls_sasl {
+            words.push("--tls-sasl");
+        }
+        kafka.bootstrap_servers = kafka.run(&words);
         kafka
     }
 
-    /// `ops/kafka start|stop|kill`; what it prints.
-    pub fn command(&self, action: &str) -> String {
+    /// SIGKILL to a broker.
+    pub fn kill(&self, node: usize) {
+        self.run(&["kill", "--node", &node.to_string()]);
+    }
+
+    /// Asks a broker to end, and waits.
+    pub fn stop(&self, node: usize) {
+        self.run(&["stop", "--node", &node.to_string()]);
+    }
+
+    /// Starts the brokers that do not run.
+    pub fn start_again(&self) {
+        self.run(&["start"]);
+    }
+
+    /// The variables that `ops/kafka env` prints, such as `SLUICE_KAFKA_SASL_BOOTSTRAP`.
+    pub fn variables(&self) -> BTreeMap<String, String> {
+        let assignments = self.run(&["env"]);
+        let pairs = assignments.lines().filter_map(|line| line.strip_prefix("export ")?.split_once('='));
+        pairs.map(|(name, value)| (name.to_owned(), value.trim_matches('\'').to_owned())).collect()
+    }
+
+    /// `ops/kafka` with these words; what it prints.
+    fn run(&self, words: &[&str]) -> String {
         let mut command = Command::new(root().join("ops/kafka"));
-        command.arg(action).arg("--data").arg(&self.data);
-        if action == "kill" {
-            command.args(["--node", "1"]);
-        }
+        command.args(words).arg("--data").arg(&self.data);
         let output = command.output().unwrap();
         let message = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "ops/kafka {action} failed: {message}");
+        assert!(output.status.success(), "ops/kafka {words:?} failed: {message}");
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
@@ -46,7 +88,7 @@ impl Kafka {
     pub fn create_topic_with(&self, name: &str, partitions: i32, settings: &[(&str, &str)]) {
         let admin: AdminClient<DefaultClientContext> =
             ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap();
-        let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(self.brokers as i32));
         for (key, value) in settings {
             topic = topic.set(key, value);
         }

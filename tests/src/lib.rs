@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 pub use broker::Broker;
 pub use daemon::Daemon;
-pub use kafka::Kafka;
+pub use kafka::{Kafka, Shape};
 pub use topic::{Record, produce, read_all};
 
 /// The repository's root.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use sluice_tests::oracle::{Options, run};
-use sluice_tests::{Kafka, golden, root};
+use sluice_tests::{Kafka, Shape, golden, root};
 
 /// Injects faults into daemons on a real Kafka and checks that every document comes out exactly once.
 #[derive(Debug, Parser)]
@@ -18,6 +18,9 @@ struct Arguments {
     /// Daemons that share the group.
     #[arg(long, default_value_t = 3)]
     daemons: usize,
+    /// Brokers: 1, or 3 of which one at a time is stopped or killed.
+    #[arg(long, default_value_t = 1)]
+    brokers: usize,
     /// Documents a second.
     #[arg(long, default_value_t = 40)]
     documents_per_second: u64,
@@ -29,7 +32,8 @@ struct Arguments {
 #[allow(clippy::print_stdout)]
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let kafka = Kafka::start(&root().join("target/soak-kafka"));
+    let shape = Shape { brokers: arguments.brokers, tls_sasl: false };
+    let kafka = Kafka::start_with(&root().join(format!("target/soak-kafka-{}", arguments.brokers)), shape);
     let options = Options {
         seed: arguments.seed,
         faults: arguments.faults,
@@ -43,7 +47,8 @@ fn main() -> ExitCode {
         ExitCode::SUCCESS
     } else {
         eprintln!("{findings:#?}");
-        eprintln!("run it again: tests/soak --seed {} --faults {}", arguments.seed, arguments.faults);
+        let words = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
+        eprintln!("run it again: tests/soak {words}");
         ExitCode::FAILURE
     }
 }

@@ -68,7 +68,7 @@ impl fmt::Display for Findings {
         write!(
             f,
             "seed {}: {} faults, {} records: {} lost, {} doubled, {} reordered, {} changed, {} unknown; {} exits, {} hangs, \
-             {} commits, {} aborts, {} rebalances; {:.0} s",
+             {} commits, {} aborts, {} rebalances, {} producers replaced; {:.0} s",
             self.seed,
             self.faults,
             self.obligations,
@@ -82,6 +82,7 @@ impl fmt::Display for Findings {
             self.counters.commits,
             self.counters.aborts,
             self.counters.rebalances,
+            self.counters.replaced,
             self.seconds
         )
     }

@@ -8,7 +8,9 @@ use crate::Kafka;
 
 /// Longer than the group's session timeout, so that a paused daemon is thrown out and comes back as a zombie.
 const ZOMBIE: Duration = Duration::from_secs(9);
-const POISON: usize = 15;
+const POISON: usize = 16;
+/// Daemons that join in a storm.
+const STORM: usize = 3;
 
 /// Something that goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,10 +23,12 @@ pub enum Fault {
     StopDaemon(usize),
     /// One more daemon joins the group and leaves it.
     JoinAndLeave,
-    /// The broker is asked to stop, and started.
-    RestartBroker,
-    /// SIGKILL to the broker, which is started again.
-    KillBroker,
+    /// Several daemons join the group and leave it, faster than it settles.
+    RebalanceStorm,
+    /// A broker is asked to stop, and started.
+    RestartBroker(usize),
+    /// SIGKILL to a broker, which is started again.
+    KillBroker(usize),
     /// Records that nobody can score.
     Poison,
 }
@@ -40,16 +44,18 @@ impl Faults {
         Self { random: fastrand::Rng::with_seed(seed) }
     }
 
-    /// The next fault among `daemons` daemons.
-    pub fn next(&mut self, daemons: usize) -> Fault {
+    /// The next fault among `daemons` daemons and `brokers` brokers.
+    pub fn next(&mut self, daemons: usize, brokers: usize) -> Fault {
         let daemon = self.random.usize(..daemons);
+        let broker = self.random.usize(1..=brokers);
         match self.random.u8(..20) {
             0..6 => Fault::KillDaemon(daemon),
             6..9 => Fault::PauseDaemon(daemon),
             9..12 => Fault::StopDaemon(daemon),
-            12..14 => Fault::JoinAndLeave,
-            14..16 => Fault::RestartBroker,
-            16..18 => Fault::KillBroker,
+            12 => Fault::JoinAndLeave,
+            13 => Fault::RebalanceStorm,
+            14..16 => Fault::RestartBroker(broker),
+            16..18 => Fault::KillBroker(broker),
             _ => Fault::Poison,
         }
     }
@@ -76,15 +82,26 @@ impl Faults {
                 self.wait(2000..5000);
                 extra.terminate();
             }
-            Fault::RestartBroker => {
-                kafka.command("stop");
-                self.wait(200..3000);
-                kafka.command("start");
+            Fault::RebalanceStorm => {
+                let first = slots.len();
+                let mut extras = Vec::new();
+                for index in first..first + STORM {
+                    extras.push(slots[0].sibling(index));
+                    self.wait(100..1000);
+                }
+                for mut extra in extras {
+                    extra.terminate();
+                }
             }
-            Fault::KillBroker => {
-                kafka.command("kill");
+            Fault::RestartBroker(node) => {
+                kafka.stop(node);
                 self.wait(200..3000);
-                kafka.command("start");
+                kafka.start_again();
+            }
+            Fault::KillBroker(node) => {
+                kafka.kill(node);
+                self.wait(200..3000);
+                kafka.start_again();
             }
             Fault::Poison => load.poison(POISON),
         }

@@ -125,13 +125,15 @@ impl Load {
                 source: String::new(),
                 attributes: BTreeMap::new(),
             };
-            let payload: Bytes = match number % 3 {
-                0 => foreign.encode(),
-                1 => vec![0xff; 50].into(),
-                _ => foreign.encode().slice(..20),
+            let payload: Option<Bytes> = match number % 4 {
+                0 => Some(foreign.encode()),
+                1 => Some(vec![0xff; 50].into()),
+                2 => Some(foreign.encode().slice(..20)),
+                _ => None,
             };
             let key = poison_key(number);
-            let record = BaseRecord::<str, [u8]>::to(&self.topic).key(&key).payload(&payload);
+            let mut record = BaseRecord::<str, [u8]>::to(&self.topic).key(&key);
+            record.payload = payload.as_deref();
             self.producer.send(record).map_err(|(error, _)| error).unwrap();
         }
         *sent += count;

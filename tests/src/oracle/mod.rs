@@ -64,7 +64,7 @@ pub fn run(kafka: &Kafka, model: &Path, options: &Options) -> Findings {
         (0..options.daemons).map(|index| Slot::new(index, kafka, &topics, model, options)).collect();
     let mut faults = Faults::new(options.seed);
     for number in 1..=options.faults {
-        let fault = faults.next(slots.len());
+        let fault = faults.next(slots.len(), kafka.brokers);
         eprintln!(
             "[{:5.0} s] seed {} fault {number}/{}: {fault:?}, {} documents so far",
             started.elapsed().as_secs_f64(),

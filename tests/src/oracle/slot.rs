@@ -15,6 +15,8 @@ pub struct Counters {
     pub aborts: usize,
     /// Rebalances seen.
     pub rebalances: usize,
+    /// Producers replaced because a call did not return.
+    pub replaced: usize,
 }
 
 impl Add for Counters {
@@ -25,6 +27,7 @@ impl Add for Counters {
             commits: self.commits + other.commits,
             aborts: self.aborts + other.aborts,
             rebalances: self.rebalances + other.rebalances,
+            replaced: self.replaced + other.replaced,
         }
     }
 }
@@ -136,6 +139,7 @@ impl Slot {
             commits: daemon.metric("sluiced_commits_total"),
             aborts: daemon.metric("sluiced_aborts_total"),
             rebalances: daemon.metric("sluiced_rebalances_total"),
+            replaced: daemon.metric("sluiced_producers_replaced_total"),
         };
         self.lived + now
     }
