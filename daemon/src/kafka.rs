@@ -65,6 +65,9 @@ pub fn producer_config(
         .set("linger.ms", "5")
         .set("batch.num.messages", "10000")
         .set("queue.buffering.max.kbytes", "262144")
+        // A transaction that follows on another is put off by the broker for a few milliseconds, until the one before is
+        // sealed. The client's default of 100 would be most of its time.
+        .set("retry.backoff.ms", "10")
         // The same partition for a key as the Java client would choose.
         .set("partitioner", "murmur2_random");
     for (key, value) in properties {

@@ -191,7 +191,10 @@ impl<'a> Sink<'a> {
             let sign_of_life = || self.health.beat(Loop::Sink);
             self.producer.send_offsets(&offsets, &membership, TRANSACTION_CALL, sign_of_life)
         })?;
-        self.insist(|| client.commit_transaction(TRANSACTION_CALL))
+        self.insist(|| {
+            self.producer.wait_delivered(CALL);
+            client.commit_transaction(TRANSACTION_CALL)
+        })
     }
 
     /// Makes one call again and again while its error is one that passes.
@@ -237,7 +240,7 @@ impl<'a> Sink<'a> {
             let sent = unsent
                 .iter()
                 .try_for_each(|&index| self.send(group, index, &suspects))
-                .and_then(|()| self.insist(|| self.producer.client.flush(CALL)));
+                .and_then(|()| self.flush());
             sent.map_err(|failure| failure.into_error().context("cannot publish"))?;
             unsent = self.sort_out_refused(group, &mut suspects)?;
         }
@@ -261,7 +264,7 @@ impl<'a> Sink<'a> {
     fn send(&self, group: &mut Group<Outcome>, index: usize, suspects: &Suspects) -> Result<(), Failure> {
         let alone = suspects.contains(&group[index].ticket);
         if alone {
-            self.insist(|| self.producer.client.flush(CALL))?;
+            self.flush()?;
         }
         // A record that the client itself refuses does not touch the transaction.
         while let Err(error) = self.hand_over(group, index) {
@@ -271,9 +274,17 @@ impl<'a> Sink<'a> {
             self.shrink(group, index).map_err(Failure::Fatal)?;
         }
         if alone {
-            self.insist(|| self.producer.client.flush(CALL))?;
+            self.flush()?;
         }
         Ok(())
+    }
+
+    /// Waits for the broker's word on every record that was handed over.
+    fn flush(&self) -> Result<(), Failure> {
+        self.insist(|| {
+            self.producer.wait_delivered(CALL);
+            self.producer.client.flush(CALL)
+        })
     }
 
     fn hand_over(&self, group: &Group<Outcome>, index: usize) -> KafkaResult<()> {

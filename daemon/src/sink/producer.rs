@@ -17,6 +17,8 @@ use super::error::is_queue_full;
 use crate::kafka::log_client;
 
 const QUEUE_FULL_WAIT: Duration = Duration::from_millis(10);
+/// How often the client is asked whether everything is delivered.
+const DELIVERY_TURN: Duration = Duration::from_millis(1);
 /// How long after its timeout a call into librdkafka is taken never to return.
 const OVERDUE: Duration = Duration::from_secs(5);
 /// How often the caller of a call that takes long hears that it is still waited for.
@@ -88,6 +90,17 @@ impl RecordProducer {
                 }
                 Err((error, _)) => return Err(error),
             }
+        }
+    }
+
+    /// Waits until the broker's word on every record has come.
+    ///
+    /// Before [`Producer::flush`] and a commit, which wait in steps of a tenth of a second where the client's own thread
+    /// serves the deliveries: as long as all the rest of a transaction takes.
+    pub fn wait_delivered(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        while self.client.in_flight_count() > 0 && Instant::now() < deadline {
+            std::thread::sleep(DELIVERY_TURN);
         }
     }
 
