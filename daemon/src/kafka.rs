@@ -85,16 +85,23 @@ pub fn producer_config(
 
 /// Settings of the consumer of the documents topic.
 pub fn consumer_config(settings: &Kafka) -> ClientConfig {
-    let mut config = client_config(&settings.bootstrap_servers, &settings.properties);
+    let mut config = ClientConfig::new();
+    // Defaults that the user may change. What is read ahead is memory beyond the budget, so it is little.
     config
+        .set("client.id", "sluiced")
+        .set("queued.max.messages.kbytes", "16384")
+        .set("fetch.max.bytes", "16777216");
+    for (key, value) in &settings.properties {
+        config.set(key, value);
+    }
+    config
+        .set("bootstrap.servers", &settings.bootstrap_servers)
         .set("group.id", &settings.group_id)
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")
         .set("auto.offset.reset", "earliest")
         .set("isolation.level", "read_committed")
         .set("partition.assignment.strategy", "cooperative-sticky")
-        // Read ahead little: it is memory beyond the budget.
-        .set("queued.max.messages.kbytes", "16384")
         // How often the lag is worked out.
         .set("statistics.interval.ms", "1000");
     config

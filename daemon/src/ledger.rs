@@ -1,8 +1,8 @@
 //! What is in flight, in the order it was read: the only place that knows which offsets may be committed.
 //!
-//! A record is *opened* when it is read, *completed* when its outcome is known, *taken* once everything before it in
-//! its partition is complete, and *released* when it is published and its offset committed. Its tokens count against
-//! the budget from open to release, which bounds every queue of the daemon at once.
+//! A record is *opened* when it is read, *begun* when the scorer takes it up, *completed* when its outcome is known,
+//! *taken* once everything before it in its partition is complete, and *released* when it is published and its offset
+//! committed. Its tokens count against the budget from open to release, which bounds every queue of the daemon at once.
 //!
 //! Records are told apart by the epoch of their partition's assignment, so that an outcome which arrives after the
 //! partition was taken away is dropped and never committed.
@@ -22,11 +22,24 @@ pub struct Ticket {
 }
 
 #[derive(Debug)]
+enum Stage<T> {
+    Opened,
+    Begun,
+    Complete(T),
+}
+
+#[derive(Debug)]
 struct Entry<T> {
     ticket: Ticket,
     tokens: usize,
     opened: Instant,
-    outcome: Option<T>,
+    stage: Stage<T>,
+}
+
+impl<T> Entry<T> {
+    fn is_complete(&self) -> bool {
+        matches!(self.stage, Stage::Complete(_))
+    }
 }
 
 #[derive(Debug)]
@@ -44,7 +57,51 @@ struct Partition<T> {
 struct State<T> {
     partitions: HashMap<i32, Partition<T>>,
     epochs: u64,
+    /// Tokens in flight.
     tokens: usize,
+    /// Of these, tokens of records that are complete and not yet taken.
+    complete_tokens: usize,
+    /// Records in flight that are not complete.
+    incomplete: usize,
+    /// When the oldest record was opened that is taken and not yet released.
+    oldest_taken: Option<Instant>,
+}
+
+impl<T> State<T> {
+    fn new() -> Self {
+        Self {
+            partitions: HashMap::new(),
+            epochs: 0,
+            tokens: 0,
+            complete_tokens: 0,
+            incomplete: 0,
+            oldest_taken: None,
+        }
+    }
+
+    /// Takes `entries`, which are in no partition any more, off the books.
+    fn forget(&mut self, entries: impl IntoIterator<Item = Entry<T>>) {
+        for entry in entries {
+            self.tokens -= entry.tokens;
+            if entry.is_complete() {
+                self.complete_tokens -= entry.tokens;
+            } else {
+                self.incomplete -= 1;
+            }
+        }
+    }
+
+    /// Whether the partition of `ticket` is assigned as it was when the record was read.
+    fn is_current(&self, ticket: Ticket) -> bool {
+        self.partitions.get(&ticket.partition).is_some_and(|books| books.epoch == ticket.epoch)
+    }
+
+    /// The entry of `ticket`, unless it was forgotten.
+    fn entry(&mut self, ticket: Ticket) -> Option<&mut Entry<T>> {
+        let books = self.partitions.get_mut(&ticket.partition)?;
+        let index = books.waiting.binary_search_by_key(&ticket.offset, |entry| entry.ticket.offset).ok()?;
+        Some(&mut books.waiting[index]).filter(|entry| entry.ticket == ticket)
+    }
 }
 
 /// An outcome on its way out.
@@ -69,10 +126,7 @@ pub struct Ledger<T> {
 
 impl<T> Default for Ledger<T> {
     fn default() -> Self {
-        Self {
-            state: Mutex::new(State { partitions: HashMap::new(), epochs: 0, tokens: 0 }),
-            changed: Condvar::new(),
-        }
+        Self { state: Mutex::new(State::new()), changed: Condvar::new() }
     }
 }
 
@@ -90,7 +144,7 @@ impl<T> Ledger<T> {
             let epoch = state.epochs;
             let fresh = Partition { epoch, waiting: VecDeque::new(), publishing: 0, next: None };
             if let Some(old) = state.partitions.insert(partition, fresh) {
-                state.tokens -= old.waiting.iter().map(|entry| entry.tokens).sum::<usize>();
+                state.forget(old.waiting);
             }
         }
     }
@@ -100,8 +154,25 @@ impl<T> Ledger<T> {
         let mut state = self.lock();
         for partition in partitions {
             if let Some(old) = state.partitions.remove(&partition) {
-                state.tokens -= old.waiting.iter().map(|entry| entry.tokens).sum::<usize>();
+                state.forget(old.waiting);
             }
+        }
+        self.changed.notify_all();
+    }
+
+    /// Forgets, of each of `partitions`, everything from the first record on that the scorer has not begun: it is
+    /// left for whoever reads the partition next, so that a daemon that gives one up need not score a long queue.
+    pub fn forget_unbegun(&self, partitions: &[i32]) {
+        let mut state = self.lock();
+        for partition in partitions {
+            let Some(books) = state.partitions.get_mut(partition) else { continue };
+            let Some(first) = books.waiting.iter().position(|entry| matches!(entry.stage, Stage::Opened))
+            else {
+                continue;
+            };
+            let forgotten = books.waiting.split_off(first);
+            books.next = forgotten.front().map(|entry| entry.ticket.offset);
+            state.forget(forgotten);
         }
         self.changed.notify_all();
     }
@@ -112,43 +183,67 @@ impl<T> Ledger<T> {
         let books = state.partitions.get_mut(&partition)?;
         let ticket = Ticket { partition, offset, epoch: books.epoch };
         books.next = Some(offset + 1);
-        books.waiting.push_back(Entry { ticket, tokens, opened: Instant::now(), outcome: None });
+        books.waiting.push_back(Entry { ticket, tokens, opened: Instant::now(), stage: Stage::Opened });
         state.tokens += tokens;
+        state.incomplete += 1;
         Some(ticket)
     }
 
-    /// Notes the outcome of a record; that of a partition taken away meanwhile is dropped.
-    pub fn complete(&self, ticket: Ticket, outcome: T) {
+    /// Notes that a record is being scored; false where it was forgotten and need not be.
+    pub fn begin(&self, ticket: Ticket) -> bool {
         let mut state = self.lock();
-        let Some(books) = state.partitions.get_mut(&ticket.partition) else { return };
-        if let Ok(index) = books.waiting.binary_search_by_key(&ticket.offset, |entry| entry.ticket.offset)
-            && books.waiting[index].ticket == ticket
-        {
-            books.waiting[index].outcome = Some(outcome);
-            self.changed.notify_all();
-        }
+        let Some(entry) = state.entry(ticket) else { return false };
+        entry.stage = Stage::Begun;
+        true
     }
 
-    /// Takes outcomes that may be published, of at most about `tokens_max` tokens; waits up to `timeout` for the
-    /// first. Outcomes of one partition come in the order in which their records were read.
-    pub fn take(&self, tokens_max: usize, timeout: Duration) -> Group<T> {
+    /// Notes the outcome of a record; that of one that was forgotten is dropped.
+    pub fn complete(&self, ticket: Ticket, outcome: T) {
         let mut state = self.lock();
-        let ready = |state: &mut State<T>| {
-            !state.partitions.values().any(|p| p.waiting.front().is_some_and(|entry| entry.outcome.is_some()))
+        let Some(entry) = state.entry(ticket) else { return };
+        entry.stage = Stage::Complete(outcome);
+        let tokens = entry.tokens;
+        state.complete_tokens += tokens;
+        state.incomplete -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Takes outcomes that may be published, of at most about `tokens_max` tokens. Waits up to `timeout` for the
+    /// first, and from then on up to `delay` for more, as long as any can come. Outcomes of one partition come in the
+    /// order in which their records were read.
+    pub fn take(&self, tokens_max: usize, timeout: Duration, delay: Duration) -> Group<T> {
+        let none = |state: &mut State<T>| {
+            !state.partitions.values().any(|p| p.waiting.front().is_some_and(Entry::is_complete))
         };
-        state =
-            self.changed.wait_timeout_while(state, timeout, ready).unwrap_or_else(PoisonError::into_inner).0;
+        let few = |state: &mut State<T>| state.incomplete > 0 && state.complete_tokens < tokens_max;
+        let (state, waited) = self
+            .changed
+            .wait_timeout_while(self.lock(), timeout, none)
+            .unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return Group::new();
+        }
+        let waited = self.changed.wait_timeout_while(state, delay, few);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+
         let mut group = Group::new();
         let mut tokens = 0;
+        let mut oldest = Instant::now();
         for books in state.partitions.values_mut() {
-            while tokens < tokens_max && books.waiting.front().is_some_and(|entry| entry.outcome.is_some()) {
-                let Some(entry) = books.waiting.pop_front() else { break };
-                let Some(outcome) = entry.outcome else { break };
+            while tokens < tokens_max && books.waiting.front().is_some_and(Entry::is_complete) {
+                let Some(Entry { ticket, tokens: size, opened, stage: Stage::Complete(outcome) }) =
+                    books.waiting.pop_front()
+                else {
+                    break;
+                };
                 books.publishing += 1;
-                tokens += entry.tokens;
-                group.push(Taken { ticket: entry.ticket, outcome, tokens: entry.tokens });
+                tokens += size;
+                oldest = oldest.min(opened);
+                group.push(Taken { ticket, outcome, tokens: size });
             }
         }
+        state.complete_tokens -= tokens;
+        state.oldest_taken = Some(oldest).filter(|_| !group.is_empty());
         group
     }
 
@@ -159,24 +254,24 @@ impl<T> Ledger<T> {
         group.iter().map(|taken| (taken.ticket.partition, taken.ticket.offset + 1)).collect()
     }
 
+    /// Whether everything in `group` came from partitions that are assigned as they were when it was read.
+    pub fn is_current(&self, group: &Group<T>) -> bool {
+        let state = self.lock();
+        group.iter().all(|taken| state.is_current(taken.ticket))
+    }
+
     /// Removes from `group` what came from partitions that are no longer assigned as they were: it belongs to
     /// another consumer now.
     pub fn drop_revoked(&self, group: &mut Group<T>) {
         let mut state = self.lock();
-        let dropped: Vec<_> = group
-            .extract_if(.., |taken| {
-                state
-                    .partitions
-                    .get(&taken.ticket.partition)
-                    .is_none_or(|books| books.epoch != taken.ticket.epoch)
-            })
-            .collect();
+        let dropped: Vec<_> = group.extract_if(.., |taken| !state.is_current(taken.ticket)).collect();
         state.tokens -= dropped.iter().map(|taken| taken.tokens).sum::<usize>();
     }
 
     /// Frees the budget that `group` holds, once it is published and committed.
     pub fn release(&self, group: &Group<T>) {
         let mut state = self.lock();
+        state.oldest_taken = None;
         for taken in group {
             state.tokens -= taken.tokens;
             if let Some(books) = state.partitions.get_mut(&taken.ticket.partition)
@@ -220,12 +315,16 @@ impl<T> Ledger<T> {
         Some(u64::try_from(end - done).unwrap_or(0))
     }
 
-    /// Age of the oldest record in flight that was not yet taken.
+    /// Age of the oldest record in flight.
     pub fn oldest_age(&self) -> Duration {
         let state = self.lock();
-        let oldest =
-            state.partitions.values().filter_map(|books| books.waiting.front()).map(|e| e.opened).min();
-        oldest.map_or(Duration::ZERO, |opened| opened.elapsed())
+        let waiting = state.partitions.values().filter_map(|books| books.waiting.front()).map(|e| e.opened);
+        waiting.chain(state.oldest_taken).min().map_or(Duration::ZERO, |opened| opened.elapsed())
+    }
+
+    /// The assigned partitions.
+    pub fn partitions(&self) -> Vec<i32> {
+        self.lock().partitions.keys().copied().collect()
     }
 
     /// Waits until nothing of `partitions` is in flight; false where `timeout` passed first.
@@ -250,102 +349,5 @@ impl<T> Ledger<T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const NOW: Duration = Duration::ZERO;
-
-    fn offsets(group: &Group<&str>) -> Vec<(i32, i64)> {
-        let mut offsets: Vec<_> =
-            group.iter().map(|taken| (taken.ticket.partition, taken.ticket.offset)).collect();
-        offsets.sort_unstable();
-        offsets
-    }
-
-    #[test]
-    #[allow(clippy::unwrap_used)]
-    fn only_contiguous_outcomes_are_published() {
-        let ledger = Ledger::default();
-        ledger.assign([0, 1]);
-        let tickets: Vec<_> = [5, 6, 9].map(|offset| ledger.open(0, offset, 10).unwrap()).into();
-        let other = ledger.open(1, 3, 10).unwrap();
-        ledger.complete(tickets[2], "late");
-        ledger.complete(tickets[1], "middle");
-        assert!(ledger.take(1000, NOW).is_empty());
-        ledger.complete(other, "other");
-        ledger.complete(tickets[0], "first");
-        let group = ledger.take(1000, NOW);
-        assert_eq!(offsets(&group), [(0, 5), (0, 6), (0, 9), (1, 3)]);
-        assert_eq!(Ledger::commit_points(&group), HashMap::from([(0, 10), (1, 4)]));
-        assert_eq!(ledger.tokens(), 40);
-        assert!(!ledger.is_drained());
-        ledger.release(&group);
-        assert_eq!(ledger.tokens(), 0);
-        assert!(ledger.is_drained());
-    }
-
-    #[test]
-    #[allow(clippy::unwrap_used)]
-    fn a_partition_that_comes_back_does_not_take_old_outcomes() {
-        let ledger = Ledger::default();
-        ledger.assign([0]);
-        let old = ledger.open(0, 5, 10).unwrap();
-        ledger.revoke([0]);
-        assert_eq!(ledger.tokens(), 0);
-        assert_eq!(ledger.open(0, 6, 10), None);
-        ledger.assign([0]);
-        let new = ledger.open(0, 5, 10).unwrap();
-        ledger.complete(old, "stale");
-        assert!(ledger.take(1000, NOW).is_empty());
-        ledger.complete(new, "fresh");
-        assert_eq!(ledger.take(1000, NOW)[0].outcome, "fresh");
-    }
-
-    #[test]
-    #[allow(clippy::unwrap_used)]
-    fn what_was_taken_away_while_publishing_is_not_committed() {
-        let ledger = Ledger::default();
-        ledger.assign([0, 1]);
-        for partition in [0, 1] {
-            let ticket = ledger.open(partition, 0, 7).unwrap();
-            ledger.complete(ticket, "x");
-        }
-        let mut group = ledger.take(1000, NOW);
-        ledger.revoke([0]);
-        ledger.assign([0]);
-        ledger.drop_revoked(&mut group);
-        assert_eq!(Ledger::commit_points(&group), HashMap::from([(1, 1)]));
-        assert_eq!(ledger.tokens(), 7);
-        ledger.release(&group);
-        assert!(ledger.is_drained());
-    }
-
-    #[test]
-    #[allow(clippy::unwrap_used)]
-    fn lag_counts_what_is_not_published_yet() {
-        let ledger = Ledger::default();
-        assert_eq!(ledger.lag(0, 10, 30), None);
-        ledger.assign([0]);
-        assert_eq!(ledger.lag(0, 10, 30), Some(20), "from the committed offset");
-        assert_eq!(ledger.lag(0, -1001, 30), Some(30), "from the start where nothing was committed");
-        let ticket = ledger.open(0, 10, 1).unwrap();
-        ledger.open(0, 11, 1).unwrap();
-        assert_eq!(ledger.lag(0, 10, 30), Some(20), "what is read is not published");
-        ledger.complete(ticket, "x");
-        assert_eq!(ledger.take(1000, NOW).len(), 1);
-        assert_eq!(ledger.lag(0, 10, 30), Some(19));
-    }
-
-    #[test]
-    #[allow(clippy::unwrap_used)]
-    fn groups_are_cut_at_about_the_size_asked_for() {
-        let ledger = Ledger::default();
-        ledger.assign([0]);
-        for offset in 0..10 {
-            let ticket = ledger.open(0, offset, 10).unwrap();
-            ledger.complete(ticket, "x");
-        }
-        assert_eq!(ledger.take(25, NOW).len(), 3);
-        assert!(!ledger.wait_drained(&[0], Duration::from_millis(1)));
-    }
-}
+#[path = "ledger_tests.rs"]
+mod tests;

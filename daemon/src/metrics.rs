@@ -11,6 +11,11 @@ pub const RECORD_TOO_LARGE: &str = "record_too_large";
 /// The model failed on this document alone.
 pub const MODEL_FAILED: &str = "model_failed";
 
+/// A fence: the group has given the partitions to another daemon.
+pub const FENCED_BY_GROUP: &str = "group";
+/// A fence: another daemon uses the same transactional id.
+pub const FENCED_BY_PRODUCER: &str = "producer";
+
 /// The daemon's metrics. Cloning shares them.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -39,8 +44,8 @@ pub struct Metrics {
     pub commits: IntCounter,
     /// Transactions that were aborted and tried again.
     pub aborts: IntCounter,
-    /// Times that another daemon took over our transactional id.
-    pub fences: IntCounter,
+    /// Times that the broker, or a look at the group, kept this daemon from publishing what another has taken over.
+    pub fences: IntCounterVec,
     /// Producers given up because a call did not return, and replaced.
     pub producers_replaced: IntCounter,
     /// Offset commits that failed; the next one covers them.
@@ -107,9 +112,16 @@ impl Metrics {
             )?,
             commits: counter("sluiced_commits_total", "Groups of records whose offsets were committed.")?,
             aborts: counter("sluiced_aborts_total", "Transactions that were aborted and tried again.")?,
-            fences: counter(
-                "sluiced_fences_total",
-                "Times that another daemon took over our transactional id.",
+            fences: register(
+                &registry,
+                IntCounterVec::new(
+                    Opts::new(
+                        "sluiced_fences_total",
+                        "Times that this daemon was kept from publishing what another has taken over: its partitions \
+                         (group) or its transactional id (producer).",
+                    ),
+                    &["by"],
+                )?,
             )?,
             producers_replaced: counter(
                 "sluiced_producers_replaced_total",
@@ -150,6 +162,9 @@ impl Metrics {
         };
         for reason in RecordError::CODES.iter().chain(&[RECORD_TOO_LARGE, MODEL_FAILED]) {
             metrics.dead_letters.with_label_values(&[reason]);
+        }
+        for by in [FENCED_BY_GROUP, FENCED_BY_PRODUCER] {
+            metrics.fences.with_label_values(&[by]);
         }
         metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Ok(metrics)

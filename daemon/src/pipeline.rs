@@ -135,7 +135,7 @@ fn score_loop(
     health: &Health,
 ) -> anyhow::Result<()> {
     let mut failures = 0;
-    while let Some(gathered) = gather(jobs, settings, health) {
+    while let Some(gathered) = gather(jobs, ledger, settings, health) {
         let mut pending = Vec::new();
         let mut assemblies = Vec::with_capacity(gathered.len());
         for (index, job) in gathered.into_iter().enumerate() {
@@ -205,13 +205,19 @@ fn complete(
 
 /// Documents for the next look-ahead window: as many as fit it and have come, or come within the delay after the
 /// first. Nothing once the source is gone.
-fn gather(jobs: &Receiver<Job>, settings: &BatchSettings, health: &Health) -> Option<Vec<Job>> {
+fn gather(
+    jobs: &Receiver<Job>,
+    ledger: &Ledger<Outcome>,
+    settings: &BatchSettings,
+    health: &Health,
+) -> Option<Vec<Job>> {
     let first = loop {
         health.beat(Loop::Score);
         match jobs.recv_timeout(TURN) {
-            Ok(job) => break job,
+            Ok(job) if ledger.begin(job.ticket) => break job,
             Err(RecvTimeoutError::Timeout) if health.is_aborted() => return None,
-            Err(RecvTimeoutError::Timeout) => {}
+            // A record whose partition has been given up meanwhile, or none.
+            Ok(_) | Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return None,
         }
     };
@@ -220,10 +226,11 @@ fn gather(jobs: &Receiver<Job>, settings: &BatchSettings, health: &Health) -> Op
     let mut gathered = vec![first];
     while tokens < settings.lookahead_tokens && !health.is_stopping() {
         match jobs.recv_deadline(deadline.min(Instant::now() + TURN)) {
-            Ok(job) => {
+            Ok(job) if ledger.begin(job.ticket) => {
                 tokens += job.document.tokens.len();
                 gathered.push(job);
             }
+            Ok(_) => {}
             Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => health.beat(Loop::Score),
             Err(_) => break,
         }

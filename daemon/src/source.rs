@@ -35,6 +35,11 @@ const PROBE_DOWN: Duration = Duration::from_secs(2);
 const PROBE_QUIET: Duration = Duration::from_secs(10);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Bytes that take as much of the budget as a token, which may have four of them in the record.
+const BYTES_PER_TOKEN: usize = 4;
+/// Least that a record takes of the budget: the books on it are not free.
+const TOKENS_PER_RECORD: usize = 64;
+
 /// A document to be scored, with its place in the ledger.
 #[derive(Debug)]
 pub struct Job {
@@ -92,8 +97,9 @@ impl ConsumerContext for Context {
             }
             Rebalance::Revoke(list) => {
                 let partitions = numbers(list);
-                // What is in flight can still be committed, unless the group has already given it to another, or
+                // What is being scored can still be committed, unless the group has already given it to another, or
                 // nobody is left to commit it.
+                self.ledger.forget_unbegun(&partitions);
                 let drained = !consumer.assignment_lost()
                     && !self.health.is_aborted()
                     && self.ledger.wait_drained(&partitions, self.drain);
@@ -165,7 +171,10 @@ pub fn run(
             return Ok(());
         }
         if health.is_stopping() {
-            let since = *stopping.get_or_insert_with(Instant::now);
+            let since = *stopping.get_or_insert_with(|| {
+                ledger.forget_unbegun(&ledger.partitions());
+                Instant::now()
+            });
             if ledger.is_drained() {
                 return Ok(());
             }
@@ -255,9 +264,10 @@ fn accept(
     let payload = Bytes::copy_from_slice(message.payload().unwrap_or_default());
     let key = message.key().map(Bytes::copy_from_slice);
     let checked = check(payload.clone(), model);
-    // A refused record takes room too: that of the tokens its bytes might have been.
-    let tokens = checked.as_ref().map_or(payload.len() / 2 + 1, |document| document.tokens.len());
-    let Some(ticket) = ledger.open(message.partition(), message.offset(), tokens) else {
+    let tokens = checked.as_ref().map_or(0, |document| document.tokens.len());
+    let bytes = payload.len() + key.as_ref().map_or(0, Bytes::len);
+    let room = tokens.max(bytes / BYTES_PER_TOKEN).max(TOKENS_PER_RECORD);
+    let Some(ticket) = ledger.open(message.partition(), message.offset(), room) else {
         return;
     };
     metrics.documents_read.inc();

@@ -162,11 +162,15 @@ impl Default for BatchSettings {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Most tokens in flight, from reading to committing; reading pauses there and goes on at half of it.
+    /// Most tokens in flight, from reading to committing; reading pauses there and goes on at half of it. A record
+    /// counts as at least 64 tokens, and as at least a quarter of its bytes. This bounds memory: 48 bytes a token, and
+    /// 128 MiB for the Kafka clients, beside the model.
     pub in_flight_tokens: usize,
-    /// Tokens that are published and committed together.
+    /// Most tokens that are published and committed together.
     pub publish_tokens: usize,
-    /// Longest time that SIGTERM, or a partition moving away, waits for what is in flight, in seconds.
+    /// Longest wait for more to publish and commit together while more is being scored, in milliseconds.
+    pub publish_delay_ms: u64,
+    /// Longest time that SIGTERM, or a partition moving away, waits for what is being scored and published, in seconds.
     pub drain_seconds: u64,
     /// Age of a loop's last sign of life, in seconds, at which `/live` fails.
     pub stalled_seconds: u64,
@@ -174,11 +178,22 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { in_flight_tokens: 1_048_576, publish_tokens: 262_144, drain_seconds: 30, stalled_seconds: 120 }
+        Self {
+            in_flight_tokens: 1_048_576,
+            publish_tokens: 262_144,
+            publish_delay_ms: 100,
+            drain_seconds: 30,
+            stalled_seconds: 120,
+        }
     }
 }
 
 impl Limits {
+    /// [`Self::publish_delay_ms`] as a duration.
+    pub fn publish_delay(&self) -> Duration {
+        Duration::from_millis(self.publish_delay_ms)
+    }
+
     /// [`Self::drain_seconds`] as a duration.
     pub fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_seconds)
@@ -268,6 +283,7 @@ impl Config {
             ("batch.tokens_max", self.batch.tokens_max as u64, 1 << 24),
             ("batch.padding_multiple", self.batch.padding_multiple as u64, self.batch.tokens_max as u64),
             ("batch.delay_ms_max", self.batch.delay_ms_max, 60_000),
+            ("limits.publish_delay_ms", self.limits.publish_delay_ms, 60_000),
             ("limits.drain_seconds", self.limits.drain_seconds, 86_400),
             ("limits.stalled_seconds", self.limits.stalled_seconds, 86_400),
         ] {

@@ -37,6 +37,18 @@ pub fn classify(error: &KafkaError) -> Verdict {
     }
 }
 
+/// Whether the group has thrown this daemon out, or gone on without it, so that its partitions are another's.
+pub fn is_fenced_by_group(error: &KafkaError) -> bool {
+    matches!(
+        error.rdkafka_error_code(),
+        Some(
+            RDKafkaErrorCode::IllegalGeneration
+                | RDKafkaErrorCode::UnknownMemberId
+                | RDKafkaErrorCode::FencedInstanceId
+        )
+    )
+}
+
 /// Whether a record was refused for its size.
 pub fn is_too_large(error: &KafkaError) -> bool {
     error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge)

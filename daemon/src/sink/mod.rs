@@ -23,9 +23,9 @@ use crate::config::{Config, Delivery};
 use crate::health::{Health, Loop};
 use crate::kafka;
 use crate::ledger::{Group, Ledger, Ticket};
-use crate::metrics::Metrics;
+use crate::metrics::{FENCED_BY_GROUP, FENCED_BY_PRODUCER, Metrics};
 use crate::source::DocumentsConsumer;
-use error::{Verdict, classify, is_too_large};
+use error::{Verdict, classify, is_fenced_by_group, is_too_large};
 use notice::Notices;
 use producer::{RecordProducer, Stuck};
 pub use record::{DeadLetter, Outcome, Scored};
@@ -107,7 +107,9 @@ impl<'a> Sink<'a> {
     pub fn run(&mut self) -> anyhow::Result<()> {
         loop {
             self.health.beat(Loop::Sink);
-            let mut group = self.ledger.take(self.config.limits.publish_tokens, IDLE);
+            let limits = &self.config.limits;
+            let delay = if self.health.is_stopping() { Duration::ZERO } else { limits.publish_delay() };
+            let mut group = self.ledger.take(limits.publish_tokens, IDLE, delay);
             if self.health.is_aborted() {
                 return Ok(());
             }
@@ -167,7 +169,9 @@ impl<'a> Sink<'a> {
                     std::thread::sleep(ABORT_WAIT);
                 }
                 Err(Failure::Stuck) => {
-                    tracing::warn!("the Kafka client does not return from a call; going on with a new producer");
+                    tracing::warn!(
+                        "the Kafka client does not return from a call; going on with a new producer"
+                    );
                     self.metrics.producers_replaced.inc();
                     self.producer = new_producer(self.config)?;
                     self.resolve_open_transaction()?;
@@ -186,6 +190,12 @@ impl<'a> Sink<'a> {
         let Some(membership) = self.consumer.group_metadata() else {
             return Err(Failure::Fatal(anyhow!("the consumer is not a member of a group")));
         };
+        // In this order: a membership that was taken before its loss is refused by the broker, and one that was taken
+        // after it, which may be a new one without these partitions, is found here.
+        if self.consumer.assignment_lost() || !self.ledger.is_current(group) {
+            self.metrics.fences.with_label_values(&[FENCED_BY_GROUP]).inc();
+            return Err(Failure::Aborted(anyhow!("partitions have moved to another daemon meanwhile")));
+        }
         let membership = Arc::new(membership);
         self.insist_unless_stuck(|| {
             let sign_of_life = || self.health.beat(Loop::Sink);
@@ -217,11 +227,14 @@ impl<'a> Sink<'a> {
     }
 
     fn judge(&self, error: KafkaError) -> Failure {
+        if is_fenced_by_group(&error) {
+            self.metrics.fences.with_label_values(&[FENCED_BY_GROUP]).inc();
+        }
         match classify(&error) {
             Verdict::Abort | Verdict::Retry => Failure::Aborted(error.into()),
             Verdict::Fatal => Failure::Fatal(anyhow!(error).context("the producer failed for good")),
             Verdict::Fenced => {
-                self.metrics.fences.inc();
+                self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
                 Failure::Fatal(anyhow!(error).context(format!(
                     "another daemon has taken over the transactional id `{}`; give every daemon its own \
                      kafka.instance",
