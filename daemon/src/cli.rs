@@ -1,7 +1,9 @@
 //! The command line.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use anyhow::anyhow;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use sluice_schemas::names;
 
@@ -83,9 +85,8 @@ struct IngestArgs {
     /// Source of documents that do not name their own.
     #[arg(long, default_value = "", value_name = "TEXT")]
     source: String,
-    /// Any other setting of librdkafka; may be repeated.
-    #[arg(long = "property", value_name = "NAME=VALUE", value_parser = parse_property)]
-    properties: Vec<(String, String)>,
+    #[command(flatten)]
+    kafka: PropertyArgs,
     /// Most bytes of one record, as the broker's message.max.bytes.
     #[arg(long, default_value_t = 1_000_000, value_name = "N")]
     record_bytes_max: u32,
@@ -94,10 +95,28 @@ struct IngestArgs {
     files: Vec<PathBuf>,
 }
 
-fn parse_property(text: &str) -> Result<(String, String), String> {
-    text.split_once('=')
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .ok_or_else(|| "give NAME=VALUE".to_owned())
+#[derive(Debug, Args)]
+struct PropertyArgs {
+    /// Any other setting of librdkafka; may be repeated. `NAME.from_file=PATH` reads the value from a file.
+    #[arg(
+        long = "property",
+        env = "SLUICED_KAFKA_PROPERTIES",
+        hide_env_values = true,
+        value_name = "NAME=VALUE",
+        value_delimiter = ','
+    )]
+    properties: Vec<String>,
+}
+
+impl PropertyArgs {
+    fn resolve(self) -> anyhow::Result<BTreeMap<String, String>> {
+        // Not a parser of clap's, which repeats what it refuses, and that may be a secret.
+        let pairs = self.properties.iter().map(|text| match text.split_once('=') {
+            Some((name, value)) => Ok((name.to_owned(), value.to_owned())),
+            None => Err(anyhow!("a --property is not NAME=VALUE, such as security.protocol=SSL")),
+        });
+        sluice_kafka::resolve(&pairs.collect::<anyhow::Result<_>>().exit_code(USAGE)?).exit_code(USAGE)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -128,6 +147,8 @@ enum TopicsCommand {
         /// Copies of each partition.
         #[arg(long, default_value_t = 1, value_name = "N")]
         replication: i32,
+        #[command(flatten)]
+        kafka: PropertyArgs,
         /// Topics, as NAME:PARTITIONS.
         #[arg(required = true, value_name = "NAME:PARTITIONS")]
         topics: Vec<String>,
@@ -174,15 +195,15 @@ pub fn run() -> anyhow::Result<()> {
             fields: args.fields.fields(),
             format: args.format,
             source: args.source,
-            properties: args.properties.into_iter().collect(),
+            properties: args.kafka.resolve()?,
             record_bytes_max: args.record_bytes_max,
             files: args.files,
         }),
         Command::Tokenizer(TokenizerCommand::Train { vocab_size, out, fields, files }) => {
             tokenizer::train(&files, &fields.fields(), vocab_size, &out)
         }
-        Command::Topics(TopicsCommand::Create { bootstrap_servers, replication, topics }) => {
-            topics::create(&bootstrap_servers, &topics, replication)
+        Command::Topics(TopicsCommand::Create { bootstrap_servers, replication, kafka, topics }) => {
+            topics::create(&bootstrap_servers, &kafka.resolve()?, &topics, replication)
         }
         Command::DevBroker(args) => dev_broker::run(&args.topics, args.until_stdin_closes),
         Command::Serve(_) | Command::Validate(_) => Ok(()),

@@ -1,17 +1,24 @@
 //! What every Kafka client of the daemon shares: settings, those we own, and errors in words.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::error::Error;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use rdkafka::ClientConfig;
-use rdkafka::client::{Client, ClientContext};
+use rdkafka::client::{Client, ClientContext, OAuthToken};
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::error::KafkaError;
+use rdkafka::consumer::ConsumerContext;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::metadata::Metadata;
 use rdkafka::types::RDKafkaConfRes;
 
 use crate::config::{Delivery, Kafka};
+
+/// How long a broker may take to answer the first question, and how often it is asked.
+const REACH: Duration = Duration::from_secs(10);
+const REACH_TURN: Duration = Duration::from_secs(1);
 
 /// Settings of librdkafka that delivery depends on, with the key of ours that sets each, or why none may.
 const OWNED: [(&str, &str); 15] = [
@@ -118,10 +125,16 @@ pub fn check_properties(settings: &Kafka) -> anyhow::Result<()> {
 pub fn setting_error(error: KafkaError) -> anyhow::Error {
     match error {
         KafkaError::ClientConfig(RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN, _, key, _) => {
-            anyhow!("librdkafka knows no property `{key}`; its names are in its CONFIGURATION.md")
+            anyhow!(
+                "librdkafka knows no property `{key}`; its names are in its CONFIGURATION.md{}",
+                sluice_kafka::hint(&key)
+            )
         }
         KafkaError::ClientConfig(_, _, key, _) => {
-            anyhow!("librdkafka does not take the value given for the property `{key}`")
+            anyhow!(
+                "librdkafka does not take the value given for the property `{key}`{}",
+                sluice_kafka::hint(&key)
+            )
         }
         other => anyhow!(other).context("the settings of the Kafka client do not go together"),
     }
@@ -152,6 +165,57 @@ pub fn transactional_id(settings: &Kafka) -> String {
     format!("{}-{}", settings.group_id, settings.instance)
 }
 
+/// What a client complains of, said once: it tries again and again.
+#[derive(Debug, Default)]
+pub struct Complaints(Mutex<Option<String>>);
+
+impl Complaints {
+    /// Logs what a person must mend; the rest is for the client to recover from.
+    pub fn hear(&self, error: &KafkaError, reason: &str) {
+        let refused = matches!(
+            error.rdkafka_error_code(),
+            Some(
+                RDKafkaErrorCode::Authentication
+                    | RDKafkaErrorCode::SaslAuthenticationFailed
+                    | RDKafkaErrorCode::SSL
+            )
+        );
+        if !refused {
+            tracing::debug!(%error, reason, "kafka client error");
+            return;
+        }
+        // Without the time it took, which differs each time.
+        let said = reason.split(" (after").next().unwrap_or(reason);
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.as_deref() != Some(said) {
+            tracing::error!(reason = said, "the broker and this client do not accept each other");
+            *last = Some(said.to_owned());
+        }
+    }
+}
+
+/// Callbacks of clients that only ask or create: log lines, complaints and tokens.
+#[derive(Debug, Default)]
+pub struct PlainContext(Complaints);
+
+impl ClientContext for PlainContext {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        Ok(sluice_kafka::oauth_token(config)?)
+    }
+
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log_client(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.0.hear(&error, reason);
+    }
+}
+
+impl ConsumerContext for PlainContext {}
+
 /// Passes a line of librdkafka's log on to ours.
 pub fn log_client(level: RDKafkaLogLevel, facility: &str, message: &str) {
     match level {
@@ -166,19 +230,31 @@ pub fn log_client(level: RDKafkaLogLevel, facility: &str, message: &str) {
     }
 }
 
-/// The cluster's metadata, or an error that names the address.
+/// The cluster's metadata, or an error that names the address. `serve` runs the client's callbacks, without which it
+/// gets no token and says nothing; a client with a thread of its own needs nothing there.
 pub fn reach<C: ClientContext>(
     client: &Client<C>,
     bootstrap_servers: &str,
-    timeout: Duration,
+    serve: impl Fn(),
 ) -> anyhow::Result<Metadata> {
-    client.fetch_metadata(None, timeout).map_err(|error| anyhow!(error)).with_context(|| {
-        format!(
-            "no broker answers at {bootstrap_servers} within {} s; check kafka.bootstrap_servers and that the broker \
-             runs",
-            timeout.as_secs()
-        )
-    })
+    let deadline = Instant::now() + REACH;
+    loop {
+        serve();
+        match client.fetch_metadata(None, REACH_TURN) {
+            Ok(metadata) => return Ok(metadata),
+            Err(_) if Instant::now() < deadline => {}
+            Err(error) => {
+                serve();
+                return Err(anyhow!(error)).with_context(|| {
+                    format!(
+                        "no broker answers at {bootstrap_servers} within {} s; check kafka.bootstrap_servers and that \
+                         the broker runs",
+                        REACH.as_secs()
+                    )
+                });
+            }
+        }
+    }
 }
 
 /// Whether the brokers are librdkafka's mock cluster.

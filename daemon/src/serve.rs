@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::config::Config;
 use crate::exit::{DATA, ExitCode as _, NO_INPUT, UNAVAILABLE, USAGE};
 use crate::health::Health;
+use crate::kafka::PlainContext;
 use crate::metrics::Metrics;
 use crate::score::Scorer;
 use crate::score::model::Model;
@@ -156,12 +157,14 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
     println!("tokenizer: ok, {}", model.identity.tokenizer);
 
     let settings = &config.kafka;
-    let consumer: BaseConsumer = kafka::client_config(&settings.bootstrap_servers, &settings.properties)
-        .create()
-        .map_err(kafka::setting_error)
-        .exit_code(USAGE)?;
-    let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))
-        .exit_code(UNAVAILABLE)?;
+    let consumer: BaseConsumer<PlainContext> =
+        kafka::client_config(&settings.bootstrap_servers, &settings.properties)
+            .create_with_context(PlainContext::default())
+            .map_err(kafka::setting_error)
+            .exit_code(USAGE)?;
+    let serve = || drop(consumer.poll(Duration::ZERO));
+    let metadata =
+        kafka::reach(consumer.client(), &settings.bootstrap_servers, serve).exit_code(UNAVAILABLE)?;
     kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
     println!("broker: ok, {} at {}", metadata.brokers().len(), settings.bootstrap_servers);
     for topic in [&settings.documents_topic, &settings.scored_topic, &settings.dead_letter_topic] {

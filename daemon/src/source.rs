@@ -1,12 +1,13 @@
 //! Kafka in: reads records, refuses the bad ones, and pauses where the budget is used up. Models are unknown here.
 
+use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
 use crossbeam_channel::Sender;
-use rdkafka::client::ClientContext;
+use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, Rebalance};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
@@ -18,7 +19,7 @@ use sluice_schemas::record::{RecordError, TokenizedDocument};
 use crate::config::Config;
 use crate::exit::{ExitCode as _, UNAVAILABLE, USAGE};
 use crate::health::{Health, Loop};
-use crate::kafka;
+use crate::kafka::{self, Complaints};
 use crate::ledger::{Ledger, Ticket};
 use crate::metrics::Metrics;
 use crate::score::ModelIdentity;
@@ -62,9 +63,16 @@ pub struct Context {
     metrics: Metrics,
     health: Health,
     drain: Duration,
+    complaints: Complaints,
 }
 
 impl ClientContext for Context {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        Ok(sluice_kafka::oauth_token(config)?)
+    }
+
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         kafka::log_client(level, facility, message);
     }
@@ -82,7 +90,7 @@ impl ClientContext for Context {
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
             broker_is_down(&self.health, reason);
         } else {
-            tracing::debug!(%error, reason, "kafka client error");
+            self.complaints.hear(&error, reason);
         }
     }
 }
@@ -129,11 +137,13 @@ pub fn subscribe(
     health: Health,
 ) -> anyhow::Result<DocumentsConsumer> {
     let settings = &config.kafka;
-    let context = Context { ledger, metrics, health, drain: config.limits.drain() };
+    let context =
+        Context { ledger, metrics, health, drain: config.limits.drain(), complaints: Complaints::default() };
     let consumer: DocumentsConsumer =
         kafka::consumer_config(settings).create_with_context(context).map_err(kafka::setting_error)?;
-    let metadata = kafka::reach(consumer.client(), &settings.bootstrap_servers, Duration::from_secs(10))
-        .exit_code(UNAVAILABLE)?;
+    let serve = || drop(consumer.poll(Duration::ZERO));
+    let metadata =
+        kafka::reach(consumer.client(), &settings.bootstrap_servers, serve).exit_code(UNAVAILABLE)?;
     kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
     if kafka::partitions(&metadata, &settings.documents_topic).is_none() {
         return Err(anyhow!(

@@ -1,23 +1,42 @@
 //! `sluiced topics create`: the three topics on a real cluster.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::error::RDKafkaErrorCode;
 
 use crate::dev_broker::parse_topic;
 use crate::exit::{ExitCode as _, UNAVAILABLE, USAGE};
-use crate::kafka;
+use crate::kafka::{self, PlainContext};
+
+const OAUTHBEARER: &str = "OAUTHBEARER";
 
 /// Creates those of `topics` (`NAME:PARTITIONS`) that do not exist yet.
-pub fn create(bootstrap_servers: &str, topics: &[String], replication: i32) -> anyhow::Result<()> {
+pub fn create(
+    bootstrap_servers: &str,
+    properties: &BTreeMap<String, String>,
+    topics: &[String],
+    replication: i32,
+) -> anyhow::Result<()> {
     let topics = topics.iter().map(|topic| parse_topic(topic)).collect::<anyhow::Result<Vec<_>>>();
     let topics = topics.exit_code(USAGE)?;
-    let admin: AdminClient<DefaultClientContext> =
-        kafka::client_config(bootstrap_servers, &std::collections::BTreeMap::new()).create()?;
-    kafka::reach(admin.inner(), bootstrap_servers, Duration::from_secs(10)).exit_code(UNAVAILABLE)?;
+    if ["sasl.mechanism", "sasl.mechanisms"]
+        .iter()
+        .any(|key| properties.get(*key).is_some_and(|it| it == OAUTHBEARER))
+    {
+        return Err(anyhow!(
+            "topics cannot be created over {OAUTHBEARER}, for whose tokens the admin client of rust-rdkafka never asks; \
+             create them with Kafka's own kafka-topics.sh, or over another mechanism"
+        ))
+        .exit_code(USAGE);
+    }
+    let admin: AdminClient<PlainContext> = kafka::client_config(bootstrap_servers, properties)
+        .create_with_context(PlainContext::default())
+        .map_err(kafka::setting_error)
+        .exit_code(USAGE)?;
+    kafka::reach(admin.inner(), bootstrap_servers, || {}).exit_code(UNAVAILABLE)?;
     if kafka::is_mock(admin.inner()) {
         return Err(anyhow!(
             "this is librdkafka's mock cluster, which creates no topics when asked; give them to `sluiced dev-broker` as \

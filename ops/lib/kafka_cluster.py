@@ -229,10 +229,14 @@ def _sasl_properties(secrets: Secrets) -> dict[str, object]:
     return {
         f"{mine}.ssl.keystore.type": "PEM",
         f"{mine}.ssl.keystore.location": secrets.keystore,
-        f"{mine}.sasl.enabled.mechanisms": "SCRAM-SHA-512,PLAIN",
+        f"{mine}.sasl.enabled.mechanisms": "SCRAM-SHA-512,PLAIN,OAUTHBEARER",
         f"{mine}.scram-sha-512.sasl.jaas.config": f"{SASL_MODULES}.scram.ScramLoginModule required;",
         f"{mine}.plain.sasl.jaas.config": (
             f'{SASL_MODULES}.plain.PlainLoginModule required user_{USER}="{secrets.password()}";'
+        ),
+        # Takes tokens that nobody has signed, which is fit for a test of the client alone.
+        f"{mine}.oauthbearer.sasl.jaas.config": (
+            f"{SASL_MODULES}.oauthbearer.OAuthBearerLoginModule required;"
         ),
     }
 

@@ -56,7 +56,8 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<StreamError>() {
         Some(StreamError::Unreachable { .. } | StreamError::NoSuchTopic { .. }) => EXIT_UNAVAILABLE,
         Some(
-            StreamError::Settings(_)
+            StreamError::PropertyFile(_)
+            | StreamError::Settings(_)
             | StreamError::UnknownProperty(_)
             | StreamError::PropertyValue(_)
             | StreamError::OwnedProperty(_),

@@ -118,6 +118,8 @@ pub fn add_flags(mut command: Command) -> Command {
                 Kind::Boolean => "true|false",
                 Kind::Map => "NAME=VALUE",
             })
+            // A property may be a secret, which `--help` would show.
+            .hide_env_values(key.kind == Kind::Map)
             .help_heading(format!("Settings of [{}]", key.path[0]))
             .action(if key.kind == Kind::Map { ArgAction::Append } else { ArgAction::Set });
         command = command.arg(if key.kind == Kind::Map { arg.value_delimiter(',') } else { arg });
@@ -145,9 +147,11 @@ pub fn load(file: Option<&Path>, matches: &ArgMatches) -> Result<Config, ConfigE
         let Some(values) = matches.get_many::<String>(&key.id()) else { continue };
         overlay(&mut table, key, &values.map(String::as_str).collect::<Vec<_>>())?;
     }
-    let config: Config = table.try_into().map_err(|error: toml::de::Error| {
+    let mut config: Config = table.try_into().map_err(|error: toml::de::Error| {
         ConfigError::Override(format!("a flag or environment variable does not fit: {}", error.message()))
     })?;
+    config.kafka.properties = sluice_kafka::resolve(&config.kafka.properties)
+        .map_err(|error| ConfigError::Problems(vec![format!("kafka.properties: {error}")]))?;
     let problems = config.problems();
     if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems(problems)) }
 }

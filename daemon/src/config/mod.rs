@@ -59,7 +59,8 @@ pub struct Kafka {
     pub instance: String,
     /// Most bytes of one record, as the broker's `message.max.bytes`; larger ones are dead-lettered.
     pub record_bytes_max: u32,
-    /// Any other setting of librdkafka, passed on as it is.
+    /// Any other setting of librdkafka, passed on as it is. `NAME.from_file` reads the value of `NAME` from a file, so
+    /// that a secret need not stand here.
     pub properties: BTreeMap<String, String>,
 }
 

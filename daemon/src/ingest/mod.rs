@@ -3,6 +3,7 @@
 mod read;
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use rdkafka::client::ClientContext;
+use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{DeliveryResult, Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 use sluice_schemas::fingerprint::Fingerprint;
@@ -22,7 +23,7 @@ use sluice_schemas::record::{TokenIds, TokenizedDocument};
 use tokenizers::Tokenizer;
 
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, UNAVAILABLE, USAGE};
-use crate::kafka::{self, log_client};
+use crate::kafka::{self, Complaints, log_client};
 pub use read::{Fields, Format, Text, open};
 
 /// Documents tokenized at once, over all cores.
@@ -69,11 +70,22 @@ struct Counts {
 
 struct Delivery {
     failures: Arc<AtomicU64>,
+    complaints: Complaints,
 }
 
 impl ClientContext for Delivery {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        Ok(sluice_kafka::oauth_token(config)?)
+    }
+
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         log_client(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.complaints.hear(&error, reason);
     }
 }
 
@@ -118,11 +130,13 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
         kafka::producer_config(&ingest.bootstrap_servers, &ingest.properties, ingest.record_bytes_max)
             // A person waits for this: an outage that lasts is an error, and what was not taken is counted.
             .set("message.timeout.ms", OUTAGE_MS_MAX)
-            .create_with_context(Delivery { failures: Arc::clone(&failures) })
+            .create_with_context(Delivery {
+                failures: Arc::clone(&failures),
+                complaints: Complaints::default(),
+            })
             .map_err(kafka::setting_error)
             .exit_code(USAGE)?;
-    kafka::reach(producer.client(), &ingest.bootstrap_servers, Duration::from_secs(10))
-        .exit_code(UNAVAILABLE)?;
+    kafka::reach(producer.client(), &ingest.bootstrap_servers, || {}).exit_code(UNAVAILABLE)?;
 
     let progress = progress_bar(&ingest.files);
     let mut run = Run { ingest, tokenizer, fingerprint, producer, progress, counts: Counts::default() };

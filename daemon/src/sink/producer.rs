@@ -1,11 +1,12 @@
 //! The producer: hands records to librdkafka and collects the broker's word on each.
 
+use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 use rdkafka::ClientConfig;
-use rdkafka::client::ClientContext;
+use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::ConsumerGroupMetadata;
 use rdkafka::error::{KafkaError, KafkaResult};
@@ -14,7 +15,7 @@ use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProd
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::error::is_queue_full;
-use crate::kafka::log_client;
+use crate::kafka::{Complaints, log_client};
 
 const QUEUE_FULL_WAIT: Duration = Duration::from_millis(10);
 /// How often the client is asked whether everything is delivered.
@@ -35,11 +36,22 @@ struct Refusals(Mutex<Vec<(usize, KafkaError)>>);
 /// The client's callbacks.
 pub struct Context {
     refusals: Arc<Refusals>,
+    complaints: Complaints,
 }
 
 impl ClientContext for Context {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        Ok(sluice_kafka::oauth_token(config)?)
+    }
+
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         log_client(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.complaints.hear(&error, reason);
     }
 }
 
@@ -65,7 +77,10 @@ impl RecordProducer {
     /// A producer with these settings.
     pub fn new(settings: &ClientConfig) -> KafkaResult<Self> {
         let refusals = Arc::new(Refusals::default());
-        let client = settings.create_with_context(Context { refusals: Arc::clone(&refusals) })?;
+        let client = settings.create_with_context(Context {
+            refusals: Arc::clone(&refusals),
+            complaints: Complaints::default(),
+        })?;
         Ok(Self { client, refusals })
     }
 

@@ -1,10 +1,11 @@
 //! A consumer that keeps no offsets at the broker: those belong to the trainer's checkpoints.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use rdkafka::client::ClientContext;
+use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
@@ -38,8 +39,11 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Brokers at `servers` (`host:port,...`), with further librdkafka settings.
+    /// Brokers at `servers` (`host:port,...`), with further librdkafka settings, of which `NAME.from_file` reads the
+    /// value of `NAME` from a file.
     pub fn new(servers: String, properties: Vec<(String, String)>) -> Result<Self, StreamError> {
+        let properties: Vec<_> =
+            sluice_kafka::resolve(&properties.into_iter().collect())?.into_iter().collect();
         if let Some((key, _)) = properties.iter().find(|(key, _)| PROPERTIES_OWNED.contains(&key.as_str())) {
             return Err(StreamError::OwnedProperty(key.clone()));
         }
@@ -166,6 +170,12 @@ impl Listener {
 }
 
 impl ClientContext for Listener {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        Ok(sluice_kafka::oauth_token(config)?)
+    }
+
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         tracing::debug!(facility, ?level, "librdkafka: {message}");
         if level as i32 <= RDKafkaLogLevel::Error as i32 {

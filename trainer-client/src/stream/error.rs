@@ -24,14 +24,20 @@ pub enum StreamError {
         /// What librdkafka said last.
         reason: Option<String>,
     },
+    /// A setting whose value should come from a file and does not.
+    #[error("--property: {0}")]
+    PropertyFile(#[from] sluice_kafka::PropertyError),
     /// The client refused its settings; the words are librdkafka's and hold no property's value.
     #[error("librdkafka refused its settings: {0}; check the --property flags")]
     Settings(String),
     /// A setting that does not exist. Its value may be a secret, so nothing here holds it.
-    #[error("--property {0} is unknown to librdkafka; check its spelling")]
+    #[error("--property {0} is unknown to librdkafka; check its spelling{hint}", hint = sluice_kafka::hint(.0))]
     UnknownProperty(String),
     /// A setting with a value of the wrong kind, which may be a secret and is not held here.
-    #[error("the value of --property {0} is not accepted by librdkafka; see {0} in its CONFIGURATION.md")]
+    #[error(
+        "the value of --property {0} is not accepted by librdkafka; see {0} in its CONFIGURATION.md{hint}",
+        hint = sluice_kafka::hint(.0)
+    )]
     PropertyValue(String),
     /// A setting that the stream's guarantees rest on.
     #[error("--property {0} cannot be set: the trainer keeps its own offsets and sets this itself")]
