@@ -35,7 +35,7 @@ const OWNED: [(&str, &str); 15] = [
     ("statistics.interval.ms", "the lag is worked out from it"),
     ("acks", "a record counts as published once every replica in sync has it"),
     ("transactional.id", "set kafka.group_id and kafka.instance instead"),
-    ("auto.offset.reset", "a new group begins with the first document, so that none is passed over"),
+    ("auto.offset.reset", "a new group begins with the first document, and a gap later on is an error"),
     ("enable.partition.eof", "the daemon reads without an end"),
 ];
 
@@ -97,7 +97,10 @@ pub fn consumer_config(settings: &Kafka) -> ClientConfig {
     config
         .set("client.id", "sluiced")
         .set("queued.max.messages.kbytes", "16384")
-        .set("fetch.max.bytes", "16777216");
+        .set("fetch.max.bytes", "16777216")
+        // A daemon that was killed is missed sooner than after the client's default of 45 s, and one that comes back
+        // after an outage of the broker is let in again as soon.
+        .set("session.timeout.ms", "15000");
     for (key, value) in &settings.properties {
         config.set(key, value);
     }
@@ -106,7 +109,8 @@ pub fn consumer_config(settings: &Kafka) -> ClientConfig {
         .set("group.id", &settings.group_id)
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")
-        .set("auto.offset.reset", "earliest")
+        // Where to begin is asked by `source`; a gap later on must be an error, not all documents once more.
+        .set("auto.offset.reset", "error")
         .set("isolation.level", "read_committed")
         .set("partition.assignment.strategy", "cooperative-sticky")
         // How often the lag is worked out.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
 mod broker;
+mod cluster;
 mod daemon;
 mod kafka;
 pub mod oracle;
@@ -10,6 +11,7 @@ mod topic;
 use std::path::{Path, PathBuf};
 
 pub use broker::Broker;
+pub use cluster::Cluster;
 pub use daemon::Daemon;
 pub use kafka::{Kafka, Shape};
 pub use topic::{Record, produce, read_all};

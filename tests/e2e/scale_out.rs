@@ -1,0 +1,139 @@
+//! Daemons that share a group: one joins, one leaves, one comes back from the dead.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::time::{Duration, Instant};
+
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::producer::{DefaultProducerContext, Producer as _, ThreadedProducer};
+use rdkafka::topic_partition_list::TopicPartitionList;
+use sluice_tests::{Cluster, Daemon};
+
+const CALL: Duration = Duration::from_secs(30);
+const SAMPLE: Duration = Duration::from_millis(50);
+/// Longer than a rebalance, which waits for a heartbeat (3 s), and far shorter than scoring what is in flight takes.
+const STALL_MAX: Duration = Duration::from_secs(6);
+/// Longer than the session of the daemons below.
+const ZOMBIE: Duration = Duration::from_secs(9);
+/// One thread, and few documents at a time: tens of thousands of them are a long queue.
+const SLOW: [&str; 6] =
+    ["--model-threads", "1", "--batch-tokens-max", "256", "--batch-lookahead-tokens", "2048"];
+
+/// Watches `daemon` until `holds`; the longest time in which it has finished nothing.
+fn longest_stall(daemon: &Daemon, holds: impl Fn() -> bool) -> Duration {
+    let (mut finished, mut since, mut longest) = (daemon.finished(), Instant::now(), Duration::ZERO);
+    while !holds() {
+        std::thread::sleep(SAMPLE);
+        longest = longest.max(since.elapsed());
+        let now = daemon.finished();
+        if now > finished {
+            (finished, since) = (now, Instant::now());
+        }
+    }
+    longest
+}
+
+#[test]
+fn daemons_join_and_leave_while_the_others_go_on() {
+    const DOCUMENTS: usize = 30_000;
+    let cluster = Cluster::with_topics(4);
+    cluster.send(0..DOCUMENTS, 60);
+    let first = cluster.daemon(&[&SLOW[..], &["--kafka-instance", "first"]].concat());
+    first.wait("the first documents", |daemon| daemon.finished() > 0);
+
+    let second = cluster.daemon(&[&SLOW[..], &["--kafka-instance", "second"]].concat());
+    let joining = longest_stall(&first, || second.finished() > 0);
+    assert_eq!(first.metric("sluiced_assigned_partitions"), 2);
+    assert_eq!(second.metric("sluiced_assigned_partitions"), 2);
+
+    let left_by_second = second.metric("sluiced_in_flight_tokens");
+    let stopping = Instant::now();
+    assert_eq!(second.stop().code(), Some(0));
+    let stopping = stopping.elapsed();
+    assert!(left_by_second > 20_000, "it had a long queue: {left_by_second} tokens");
+    assert!(stopping < STALL_MAX, "and did not score it before it ended, which took {stopping:?}");
+    let leaving = longest_stall(&first, || first.metric("sluiced_assigned_partitions") == 4);
+    for stall in [joining, leaving] {
+        assert!(stall < STALL_MAX, "the first daemon stood still for {stall:?}");
+    }
+    // The rest is for the next reader; here only that nothing was doubled or left out so far.
+    assert_eq!(first.stop().code(), Some(0));
+    let third = cluster.daemon(&["--kafka-instance", "third"]);
+    cluster.wait_scored(DOCUMENTS);
+    assert_eq!(third.stop().code(), Some(0));
+    cluster.assert_each_once(DOCUMENTS);
+}
+
+#[test]
+fn a_daemon_that_was_given_up_for_dead_publishes_nothing_of_what_others_have_taken_over() {
+    let cluster = Cluster::with_topics(2);
+    let session = ["--kafka-properties", "session.timeout.ms=6000,heartbeat.interval.ms=1000"];
+    let flags = |instance| [&SLOW[..], &session, &["--kafka-instance", instance]].concat();
+    let (zombie, other) = (cluster.daemon(&flags("zombie")), cluster.daemon(&flags("other")));
+    let mut documents = 0;
+    // Whether it was publishing when it was stopped is a matter of luck, so there is more than one try.
+    while zombie.metric("sluiced_fences_total{by=\"group\"}") == 0 {
+        assert!(documents < 50_000, "five times nothing was fenced");
+        for daemon in [&zombie, &other] {
+            daemon.wait("half of the partitions", |daemon| daemon.metric("sluiced_assigned_partitions") == 1);
+        }
+        let finished = zombie.finished();
+        cluster.send(documents..documents + 10_000, 60);
+        documents += 10_000;
+        zombie.wait("the zombie's first documents", |daemon| daemon.finished() > finished);
+        zombie.signal("STOP");
+        std::thread::sleep(ZOMBIE);
+        other.wait("all partitions", |daemon| daemon.metric("sluiced_assigned_partitions") == 2);
+        zombie.signal("CONT");
+        zombie.wait("the zombie's return", |daemon| daemon.metric("sluiced_assigned_partitions") == 1);
+    }
+    cluster.wait_scored(documents);
+    for daemon in [zombie, other] {
+        assert_eq!(daemon.stop().code(), Some(0));
+    }
+    cluster.assert_each_once(documents);
+}
+
+/// What the oracle found: an offset that is held up by an open transaction was taken for none when a rebalance came, and
+/// the partition was read again from its beginning.
+#[test]
+fn an_offset_that_an_open_transaction_holds_up_is_waited_for() {
+    const PARTITIONS: i32 = 4;
+    const BEFORE: usize = 400;
+    const AFTER: usize = 500;
+    let cluster = Cluster::with_topics(PARTITIONS);
+    cluster.send(0..BEFORE, 20);
+    let earlier = cluster.daemon(&[]);
+    cluster.wait_scored(BEFORE);
+    assert_eq!(earlier.stop().code(), Some(0));
+
+    // Nobody's transaction, which holds up every partition's offset.
+    let mut settings = ClientConfig::new();
+    settings.set("bootstrap.servers", cluster.servers());
+    let member: BaseConsumer = settings.clone().set("group.id", "sluiced").create().unwrap();
+    let mut offsets = TopicPartitionList::new();
+    for partition in 0..PARTITIONS {
+        offsets.add_partition("sluice.documents", partition);
+    }
+    let offsets = member.committed_offsets(offsets, CALL).unwrap();
+    let producer: ThreadedProducer<DefaultProducerContext> =
+        settings.set("transactional.id", "holds-up").create().unwrap();
+    producer.init_transactions(CALL).unwrap();
+    producer.begin_transaction().unwrap();
+    producer.send_offsets_to_transaction(&offsets, &member.group_metadata().unwrap(), CALL).unwrap();
+
+    let first = cluster.daemon(&["--kafka-instance", "first"]);
+    first.wait("an assignment", |daemon| daemon.metric("sluiced_rebalances_total") >= 1);
+    let second = cluster.daemon(&["--kafka-instance", "second"]);
+    second.wait("an assignment", |daemon| daemon.metric("sluiced_rebalances_total") >= 1);
+    first.wait("a rebalance", |daemon| daemon.metric("sluiced_rebalances_total") >= 3);
+    assert_eq!(first.get("/ready"), (503, "no partition is assigned yet\n".to_owned()));
+    producer.abort_transaction(CALL).unwrap();
+
+    cluster.send(BEFORE..AFTER, 20);
+    cluster.wait_scored(AFTER);
+    for daemon in [first, second] {
+        assert_eq!(daemon.stop().code(), Some(0));
+    }
+    cluster.assert_each_once(AFTER);
+}
