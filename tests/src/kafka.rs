@@ -62,6 +62,13 @@ impl Kafka {
         self.run(&["start"]);
     }
 
+    /// Process ids of the brokers that run.
+    pub fn process_ids(&self) -> Vec<u32> {
+        let status = self.run(&["status"]);
+        let words = status.split_whitespace();
+        words.filter_map(|word| word.strip_prefix("pid=")?.parse().ok()).collect()
+    }
+
     /// The variables that `ops/kafka env` prints, such as `SLUICE_KAFKA_SASL_BOOTSTRAP`.
     pub fn variables(&self) -> BTreeMap<String, String> {
         let assignments = self.run(&["env"]);

@@ -1,8 +1,9 @@
 //! How many tokens a second pass through the daemon when the model costs nothing: real Kafka, the real pipeline, and
-//! a scorer that returns constants. Prints one JSON object on standard output.
+//! a scorer that returns constants. With `--scorer-tokens-per-second` the scorer is slow instead, and the figure of
+//! interest is the memory that a long queue takes. Prints one JSON object on standard output.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Parser;
@@ -18,6 +19,9 @@ use sluice_tests::{Kafka, produce, root};
 
 const VOCABULARY: u32 = 32_000;
 const PARTITIONS: i32 = 8;
+/// What `limits.in_flight_tokens` promises in the daemon's settings.
+const BYTES_PER_TOKEN: usize = 48;
+const CLIENT_BYTES: usize = 128 << 20;
 
 /// Measures the daemon's ceiling with a scorer that returns constants.
 #[derive(Debug, Parser)]
@@ -31,16 +35,28 @@ struct Arguments {
     /// Times to repeat the measurement; each has a group of its own.
     #[arg(long, default_value_t = 3)]
     repeats: usize,
+    /// Makes the scorer this slow; 0 for as fast as it can.
+    #[arg(long, default_value_t = 0)]
+    scorer_tokens_per_second: u64,
+    /// Stops each repeat after this many seconds, scored or not; 0 for never.
+    #[arg(long, default_value_t = 0)]
+    seconds_max: u64,
     /// Further librdkafka settings of the daemon.
     #[arg(long = "property", value_name = "NAME=VALUE")]
     properties: Vec<String>,
 }
 
 /// Returns the same loss for every token.
-struct NullScorer;
+struct NullScorer {
+    tokens_per_second: u64,
+}
 
 impl Score for NullScorer {
     fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
+        if self.tokens_per_second > 0 {
+            let seconds = batch.real_tokens() as f64 / self.tokens_per_second as f64;
+            std::thread::sleep(Duration::from_secs_f64(seconds));
+        }
         Ok(Scores { losses: vec![1.0; batch.targets.len()], entropies: Vec::new() })
     }
 }
@@ -54,8 +70,7 @@ fn main() -> anyhow::Result<()> {
     kafka.create_topic(&documents_topic, PARTITIONS);
     load(&kafka, &documents_topic, &arguments);
 
-    let mut seconds = Vec::new();
-    let mut cpu_seconds = Vec::new();
+    let mut measured = Vec::new();
     for repeat in 0..arguments.repeats {
         let mut config = Config::default();
         config.kafka.bootstrap_servers.clone_from(&kafka.bootstrap_servers);
@@ -66,20 +81,26 @@ fn main() -> anyhow::Result<()> {
         config.kafka.properties = properties(&arguments.properties)?;
         kafka.create_topic(&config.kafka.scored_topic, PARTITIONS);
         kafka.create_topic(&config.kafka.dead_letter_topic, 1);
-        let (wall, cpu) = measure(&config, arguments.documents)?;
-        eprintln!("repeat {repeat}: {:.0} tokens/s", (arguments.documents * arguments.tokens) as f64 / wall);
-        seconds.push(wall);
-        cpu_seconds.push(cpu);
+        let one = measure(&config, &arguments, kafka.process_ids()[0])?;
+        eprintln!("repeat {repeat}: {one:?}");
+        measured.push(one);
     }
-    let tokens = (arguments.documents * arguments.tokens) as f64;
+    let column = |value: fn(&Measured) -> f64| measured.iter().map(value).collect::<Vec<_>>();
+    let limits = Config::default().limits;
     let result = serde_json::json!({
         "command": std::env::args().collect::<Vec<_>>().join(" "),
+        "cores": std::thread::available_parallelism()?.get(),
         "documents": arguments.documents,
         "tokens_per_document": arguments.tokens,
-        "seconds": seconds,
-        "daemon_cpu_seconds": cpu_seconds,
-        "median_tokens_per_second": tokens / median(&seconds),
-        "median_tokens_per_daemon_cpu_second": tokens / median(&cpu_seconds),
+        "seconds": column(|one| one.seconds),
+        "tokens": column(|one| one.tokens),
+        "daemon_cpu_seconds": column(|one| one.daemon_cpu_seconds),
+        "broker_cpu_seconds": column(|one| one.broker_cpu_seconds),
+        "median_tokens_per_second": median(column(|one| one.tokens / one.seconds)),
+        "median_tokens_per_daemon_cpu_second": median(column(|one| one.tokens / one.daemon_cpu_seconds)),
+        "median_tokens_per_broker_cpu_second": median(column(|one| one.tokens / one.broker_cpu_seconds)),
+        "peak_memory_bytes": column(|one| one.peak_memory_bytes),
+        "memory_bound_bytes": limits.in_flight_tokens * BYTES_PER_TOKEN + CLIENT_BYTES,
     });
     println!("{}", serde_json::to_string_pretty(&result)?);
     Ok(())
@@ -96,15 +117,17 @@ fn properties(pairs: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
 
 fn load(kafka: &Kafka, topic: &str, arguments: &Arguments) {
     let tokenizer = Fingerprint::of_bytes(b"null");
-    let ids: Vec<u32> = (0..arguments.tokens as u32).map(|index| index * 7919 % VOCABULARY).collect();
-    let tokens = TokenIds::new(&ids);
+    // Drawn at random, so that compression does not make the records smaller than those of real text.
+    let mut random = fastrand::Rng::with_seed(1);
     // A part at a time, so that memory does not hold them all.
     for start in (0..arguments.documents).step_by(5000) {
         let records: Vec<_> = (start..arguments.documents.min(start + 5000))
             .map(|number| {
                 let document = TokenizedDocument {
                     id: format!("document-{number}"),
-                    tokens: tokens.clone(),
+                    tokens: TokenIds::new(
+                        &(0..arguments.tokens).map(|_| random.u32(..VOCABULARY)).collect::<Vec<_>>(),
+                    ),
                     tokenizer,
                     source: String::new(),
                     attributes: BTreeMap::new(),
@@ -118,8 +141,18 @@ fn load(kafka: &Kafka, topic: &str, arguments: &Arguments) {
     }
 }
 
-/// Wall and CPU seconds from the first record read to the last one committed.
-fn measure(config: &Config, documents: usize) -> anyhow::Result<(f64, f64)> {
+/// What one repeat took, from the first record read to the last one committed.
+#[derive(Debug)]
+struct Measured {
+    tokens: f64,
+    seconds: f64,
+    daemon_cpu_seconds: f64,
+    broker_cpu_seconds: f64,
+    /// Resident memory of this process at its highest, less what it was before.
+    peak_memory_bytes: f64,
+}
+
+fn measure(config: &Config, arguments: &Arguments, broker: u32) -> anyhow::Result<Measured> {
     let metrics = Metrics::new()?;
     let health = Health::default();
     health.set_warm();
@@ -130,36 +163,60 @@ fn measure(config: &Config, documents: usize) -> anyhow::Result<(f64, f64)> {
         precision: Precision::F32,
     };
     let policy = ContextPolicy { window: 2048, stride: 1024 };
+    let scorer = NullScorer { tokens_per_second: arguments.scorer_tokens_per_second };
+    // The highest mark of resident memory begins anew (proc_pid_clear_refs(5)).
+    std::fs::write("/proc/self/clear_refs", "5")?;
+    let memory = status_bytes("VmRSS")?;
     std::thread::scope(|scope| {
         let daemon =
-            scope.spawn(|| pipeline::run(config, model, Box::new(NullScorer), policy, &metrics, &health));
+            scope.spawn(|| pipeline::run(config, model, Box::new(scorer), policy, &metrics, &health));
         while metrics.documents_read.get() == 0 && !daemon.is_finished() {
             std::thread::yield_now();
         }
-        let (started, cpu) = (Instant::now(), cpu_seconds()?);
-        while (metrics.documents_scored.get() as usize) < documents && !daemon.is_finished() {
-            std::thread::sleep(std::time::Duration::from_millis(5));
+        let (started, own, others) =
+            (Instant::now(), cpu_seconds("self")?, cpu_seconds(&broker.to_string())?);
+        let in_time =
+            || arguments.seconds_max == 0 || started.elapsed() < Duration::from_secs(arguments.seconds_max);
+        while (metrics.documents_scored.get() as usize) < arguments.documents
+            && !daemon.is_finished()
+            && in_time()
+        {
+            std::thread::sleep(Duration::from_millis(5));
         }
-        let measured = (started.elapsed().as_secs_f64(), cpu_seconds()? - cpu);
+        let measured = Measured {
+            tokens: metrics.tokens_scored.get() as f64,
+            seconds: started.elapsed().as_secs_f64(),
+            daemon_cpu_seconds: cpu_seconds("self")? - own,
+            broker_cpu_seconds: cpu_seconds(&broker.to_string())? - others,
+            peak_memory_bytes: status_bytes("VmHWM")? - memory,
+        };
         health.stop();
         daemon.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))??;
         Ok(measured)
     })
 }
 
-/// User and system time of this process so far.
-fn cpu_seconds() -> anyhow::Result<f64> {
+/// A line of this process's status that is a size, such as `VmRSS`.
+fn status_bytes(name: &str) -> anyhow::Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
+    Ok(kib.with_context(|| format!("/proc/self/status has no {name}"))? * 1024.0)
+}
+
+/// User and system time of a process so far.
+fn cpu_seconds(process: &str) -> anyhow::Result<f64> {
     const TICKS_PER_SECOND: f64 = 100.0;
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    let (_, fields) = stat.rsplit_once(')').context("/proc/self/stat has no command name")?;
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    let (_, fields) =
+        stat.rsplit_once(')').with_context(|| format!("/proc/{process}/stat has no command name"))?;
     let fields: Vec<&str> = fields.split_whitespace().collect();
     let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
     // Fields 14 and 15 of proc_pid_stat(5); the first two were cut off.
     Ok((ticks(11) + ticks(12)) / TICKS_PER_SECOND)
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
