@@ -21,6 +21,8 @@ pub struct Batch {
     pub targets: Vec<u32>,
     /// Reference loss of `targets[i]` in nats; NaN where there is no target or no reference.
     pub reference: Vec<f32>,
+    /// Entropy in nats of the reference's prediction of `targets[i]`; NaN where there is none.
+    pub reference_entropy: Vec<f32>,
 }
 
 /// Marks a position that predicts nothing.

@@ -60,7 +60,8 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::Settings(_)
             | StreamError::UnknownProperty(_)
             | StreamError::PropertyValue(_)
-            | StreamError::OwnedProperty(_),
+            | StreamError::OwnedProperty(_)
+            | StreamError::NoEntropies { .. },
         ) => EXIT_USAGE,
         Some(
             StreamError::EmptyTopic(_)

@@ -5,6 +5,7 @@
 //! `model` and `export` knows a tensor framework: the seam is [`learner::Learner`].
 
 pub mod batch;
+mod books;
 pub mod cli;
 pub mod document;
 pub mod evaluate;
@@ -24,5 +25,6 @@ pub mod schedule;
 pub mod select;
 pub mod sources;
 pub mod stream;
+pub mod supply;
 pub mod text;
 pub mod train;

@@ -14,7 +14,7 @@ use crate::learner::Learner;
 use crate::metrics::Metric;
 use crate::picture::TokenPicture;
 use crate::schedule::Schedule;
-use crate::select::Objective;
+use crate::select::{Objective, Thresholds};
 use crate::stream::Position;
 use crate::text::TextTokenizer;
 
@@ -47,8 +47,10 @@ pub struct RunRecord {
     pub objective: Objective,
     /// Seed of initial weights, shuffles and random draws.
     pub seed: u64,
-    /// Sequences in a batch.
+    /// Sequences in a micro-batch.
     pub batch_size: usize,
+    /// Micro-batches in an optimizer step.
+    pub accumulate: usize,
     /// Tokens in a sequence.
     pub sequence_length: usize,
     /// The learning rate over the run, and its length in steps.
@@ -66,7 +68,7 @@ pub struct RunRecord {
 }
 
 /// The content of a checkpoint's `state.json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Steps done.
     pub step: u64,
@@ -76,6 +78,8 @@ pub struct State {
     pub tokens_kept: u64,
     /// How far the stream has been read; up to a batch of it may wait in the packer.
     pub position: Position,
+    /// Running thresholds of the selection.
+    pub thresholds: Thresholds,
 }
 
 /// A run folder being written.

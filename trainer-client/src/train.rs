@@ -1,35 +1,37 @@
 //! The training loop: documents to batches, the current losses to a selection, a step, and the books.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::bail;
 use serde::Serialize;
 
-use crate::batch::Batch;
+use crate::books::Books;
 use crate::evaluate::EvalSet;
 use crate::failure::Failure;
-use crate::learner::{Learner, StepOutcome};
-use crate::metrics::{EvalMetric, Metric, SourceCount, StepMetric};
-use crate::pack::{BatchShape, PackedBatch, Packer};
-use crate::picture::{Choice, PictureDocuments};
+use crate::learner::{Learner, Measured, StepOutcome};
+use crate::metrics::{EvalMetric, Metric, StepMetric};
+use crate::pack::{BatchShape, PackedBatch};
+use crate::picture::PictureRule;
 use crate::progress::Progress;
 use crate::run_folder::{RunFolder, RunRecord, State, latest_checkpoint};
 use crate::schedule::Schedule;
-use crate::select::Objective;
-use crate::stream::{DocumentStream, StreamError};
+use crate::select::{Choice, Needs, Objective, Signals, Thresholds, Turn};
+use crate::stream::DocumentStream;
+use crate::supply::Supply;
 use crate::text::TextTokenizer;
 
 /// What a run does, apart from where its documents come from.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Plan {
     /// What is minimised.
     pub objective: Objective,
     /// Learning rates, and the most steps to take.
     pub schedule: Schedule,
-    /// Shape of a batch.
+    /// Shape of a micro-batch.
     pub shape: BatchShape,
+    /// Micro-batches whose gradients make one step.
+    pub accumulate: usize,
     /// Seed of random selections.
     pub seed: u64,
     /// Steps between evaluations; there is one before the first step and one after the last as well.
@@ -89,7 +91,13 @@ impl Training<'_> {
     /// the stream fits the tokenizer.
     pub fn run(mut self, record: RunRecord) -> anyhow::Result<Outcome> {
         let mut supply = Supply::new(self.plan.shape);
-        let mut state = State { step: 0, tokens: 0, tokens_kept: 0, position: self.stream.position() };
+        let mut state = State {
+            step: 0,
+            tokens: 0,
+            tokens_kept: 0,
+            position: self.stream.position(),
+            thresholds: Thresholds::default(),
+        };
         let mut threshold = None;
         match self.take_steps(record, &mut supply, &mut state, &mut threshold) {
             Ok(ending) => self.close(&state, threshold, &supply, ending),
@@ -108,13 +116,13 @@ impl Training<'_> {
         let mut ending = Ending::Finished;
         while state.step < self.plan.schedule.steps {
             let started = Instant::now();
-            let packed = supply.next_batch(self.stream)?;
+            let batch = supply.next_batches(self.stream, self.plan.accumulate)?;
             let waited = started.elapsed().as_secs_f64();
-            let Some(packed) = packed else {
-                ending = Ending::StreamEnded;
-                break;
-            };
             if self.stop.load(Ordering::Relaxed) {
+                break;
+            }
+            if batch.is_empty() {
+                ending = Ending::StreamEnded;
                 break;
             }
             if state.step == 0 {
@@ -123,11 +131,11 @@ impl Training<'_> {
                 self.evaluate(state)?;
             }
             let step_started = Instant::now();
-            let mut metric = self.step(&packed, state.step + 1, supply.packer.sources().names())?;
+            let mut metric = self.step(&batch, state.step + 1, supply.sources(), &mut state.thresholds)?;
             metric.data_wait_seconds = waited;
             metric.seconds = waited + step_started.elapsed().as_secs_f64();
             state.step += 1;
-            state.tokens += packed.batch.predictions() as u64;
+            state.tokens += batch.iter().map(|packed| packed.batch.predictions() as u64).sum::<u64>();
             state.tokens_kept += metric.kept;
             state.position = self.stream.position();
             (metric.tokens, metric.tokens_kept, *threshold) =
@@ -187,38 +195,73 @@ impl Training<'_> {
             if !evaluated {
                 self.evaluate(state)?;
             }
-            let choice =
-                Choice { objective: self.plan.objective, threshold, seed: self.plan.seed, step: state.step };
-            let picture = supply.picture.draw(self.learner, self.tokenizer, &choice, self.plan.shape.len);
+            let objective = self.plan.objective.clone();
+            let rule = PictureRule { objective, threshold, turn: self.turn(state.step) };
+            let picture = supply.picture().draw(self.learner, self.tokenizer, &rule, self.plan.shape.len);
             self.folder.write_picture(&picture)?;
         }
         self.progress.finish();
         Ok(Outcome { steps: state.step, tokens: state.tokens, tokens_kept: state.tokens_kept, ending })
     }
 
-    fn step(&mut self, packed: &PackedBatch, step: u64, sources: &[String]) -> anyhow::Result<StepMetric> {
-        let learning_rate = self.plan.schedule.at(step);
-        let Plan { objective, seed, .. } = self.plan;
-        let mut books = Books::default();
-        let outcome = self.learner.step(&packed.batch, learning_rate, &mut |current| {
-            let kept = objective.select(current, &packed.batch.reference, seed, step);
-            books = Books::of(objective, packed, current, &kept, sources);
-            kept
-        });
-        let StepOutcome { kept_loss, gradient_norm, .. } = outcome;
-        if books.selected.count == 0 {
+    fn turn(&self, step: u64) -> Turn {
+        Turn { seed: self.plan.seed, step, steps: self.plan.schedule.steps, micro_batch: 0 }
+    }
+
+    /// One optimizer step. Where micro-batches compete with one another, each runs forward once more, after the
+    /// losses of all have decided.
+    fn step(
+        &mut self,
+        batch: &[PackedBatch],
+        step: u64,
+        sources: &[String],
+        thresholds: &mut Thresholds,
+    ) -> anyhow::Result<StepMetric> {
+        let turn = self.turn(step);
+        let Plan { objective, schedule, shape, .. } = &self.plan;
+        let mut needs = objective.needs();
+        let mut books = Books::new(objective);
+        let mut decided = None;
+        if batch.len() > 1 && objective.needs_whole_batch(step) {
+            let measured: Vec<Measured> =
+                batch.iter().map(|packed| self.learner.measure(&packed.batch, needs)).collect();
+            let signals: Vec<Signals<'_>> = measured
+                .iter()
+                .zip(batch)
+                .map(|(measured, packed)| measured.signals(&packed.batch))
+                .collect();
+            decided = Some(objective.select(&signals, shape.len, turn, thresholds).into_iter());
+            needs = Needs::default();
+        }
+        for (micro_batch, packed) in (0..).zip(batch) {
+            self.learner.accumulate(&packed.batch, needs, &mut |measured| {
+                let choice = if let Some(choices) = &mut decided {
+                    choices.next()
+                } else {
+                    let turn = Turn { micro_batch, ..turn };
+                    objective.select(&[measured.signals(&packed.batch)], shape.len, turn, thresholds).pop()
+                };
+                let choice: Choice = choice.unwrap_or_default();
+                books.add(packed, &measured.losses, &choice, sources);
+                choice.kept
+            });
+        }
+        let learning_rate = schedule.at(step);
+        let StepOutcome { kept_loss, kept, gradient_norm } = self.learner.update(learning_rate);
+        if kept == 0 && !(objective.may_keep_nothing() && books.has_scored()) {
             bail!(
-                "step {step} found no token to learn from: no loss of its batch is a number; if --keep and the topic \
-                 are as intended, lower --learning-rate"
+                "step {step} found no token to learn from: no score of its batch is a number; if the selection and the \
+                 topic are as intended, lower --learning-rate"
             );
         }
-        if !kept_loss.is_finite() || !gradient_norm.is_finite() {
+        if kept > 0 && !(kept_loss.is_finite() && gradient_norm.is_finite()) {
             bail!(
                 "step {step} is not finite (loss {kept_loss}, gradient norm {gradient_norm}) and was not taken; lower \
                  --learning-rate or lengthen --warmup-steps, and start again"
             );
         }
-        Ok(StepMetric { step, loss: kept_loss, learning_rate, gradient_norm, ..books.into_metric() })
+        let loss = (kept > 0).then_some(kept_loss);
+        Ok(StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() })
     }
 
     fn evaluate(&mut self, state: &State) -> anyhow::Result<()> {
@@ -234,129 +277,5 @@ impl Training<'_> {
             }))?;
         }
         Ok(())
-    }
-}
-
-/// Batches from a stream, in stream order, with an eye on documents for the token picture.
-struct Supply {
-    packer: Packer,
-    picture: PictureDocuments,
-}
-
-impl Supply {
-    fn new(shape: BatchShape) -> Self {
-        Self { packer: Packer::new(shape), picture: PictureDocuments::default() }
-    }
-
-    fn next_batch(&mut self, stream: &mut dyn DocumentStream) -> Result<Option<PackedBatch>, StreamError> {
-        loop {
-            if let Some(packed) = self.packer.next_batch() {
-                return Ok(Some(packed));
-            }
-            match stream.next_document()? {
-                Some(document) => {
-                    self.picture.offer(&document);
-                    self.packer.push(&document);
-                }
-                None => return Ok(self.packer.flush()),
-            }
-        }
-    }
-}
-
-/// Batches of this shape that a stream fills, counted by packing it.
-pub fn count_batches(stream: &mut dyn DocumentStream, shape: BatchShape) -> Result<u64, StreamError> {
-    let mut supply = Supply::new(shape);
-    let mut batches = 0;
-    while supply.next_batch(stream)?.is_some() {
-        batches += 1;
-    }
-    Ok(batches)
-}
-
-/// Sums over one batch, under the model before the step.
-#[derive(Clone, Debug, Default)]
-struct Books {
-    selected: Mean,
-    unselected: Mean,
-    scored: u64,
-    threshold: Option<f32>,
-    sources: BTreeMap<String, SourceCount>,
-}
-
-impl Books {
-    fn of(
-        objective: Objective,
-        packed: &PackedBatch,
-        current: &[f32],
-        kept: &[u32],
-        sources: &[String],
-    ) -> Self {
-        let Batch { reference, .. } = &packed.batch;
-        let mut books = Self::default();
-        let mut counts = vec![SourceCount::default(); sources.len()];
-        let mut kept = kept.iter().map(|&index| index as usize).peekable();
-        for (index, (&current, &reference)) in current.iter().zip(reference).enumerate() {
-            let is_kept = kept.next_if_eq(&index).is_some();
-            if current.is_nan() {
-                continue;
-            }
-            let is_eligible = objective.is_eligible(current, reference);
-            if is_kept { &mut books.selected } else { &mut books.unselected }.add(current);
-            books.scored += u64::from(is_eligible);
-            if is_kept && matches!(objective, Objective::Slm { .. }) {
-                let excess = current - reference;
-                books.threshold = Some(books.threshold.map_or(excess, |lowest| lowest.min(excess)));
-            }
-            if let Some(count) =
-                packed.source_at(index).and_then(|source| counts.get_mut(usize::from(source)))
-            {
-                count.kept += u64::from(is_kept);
-                count.scored += u64::from(is_eligible);
-            }
-        }
-        books.sources = sources.iter().cloned().zip(counts).filter(|(_, count)| count.scored > 0).collect();
-        books
-    }
-
-    fn into_metric(self) -> StepMetric {
-        let all = Mean {
-            sum: self.selected.sum + self.unselected.sum,
-            count: self.selected.count + self.unselected.count,
-        };
-        StepMetric {
-            step: 0,
-            tokens: 0,
-            tokens_kept: 0,
-            loss: 0.0,
-            loss_all: all.get().unwrap_or(0.0),
-            loss_selected: self.selected.get(),
-            loss_unselected: self.unselected.get(),
-            threshold: self.threshold,
-            kept: self.selected.count,
-            scored: self.scored,
-            learning_rate: 0.0,
-            gradient_norm: 0.0,
-            seconds: 0.0,
-            data_wait_seconds: 0.0,
-            sources: self.sources,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Mean {
-    sum: f64,
-    count: u64,
-}
-
-impl Mean {
-    fn add(&mut self, value: f32) {
-        self.sum += f64::from(value);
-        self.count += 1;
-    }
-
-    fn get(self) -> Option<f64> {
-        (self.count > 0).then(|| self.sum / self.count as f64)
     }
 }

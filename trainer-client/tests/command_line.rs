@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::{LossFormat, Losses};
 use support::{Cluster, cluster, mixture, produce, produce_scored, write_tokenizer};
 
 fn sluice_train() -> Command {
@@ -67,6 +68,10 @@ impl Place {
         training.args(["--eval", &format!("words={}", self.path("held-out.jsonl"))]).args(SMALL);
         training
     }
+}
+
+fn fingerprint_of(place: &Place) -> Fingerprint {
+    Fingerprint::of_bytes(&std::fs::read(place.path("tokenizer.json")).unwrap())
 }
 
 fn stderr(output: &Output) -> String {
@@ -250,6 +255,55 @@ fn failures_have_their_exit_codes_and_say_what_to_do() {
         64,
         "cannot be used with",
     );
+}
+
+#[test]
+fn every_selection_trains_on_a_topic_that_has_what_it_looks_at() {
+    let place = Place::new();
+    let with_entropies: Vec<_> = mixture(80, fingerprint_of(&place), Fingerprint::of_bytes(b"model"))
+        .into_iter()
+        .map(|mut scored| {
+            let entropies: Vec<f32> =
+                scored.reference_losses.to_vec().iter().map(|loss| loss / 2.0).collect();
+            scored.reference_entropies = Some(Losses::new(&entropies, LossFormat::F32).unwrap());
+            scored
+        })
+        .collect();
+    place.cluster.create_topic("entropies", 2, 1).unwrap();
+    produce_scored(&place.cluster, "entropies", 2, &with_entropies);
+    let check = |out: &str, topic: &str, flags: &[&str]| {
+        let mut training = place.training("run", topic, out);
+        succeed(training.args(["--steps", "4", "--until-end", "--accumulate", "2"]).args(flags));
+        let metrics = std::fs::read_to_string(place.path(&format!("{out}/metrics.jsonl"))).unwrap();
+        let steps = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let steps: Vec<Value> = steps.filter(|line| line["type"] == "step").collect();
+        assert_eq!(steps.len(), 4, "{flags:?}");
+        let share = |step: &Value| step["kept"].as_f64().unwrap() / step["scored"].as_f64().unwrap();
+        steps.iter().map(share).collect::<Vec<f64>>()
+    };
+    let scores =
+        ["excess", "reference-loss", "reference-entropy", "intersection", "union", "loss", "entropy"];
+    for score in scores {
+        let shares = check(score, "entropies", &["--score", score, "--keep", "0.5"]);
+        let is_exact = !["intersection", "union"].contains(&score);
+        assert!(!is_exact || shares.iter().all(|share| (share - 0.5).abs() < 0.01), "{score}: {shares:?}");
+    }
+    check("average", "scored", &["--score", "improvement", "--history-decay", "0.5"]);
+    let older = place.path("average/checkpoints/step-0000004");
+    check("older", "scored", &["--score", "improvement", "--history", &older]);
+    check("quantile", "scored", &["--scope", "running-quantile"]);
+    check("sequence", "scored", &["--scope", "sequence"]);
+    let falling = check("falling", "scored", &["--keep", "linear:0.9:0.3", "--keep-warmup-steps", "1"]);
+    assert!(
+        falling.iter().zip([1.0, 0.9, 0.6, 0.3]).all(|(found, expected)| (found - expected).abs() < 0.01)
+    );
+    // Nothing is above such a threshold: no token is learnt from, and the run goes on all the same.
+    assert_eq!(check("nothing", "scored", &["--threshold", "1e9"]), [0.0; 4]);
+
+    let mut missing = place.training("run", "scored", "missing");
+    let output = missing.args(["--steps", "4", "--score", "reference-entropy"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(64), "{}", stderr(&output));
+    assert!(stderr(&output).contains("carries no reference entropies"), "{}", stderr(&output));
 }
 
 #[test]

@@ -11,14 +11,14 @@ use sluice_schemas::fingerprint::Fingerprint;
 use sluice_trainer::batch::Batch;
 use sluice_trainer::document::Document;
 use sluice_trainer::failure::exit_code;
-use sluice_trainer::learner::{Learner, StepOutcome};
+use sluice_trainer::learner::{Learner, Measured, StepOutcome};
 use sluice_trainer::model::{BurnLearner, ModelConfig};
 use sluice_trainer::optimizer::AdamWConfig;
 use sluice_trainer::pack::BatchShape;
 use sluice_trainer::progress::Progress;
 use sluice_trainer::run_folder::{RecordedRun, RunFolder, RunRecord, State, latest_checkpoint};
 use sluice_trainer::schedule::{Schedule, Shape};
-use sluice_trainer::select::Objective;
+use sluice_trainer::select::{Needs, Objective, Thresholds};
 use sluice_trainer::stream::{DocumentStream, Origin, Position, StreamError};
 use sluice_trainer::text::TextTokenizer;
 use sluice_trainer::train::{Plan, Training};
@@ -62,22 +62,20 @@ struct Diverging {
 }
 
 impl Learner for Diverging {
-    fn losses(&self, batch: &Batch) -> Vec<f32> {
-        self.table.losses(batch)
+    fn measure(&self, batch: &Batch, needs: Needs) -> Measured {
+        self.table.measure(batch, needs)
     }
 
-    fn step(
-        &mut self,
-        batch: &Batch,
-        learning_rate: f64,
-        select: &mut dyn FnMut(&[f32]) -> Vec<u32>,
-    ) -> StepOutcome {
+    fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>) {
+        self.table.accumulate(batch, needs, select);
+    }
+
+    fn update(&mut self, learning_rate: f64) -> StepOutcome {
         self.steps += 1;
         if self.steps < 3 {
-            return self.table.step(batch, learning_rate, select);
+            return self.table.update(learning_rate);
         }
-        let kept = select(&self.losses(batch)).len();
-        StepOutcome { kept_loss: 1.0, kept, gradient_norm: f32::INFINITY }
+        StepOutcome { kept_loss: 1.0, kept: 7, gradient_norm: f32::INFINITY }
     }
 
     fn save(&self, folder: &Path) -> anyhow::Result<()> {
@@ -104,6 +102,7 @@ fn fail(
         objective: Objective::Clm,
         seed: 1,
         batch_size: SHAPE.rows,
+        accumulate: 1,
         sequence_length: SHAPE.len,
         schedule,
         tokenizer: tokenizer.fingerprint(),
@@ -119,6 +118,7 @@ fn fail(
             objective: Objective::Clm,
             schedule,
             shape: SHAPE,
+            accumulate: 1,
             seed: 1,
             eval_every: 10,
             checkpoint_every,
@@ -229,7 +229,13 @@ fn checkpoints_of_an_earlier_run_are_in_the_way() {
     let mut run = RunFolder::create(&out).unwrap();
     std::fs::create_dir_all(out.join("checkpoints/step-0000004")).unwrap();
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder.path())).unwrap();
-    let state = State { step: 4, tokens: 1, tokens_kept: 1, position: Position::default() };
+    let state = State {
+        step: 4,
+        tokens: 1,
+        tokens_kept: 1,
+        position: Position::default(),
+        thresholds: Thresholds::default(),
+    };
     let error = run.checkpoint(&Bigram::new(2), &tokenizer, &state).unwrap_err().to_string();
     assert!(error.contains("step-0000004 is there already"), "{error}");
 }

@@ -16,17 +16,18 @@ use sluice_trainer::pack::BatchShape;
 use sluice_trainer::progress::Progress;
 use sluice_trainer::run_folder::{RecordedRun, RunFolder, RunRecord, State, checkpoints, latest_checkpoint};
 use sluice_trainer::schedule::{Schedule, Shape};
-use sluice_trainer::select::{KeepRatio, Objective};
+use sluice_trainer::select::{KeepRatio, Objective, Score};
 use sluice_trainer::stream::{DocumentStream, ShuffledDocuments};
+use sluice_trainer::supply::count_batches;
 use sluice_trainer::text::TextTokenizer;
-use sluice_trainer::train::{Ending, Outcome, Plan, Training, count_batches};
+use sluice_trainer::train::{Ending, Outcome, Plan, Training};
 use support::bigram::Bigram;
 use support::{mixture, write_tokenizer};
 
 const SHAPE: BatchShape = BatchShape { rows: 4, len: 32 };
 
 fn slm() -> Objective {
-    Objective::Slm { keep: KeepRatio::try_from(0.6).unwrap() }
+    Objective::slm(Score::Excess, KeepRatio::try_from(0.6).unwrap())
 }
 
 fn documents() -> Vec<Document> {
@@ -51,9 +52,10 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
     let schedule = Schedule { shape: Shape::Cosine, peak: 20.0, warmup_steps: 2, steps };
     let record = RunRecord {
         command: "run".into(),
-        objective,
+        objective: objective.clone(),
         seed: 1,
         batch_size: SHAPE.rows,
+        accumulate: 1,
         sequence_length: SHAPE.len,
         schedule,
         tokenizer: tokenizer.fingerprint(),
@@ -65,7 +67,15 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
     let training = Training {
         learner: &mut learner,
         stream: &mut stream,
-        plan: Plan { objective, schedule, shape: SHAPE, seed: 1, eval_every: 10, checkpoint_every: 8 },
+        plan: Plan {
+            objective,
+            schedule,
+            shape: SHAPE,
+            accumulate: 1,
+            seed: 1,
+            eval_every: 10,
+            checkpoint_every: 8,
+        },
         evals: &evals,
         tokenizer: &tokenizer,
         folder: &mut run,
@@ -107,7 +117,7 @@ fn the_books_of_a_selective_run_add_up() {
             + (step.scored - step.kept) as f64 * step.loss_unselected.unwrap())
             / step.scored as f64;
         assert!((mean - step.loss_all).abs() < 1e-6);
-        assert!((step.loss_selected.unwrap() - f64::from(step.loss)).abs() < 1e-4);
+        assert!((step.loss_selected.unwrap() - f64::from(step.loss.unwrap())).abs() < 1e-4);
         assert_eq!(step.sources.values().map(|count| count.kept).sum::<u64>(), step.kept);
         assert_eq!(step.sources.values().map(|count| count.scored).sum::<u64>(), step.scored);
     }
@@ -130,9 +140,9 @@ fn a_run_repeats_itself_and_its_controls_see_the_same_tokens() {
     };
     assert_eq!(repeat(), repeat());
     let (slm_steps, _) = repeat().0;
-    for objective in [Objective::Clm, Objective::Random { keep: KeepRatio::try_from(0.6).unwrap() }] {
+    for objective in [Objective::Clm, Objective::slm(Score::Random, KeepRatio::try_from(0.6).unwrap())] {
         let folder = tempfile::tempdir().unwrap();
-        let (steps, _) = split(&train(folder.path(), objective, 12, &Arc::default()).1);
+        let (steps, _) = split(&train(folder.path(), objective.clone(), 12, &Arc::default()).1);
         let tokens = |steps: &[StepMetric]| steps.iter().map(|step| step.tokens).collect::<Vec<_>>();
         assert_eq!(tokens(&steps), tokens(&slm_steps));
         let kept = |steps: &[StepMetric]| steps.iter().map(|step| step.kept).collect::<Vec<_>>();

@@ -142,9 +142,12 @@ impl ModelArguments {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Training")]
 pub(super) struct OptimizationArguments {
-    /// Sequences in a batch
+    /// Sequences in a micro-batch
     #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = at_least::<1>)]
     pub batch_size: usize,
+    /// Micro-batches whose gradients make one optimizer step
+    #[arg(long, env = "SLUICE_TRAIN_ACCUMULATE", default_value_t = 1, value_parser = at_least::<1>)]
+    pub accumulate: usize,
     /// Tokens in a sequence
     #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", default_value_t = 256, value_parser = at_least::<2>)]
     pub sequence_length: usize,

@@ -6,32 +6,23 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::json;
 use sluice_schemas::names;
 
 use super::arguments::{BrokerArguments, ModelArguments, OptimizationArguments, OutputArguments};
+use super::selection::SelectionArguments;
 use crate::evaluate::read_sets;
 use crate::failure::{Classify, Failure};
 use crate::model::BurnLearner;
 use crate::progress::Progress;
 use crate::run_folder::{RunFolder, RunRecord};
 use crate::schedule::Schedule;
-use crate::select::{KeepRatio, Objective};
+use crate::select::Objective;
 use crate::stream::{Decoder, DocumentStream, Extent, KafkaStream, ShuffledDocuments, TopicKind};
+use crate::supply::count_batches;
 use crate::text::TextTokenizer;
-use crate::train::{Ending, Plan, Training, count_batches};
-
-/// Which tokens a run learns from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ObjectiveName {
-    /// The tokens with the highest excess loss over the reference
-    Slm,
-    /// Every token
-    Clm,
-    /// As many tokens as slm, drawn at random: the control
-    Random,
-}
+use crate::train::{Ending, Plan, Training};
 
 /// Arguments of `sluice-train run`.
 #[derive(Args, Clone, Debug)]
@@ -42,12 +33,6 @@ pub(super) struct RunArguments {
     /// The tokenizer.json that the documents were made with
     #[arg(long, env = "SLUICE_TRAIN_TOKENIZER", value_name = "FILE")]
     tokenizer: PathBuf,
-    /// Which tokens to learn from
-    #[arg(long, env = "SLUICE_TRAIN_OBJECTIVE", value_enum, default_value_t = ObjectiveName::Slm)]
-    objective: ObjectiveName,
-    /// Share of each batch's tokens to keep, above 0 and at most 1
-    #[arg(long, env = "SLUICE_TRAIN_KEEP", default_value = "0.6")]
-    keep: KeepRatio,
     /// Optimizer steps
     #[arg(long, env = "SLUICE_TRAIN_STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
@@ -60,6 +45,8 @@ pub(super) struct RunArguments {
     /// Passes over the topic; implies --until-end
     #[arg(long, env = "SLUICE_TRAIN_EPOCHS", conflicts_with = "follow", value_parser = clap::value_parser!(u64).range(1..))]
     epochs: Option<u64>,
+    #[command(flatten)]
+    selection: SelectionArguments,
     #[command(flatten)]
     broker: BrokerArguments,
     #[command(flatten)]
@@ -97,11 +84,7 @@ pub(super) struct ReferenceArguments {
 
 /// Trains on a scored topic.
 pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
-    let objective = match arguments.objective {
-        ObjectiveName::Slm => Objective::Slm { keep: arguments.keep },
-        ObjectiveName::Clm => Objective::Clm,
-        ObjectiveName::Random => Objective::Random { keep: arguments.keep },
-    };
+    let objective = arguments.selection.objective(arguments.steps)?;
     let extent = match arguments.epochs {
         Some(epochs) => Extent::UntilEnd { epochs },
         None if arguments.until_end => Extent::UntilEnd { epochs: 1 },
@@ -110,14 +93,20 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let stop = stop_on_signals()?;
     let broker = arguments.broker.broker()?;
     let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_usage()?;
-    let prepared = Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
-    let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary());
+    let mut prepared =
+        Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
+    arguments.selection.give_history(&mut prepared.learner)?;
+    let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
+        .needing_entropies(objective.needs().reference_entropy);
     let mut stream = KafkaStream::open(broker, &arguments.topic, extent, decoder, Arc::clone(&stop))?;
     let extent = match extent {
         Extent::Follow => json!("follow"),
         Extent::UntilEnd { epochs } => json!({ "until_end": { "epochs": epochs } }),
     };
-    let settings = [("stream", stream_settings(&arguments.topic, &arguments.broker, &extent))];
+    let settings = [
+        ("stream", stream_settings(&arguments.topic, &arguments.broker, &extent)),
+        ("history", arguments.selection.history_settings()),
+    ];
     prepared.train("run", objective, arguments.steps, &mut stream, &stop, settings.into())
 }
 
@@ -140,7 +129,8 @@ pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
     let seed = arguments.optimization.seed;
     let mut stream = ShuffledDocuments::new(documents, arguments.epochs, seed, Arc::clone(&stop));
     let batches = count_batches(&mut stream.clone(), arguments.optimization.shape())?;
-    let steps = arguments.steps.map_or(batches, |steps| steps.min(batches));
+    let whole = batches.div_ceil(arguments.optimization.accumulate as u64);
+    let steps = arguments.steps.map_or(whole, |steps| steps.min(whole));
     let extent = json!({ "until_end": { "epochs": arguments.epochs } });
     let settings = [("stream", stream_settings(&arguments.topic, &arguments.broker, &extent))];
     prepared.train("reference", Objective::Clm, steps, &mut stream, &stop, settings.into())
@@ -190,12 +180,13 @@ impl<'a> Prepared<'a> {
             objective,
             schedule,
             shape: self.optimization.shape(),
+            accumulate: self.optimization.accumulate,
             seed,
             eval_every: self.output.eval_every,
             checkpoint_every: self.output.checkpoint_every,
         };
         let record = self.record(command, &plan, settings)?;
-        let label = if command == "reference" { command } else { objective.name() };
+        let label = if command == "reference" { command } else { plan.objective.name() };
         let training = Training {
             learner: &mut self.learner,
             stream,
@@ -246,9 +237,10 @@ impl<'a> Prepared<'a> {
         let versions = [("sluice-train", env!("CARGO_PKG_VERSION").to_owned()), ("librdkafka", librdkafka)];
         Ok(RunRecord {
             command: command.to_owned(),
-            objective: plan.objective,
+            objective: plan.objective.clone(),
             seed: plan.seed,
             batch_size: plan.shape.rows,
+            accumulate: plan.accumulate,
             sequence_length: plan.shape.len,
             schedule: plan.schedule,
             tokenizer: self.tokenizer.fingerprint(),

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
-use sluice_schemas::record::{RecordError, ScoredDocument, TokenizedDocument};
+use sluice_schemas::record::{Losses, RecordError, ScoredDocument, TokenizedDocument};
 
 use super::error::{Origin, StreamError};
 use crate::document::Document;
@@ -57,13 +57,21 @@ pub struct Decoder {
     kind: TopicKind,
     tokenizer: Fingerprint,
     vocabulary: u32,
+    needs_entropies: bool,
     reference_model: Option<Fingerprint>,
 }
 
 impl Decoder {
     /// A decoder that refuses documents of another tokenizer and ids of `vocabulary` and beyond.
     pub fn new(kind: TopicKind, tokenizer: Fingerprint, vocabulary: u32) -> Self {
-        Self { kind, tokenizer, vocabulary, reference_model: None }
+        Self { kind, tokenizer, vocabulary, needs_entropies: false, reference_model: None }
+    }
+
+    /// The same decoder, which refuses scored documents without reference entropies if they are needed.
+    #[must_use]
+    pub fn needing_entropies(mut self, needs_entropies: bool) -> Self {
+        self.needs_entropies = needs_entropies;
+        self
     }
 
     /// The reference model of the first scored record, to which all later ones are held.
@@ -102,8 +110,16 @@ impl Decoder {
                     let found = record.reference_model;
                     return Err(StreamError::ForeignReference { origin: origin(), found, expected });
                 }
+                let entropies = record.reference_entropies.as_ref().map(Losses::to_vec);
+                if self.needs_entropies && entropies.is_none() {
+                    return Err(StreamError::NoEntropies { origin: origin() });
+                }
                 let (tokens, losses) = (record.document.tokens.to_vec(), record.reference_losses.to_vec());
                 Document::scored(record.document.id, record.document.source, tokens, losses)
+                    .and_then(|document| match entropies {
+                        Some(entropies) => document.with_entropies(entropies),
+                        None => Ok(document),
+                    })
                     .map_err(|error| StreamError::Losses { origin: origin(), error })
             }
         }

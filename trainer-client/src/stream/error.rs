@@ -79,13 +79,22 @@ pub enum StreamError {
         /// What it is.
         found: TopicKind,
     },
-    /// Reference losses that do not fit their tokens.
+    /// Reference losses or entropies that do not fit their tokens.
     #[error("record at {origin} is refused: {error}")]
     Losses {
         /// Where it was read.
         origin: Origin,
         /// What is wrong with it.
         error: LengthMismatch,
+    },
+    /// A scored document without the entropies that the run's score looks at.
+    #[error(
+        "record at {origin} carries no reference entropies, which --score reference-entropy, intersection and union \
+         look at; score the topic with `sluiced serve --score-entropies true`, or give another --score"
+    )]
+    NoEntropies {
+        /// Where it was read.
+        origin: Origin,
     },
     /// Losses of two reference models cannot be compared with one another.
     #[error(
