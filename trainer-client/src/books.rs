@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use sha2::{Digest, Sha256};
 
 use crate::metrics::{SourceCount, StepMetric};
-use crate::pack::PackedBatch;
+use crate::pack::{PackedBatch, Piece};
 use crate::select::{Choice, Objective};
+use crate::sources::SourceNames;
 
 /// Hexadecimal digits of a step's digest.
 const DIGEST_DIGITS: usize = 16;
@@ -37,10 +38,11 @@ impl Books {
         }
     }
 
-    /// Enters a micro-batch with its losses in nats and what was chosen of it. `sources` are the names that its
-    /// source indices stand for.
-    pub fn add(&mut self, packed: &PackedBatch, losses: &[f32], choice: &Choice, sources: &[String]) {
-        let mut counts = vec![SourceCount::default(); sources.len()];
+    /// Enters a micro-batch with its losses in nats and what was chosen of it, by the names of its sources.
+    pub fn add(&mut self, packed: &PackedBatch, losses: &[f32], choice: &Choice, sources: &mut SourceNames) {
+        let sources_of: Vec<u16> =
+            packed.rows.iter().flat_map(|row| sources_of(row, packed.batch.len, sources)).collect();
+        let mut counts = vec![SourceCount::default(); sources.names().len()];
         let mut kept = choice.kept.iter().map(|&index| index as usize).peekable();
         for (index, (&loss, &score)) in losses.iter().zip(&choice.scores).enumerate() {
             let is_kept = kept.next_if_eq(&index).is_some();
@@ -53,14 +55,11 @@ impl Books {
             if is_kept && self.has_threshold {
                 self.threshold = Some(self.threshold.map_or(score, |lowest| lowest.min(score)));
             }
-            if let Some(count) =
-                packed.source_at(index).and_then(|source| counts.get_mut(usize::from(source)))
-            {
-                count.kept += u64::from(is_kept);
-                count.scored += u64::from(is_eligible);
-            }
+            let count = &mut counts[usize::from(sources_of[index])];
+            count.kept += u64::from(is_kept);
+            count.scored += u64::from(is_eligible);
         }
-        for (name, count) in sources.iter().zip(counts).filter(|(_, count)| count.scored > 0) {
+        for (name, count) in sources.names().iter().zip(counts).filter(|(_, count)| count.scored > 0) {
             let sum = self.sources.entry(name.clone()).or_default();
             sum.kept += count.kept;
             sum.scored += count.scored;
@@ -102,6 +101,17 @@ impl Books {
             digest: digest[..DIGEST_DIGITS].to_owned(),
         }
     }
+}
+
+/// Source index of each position of a row of `len`; 0 in padding, which has no loss. A document's first token, where it is
+/// predicted, counts as the source of the token before it.
+fn sources_of(row: &[Piece], len: usize, sources: &mut SourceNames) -> Vec<u16> {
+    let mut indices = Vec::with_capacity(len);
+    for Piece { document, .. } in row {
+        indices.extend(std::iter::repeat_n(sources.index(document.source()), document.tokens().len()));
+    }
+    indices.resize(len, 0);
+    indices
 }
 
 #[derive(Clone, Copy, Debug, Default)]

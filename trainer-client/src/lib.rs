@@ -6,11 +6,13 @@
 
 pub mod batch;
 mod books;
+pub mod checkpoints;
 pub mod cli;
 pub mod document;
 pub mod evaluate;
 pub mod export;
 pub mod failure;
+mod files;
 pub mod learner;
 pub mod metrics;
 pub mod model;
@@ -23,6 +25,8 @@ pub mod report;
 pub mod run_folder;
 pub mod schedule;
 pub mod select;
+pub mod shuffle;
+pub mod snapshot;
 pub mod sources;
 pub mod stream;
 pub mod supply;

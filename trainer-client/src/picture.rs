@@ -57,13 +57,28 @@ pub struct PictureToken {
 }
 
 /// Chooses documents from the start of a stream, by order and source alone.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PictureDocuments {
     chosen: Vec<Document>,
     seen: usize,
 }
 
 impl PictureDocuments {
+    /// What an earlier run has chosen, after looking at `seen` documents.
+    pub fn resumed(chosen: Vec<Document>, seen: usize) -> Self {
+        Self { chosen, seen }
+    }
+
+    /// The documents chosen so far.
+    pub fn chosen(&self) -> &[Document] {
+        &self.chosen
+    }
+
+    /// Documents looked at so far.
+    pub fn seen(&self) -> usize {
+        self.seen
+    }
+
     /// Looks at the next document of the stream.
     pub fn offer(&mut self, document: &Document) {
         if self.chosen.len() == DOCUMENTS_MAX || self.seen == DOCUMENTS_SEEN_MAX {

@@ -1,5 +1,6 @@
 //! The training loop: documents to batches, the current losses to a selection, a step, and the books.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -7,18 +8,21 @@ use anyhow::bail;
 use serde::Serialize;
 
 use crate::books::Books;
+use crate::checkpoints::{Reached, latest_checkpoint};
 use crate::evaluate::EvalSet;
 use crate::failure::Failure;
 use crate::learner::{Learner, Measured, StepOutcome};
 use crate::metrics::{EvalMetric, Metric, StepMetric};
-use crate::pack::{BatchShape, PackedBatch};
+use crate::pack::{BatchShape, PackedBatch, Packing};
 use crate::picture::PictureRule;
 use crate::progress::Progress;
-use crate::run_folder::{RunFolder, RunRecord, State, latest_checkpoint};
+use crate::run_folder::{RunFolder, RunRecord};
 use crate::schedule::Schedule;
-use crate::select::{Choice, Needs, Objective, Signals, Thresholds, Turn};
+use crate::select::{Choice, Needs, Objective, Signals, Turn};
+use crate::snapshot::{RankSnapshot, Snapshot};
+use crate::sources::SourceNames;
 use crate::stream::DocumentStream;
-use crate::supply::Supply;
+use crate::supply::{Supply, SupplyPlan};
 use crate::text::TextTokenizer;
 
 /// What a run does, apart from where its documents come from.
@@ -30,9 +34,13 @@ pub struct Plan {
     pub schedule: Schedule,
     /// Shape of a micro-batch.
     pub shape: BatchShape,
-    /// Micro-batches whose gradients make one step.
+    /// What is done where documents meet.
+    pub packing: Packing,
+    /// Micro-batches of each rank whose gradients make one step.
     pub accumulate: usize,
-    /// Seed of random selections.
+    /// Documents in each rank's shuffle buffer; at most 1 leaves the streams' order as it is.
+    pub shuffle_buffer: usize,
+    /// Seed of random selections and of the shuffle buffers.
     pub seed: u64,
     /// Steps between evaluations; there is one before the first step and one after the last as well.
     pub eval_every: u64,
@@ -69,8 +77,8 @@ pub struct Outcome {
 pub struct Training<'a> {
     /// The model.
     pub learner: &'a mut dyn Learner,
-    /// The documents.
-    pub stream: &'a mut dyn DocumentStream,
+    /// The documents, a stream for each rank.
+    pub streams: Vec<&'a mut dyn DocumentStream>,
     /// What to do.
     pub plan: Plan,
     /// Held-out sets.
@@ -85,90 +93,134 @@ pub struct Training<'a> {
     pub progress: Progress,
 }
 
+/// Where a run begins: with its record if it is a new one.
+struct Start {
+    record: Option<RunRecord>,
+    reached: Reached,
+    snapshot: Snapshot,
+}
+
+/// What has been read and not yet learnt from, and the names of where it came from.
+struct Data {
+    supply: Supply,
+    sources: SourceNames,
+}
+
 impl Training<'_> {
-    /// Trains until the steps are done, the stream ends or the run is asked to stop; a checkpoint follows in each
-    /// case, and where an error ends the run after a step. `run.json` is written once the first batch has shown that
-    /// the stream fits the tokenizer.
-    pub fn run(mut self, record: RunRecord) -> anyhow::Result<Outcome> {
-        let mut supply = Supply::new(self.plan.shape);
-        let mut state = State {
-            step: 0,
-            tokens: 0,
-            tokens_kept: 0,
-            position: self.stream.position(),
-            thresholds: Thresholds::default(),
+    /// Trains a new run until the steps are done, the stream ends or the run is asked to stop; a checkpoint follows in
+    /// each case, and where an error ends the run after a step. `run.json` is written once the first batch has shown
+    /// that the stream fits the tokenizer.
+    pub fn run(self, record: RunRecord) -> anyhow::Result<Outcome> {
+        let ranks = vec![RankSnapshot::default(); self.streams.len()];
+        let start = Start {
+            record: Some(record),
+            reached: Reached::default(),
+            snapshot: Snapshot { ranks, ..Snapshot::default() },
         };
-        let mut threshold = None;
-        match self.take_steps(record, &mut supply, &mut state, &mut threshold) {
-            Ok(ending) => self.close(&state, threshold, &supply, ending),
-            Err(error) => Err(self.save_after(error, &state)),
+        self.go(start)
+    }
+
+    /// As [`Training::run`], from a checkpoint on that the learner has loaded and the streams stand at.
+    pub fn resume(self, reached: Reached, snapshot: Snapshot) -> anyhow::Result<Outcome> {
+        self.go(Start { record: None, reached, snapshot })
+    }
+
+    fn go(mut self, start: Start) -> anyhow::Result<Outcome> {
+        let Plan { shape, packing, shuffle_buffer, seed, .. } = self.plan;
+        let plan = SupplyPlan { shape, packing, shuffle_buffer, seed };
+        let mut data = Data {
+            sources: SourceNames::from_names(start.snapshot.sources.clone()),
+            supply: Supply::new(&plan, start.snapshot),
+        };
+        let mut reached = start.reached;
+        match self.take_steps(start.record, &mut data, &mut reached) {
+            Ok(ending) => self.close(start.reached.step, &reached, &data, ending),
+            Err(error) => Err(self.save_after(error, start.reached.step, &reached, &data)),
         }
     }
 
-    /// Steps until something ends them. After an error the weights are those of `state`: no step is taken by half.
+    /// Steps until something ends them. After an error the weights are those of `reached`, and so is what `data` holds:
+    /// no step is taken by half.
     fn take_steps(
         &mut self,
-        mut record: RunRecord,
-        supply: &mut Supply,
-        state: &mut State,
-        threshold: &mut Option<f32>,
+        mut record: Option<RunRecord>,
+        data: &mut Data,
+        reached: &mut Reached,
     ) -> anyhow::Result<Ending> {
-        let mut ending = Ending::Finished;
-        while state.step < self.plan.schedule.steps {
+        let steps = self.plan.schedule.steps;
+        while reached.step < steps {
             let started = Instant::now();
-            let batch = supply.next_batches(self.stream, self.plan.accumulate)?;
+            let batch = data.supply.next_batches(&mut self.streams, self.plan.accumulate, self.stop)?;
             let waited = started.elapsed().as_secs_f64();
             if self.stop.load(Ordering::Relaxed) {
-                break;
+                data.supply.put_back(batch);
+                return Ok(Ending::Stopped);
             }
             if batch.is_empty() {
-                ending = Ending::StreamEnded;
-                break;
+                return Ok(Ending::StreamEnded);
             }
-            if state.step == 0 {
-                record.reference_model = self.stream.reference_model();
+            if let Some(mut record) = record.take() {
+                record.reference_model = self.streams.iter().find_map(|stream| stream.reference_model());
                 self.folder.write_record(&record)?;
-                self.evaluate(state)?;
+                self.evaluate(reached)?;
             }
             let step_started = Instant::now();
-            let mut metric = self.step(&batch, state.step + 1, supply.sources(), &mut state.thresholds)?;
+            let thresholds = reached.thresholds;
+            let mut metric = match self.step(&batch, reached, &mut data.sources) {
+                Ok(metric) => metric,
+                Err(error) => {
+                    // The step was not taken, so a checkpoint must hold its micro-batches.
+                    reached.thresholds = thresholds;
+                    data.supply.put_back(batch);
+                    return Err(error);
+                }
+            };
             metric.data_wait_seconds = waited;
             metric.seconds = waited + step_started.elapsed().as_secs_f64();
-            state.step += 1;
-            state.tokens += batch.iter().map(|packed| packed.batch.predictions() as u64).sum::<u64>();
-            state.tokens_kept += metric.kept;
-            state.position = self.stream.position();
-            (metric.tokens, metric.tokens_kept, *threshold) =
-                (state.tokens, state.tokens_kept, metric.threshold);
+            reached.step += 1;
+            reached.tokens += batch.iter().map(|packed| packed.batch.predictions() as u64).sum::<u64>();
+            reached.tokens_kept += metric.kept;
+            reached.threshold = metric.threshold;
+            (metric.tokens, metric.tokens_kept) = (reached.tokens, reached.tokens_kept);
             self.progress.step(&metric);
+            self.folder.log_documents(reached.step, &batch)?;
             self.folder.log(&Metric::Step(metric))?;
-            if state.step.is_multiple_of(self.plan.checkpoint_every) {
-                self.folder.checkpoint(self.learner, self.tokenizer, state)?;
+            // Before the checkpoint, so that a run that goes on from there has nothing to catch up on.
+            if reached.step.is_multiple_of(self.plan.eval_every) && reached.step < steps {
+                self.evaluate(reached)?;
             }
-            if state.step.is_multiple_of(self.plan.eval_every) && state.step < self.plan.schedule.steps {
-                self.evaluate(state)?;
+            if reached.step.is_multiple_of(self.plan.checkpoint_every) && reached.step < steps {
+                self.checkpoint(reached, data)?;
             }
         }
-        if self.stop.load(Ordering::Relaxed) {
-            ending = Ending::Stopped;
-        }
-        Ok(ending)
+        Ok(if self.stop.load(Ordering::Relaxed) { Ending::Stopped } else { Ending::Finished })
+    }
+
+    fn checkpoint(&mut self, reached: &Reached, data: &Data) -> anyhow::Result<PathBuf> {
+        let snapshot = data.supply.snapshot(&self.streams, data.sources.names());
+        self.folder.checkpoint(self.learner, self.tokenizer, reached, &snapshot)
     }
 
     /// Saves what was learnt before an error, and adds to the error where it is, or that it is lost.
-    fn save_after(self, error: anyhow::Error, state: &State) -> anyhow::Error {
+    fn save_after(
+        mut self,
+        error: anyhow::Error,
+        first: u64,
+        reached: &Reached,
+        data: &Data,
+    ) -> anyhow::Error {
         self.progress.finish();
-        let step = state.step;
-        if step == 0 {
+        let step = reached.step;
+        if step == first {
             return error;
         }
-        match self.folder.checkpoint(self.learner, self.tokenizer, state) {
+        match self.checkpoint(reached, data) {
             Ok(path) => error
                 .context(format!("the run ended after step {step}, and its model is in {}", path.display())),
             Err(lost) => {
                 let left = match latest_checkpoint(self.folder.path()) {
-                    Ok(path) => format!("the last checkpoint is {}", path.display()),
-                    Err(_) => "there is no checkpoint".to_owned(),
+                    Ok(Some(path)) => format!("the last checkpoint is {}", path.display()),
+                    _ => "there is no checkpoint".to_owned(),
                 };
                 error.context(format!(
                     "the run ended after step {step}; {left}, as this step's failed ({lost:#})"
@@ -177,31 +229,35 @@ impl Training<'_> {
         }
     }
 
+    /// The end of a run that began after step `first`.
     fn close(
         mut self,
-        state: &State,
-        threshold: Option<f32>,
-        supply: &Supply,
+        first: u64,
+        reached: &Reached,
+        data: &Data,
         ending: Ending,
     ) -> anyhow::Result<Outcome> {
-        if state.step == 0 && ending != Ending::Stopped {
+        let Reached { step, tokens, tokens_kept, threshold, .. } = *reached;
+        if step == 0 && ending != Ending::Stopped {
             let error = "the stream ended without a single document of two tokens or more";
             return Err(Failure::Data(error.to_owned()).into());
         }
-        if state.step > 0 {
-            self.folder.checkpoint(self.learner, self.tokenizer, state)?;
-            let evaluated =
-                state.step.is_multiple_of(self.plan.eval_every) && state.step < self.plan.schedule.steps;
-            if !evaluated {
-                self.evaluate(state)?;
+        let Plan { schedule, eval_every, shape, .. } = self.plan;
+        if step > first {
+            let is_evaluated = step.is_multiple_of(eval_every) && step < schedule.steps;
+            if !is_evaluated {
+                self.evaluate(reached)?;
             }
+            self.checkpoint(reached, data)?;
+        }
+        if step > 0 {
             let objective = self.plan.objective.clone();
-            let rule = PictureRule { objective, threshold, turn: self.turn(state.step) };
-            let picture = supply.picture().draw(self.learner, self.tokenizer, &rule, self.plan.shape.len);
+            let rule = PictureRule { objective, threshold, turn: self.turn(step) };
+            let picture = data.supply.picture().draw(self.learner, self.tokenizer, &rule, shape.len);
             self.folder.write_picture(&picture)?;
         }
         self.progress.finish();
-        Ok(Outcome { steps: state.step, tokens: state.tokens, tokens_kept: state.tokens_kept, ending })
+        Ok(Outcome { steps: step, tokens, tokens_kept, ending })
     }
 
     fn turn(&self, step: u64) -> Turn {
@@ -213,10 +269,11 @@ impl Training<'_> {
     fn step(
         &mut self,
         batch: &[PackedBatch],
-        step: u64,
-        sources: &[String],
-        thresholds: &mut Thresholds,
+        reached: &mut Reached,
+        sources: &mut SourceNames,
     ) -> anyhow::Result<StepMetric> {
+        let step = reached.step + 1;
+        let thresholds = &mut reached.thresholds;
         let turn = self.turn(step);
         let Plan { objective, schedule, shape, .. } = &self.plan;
         let mut needs = objective.needs();
@@ -264,13 +321,13 @@ impl Training<'_> {
         Ok(StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() })
     }
 
-    fn evaluate(&mut self, state: &State) -> anyhow::Result<()> {
+    fn evaluate(&mut self, reached: &Reached) -> anyhow::Result<()> {
         for set in self.evals {
             let Some(loss) = set.loss(self.learner, self.stop) else { break };
-            self.progress.say(&format!("step {}: loss {:.4} on {}", state.step, loss.loss, loss.set));
+            self.progress.say(&format!("step {}: loss {:.4} on {}", reached.step, loss.loss, loss.set));
             self.folder.log(&Metric::Eval(EvalMetric {
-                step: state.step,
-                tokens: state.tokens,
+                step: reached.step,
+                tokens: reached.tokens,
                 set: loss.set,
                 loss: loss.loss,
                 predictions: loss.predictions,

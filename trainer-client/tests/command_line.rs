@@ -108,7 +108,7 @@ fn a_reference_is_made_and_exported_and_students_are_trained_and_compared() {
     assert!(starts.iter().all(|start| *start == starts[0]), "one seed, one start: {starts:?}");
     let state = json(&place.path("slm/checkpoints/step-0000012/state.json"));
     assert_eq!(state["step"], 12);
-    assert!(state["position"]["offsets"]["0"].as_i64().unwrap() > 0);
+    assert!(state["data"]["ranks"][0]["position"]["partitions"]["0"]["next_offset"].as_i64().unwrap() > 0);
 
     let page = place.path("report.html");
     let runs = ["slm", "clm", "random"].map(|run| place.path(run));
@@ -297,6 +297,9 @@ fn every_selection_trains_on_a_topic_that_has_what_it_looks_at() {
     assert!(
         falling.iter().zip([1.0, 0.9, 0.6, 0.3]).all(|(found, expected)| (found - expected).abs() < 0.01)
     );
+    let across =
+        ["--attend-across-documents", "--first-token", "predict", "--schedule", "wsd", "--warmup-steps", "1"];
+    check("across", "scored", &across);
     // Nothing is above such a threshold: no token is learnt from, and the run goes on all the same.
     assert_eq!(check("nothing", "scored", &["--threshold", "1e9"]), [0.0; 4]);
 
@@ -304,6 +307,39 @@ fn every_selection_trains_on_a_topic_that_has_what_it_looks_at() {
     let output = missing.args(["--steps", "4", "--score", "reference-entropy"]).output().unwrap();
     assert_eq!(output.status.code(), Some(64), "{}", stderr(&output));
     assert!(stderr(&output).contains("carries no reference entropies"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_second_reference_model_is_refused_unless_it_is_on_the_list() {
+    let place = Place::new();
+    let models = [Fingerprint::of_bytes(b"one"), Fingerprint::of_bytes(b"other")];
+    place.cluster.create_topic("switched", 2, 1).unwrap();
+    for (model, reference) in models.iter().enumerate() {
+        let documents = mixture(80, fingerprint_of(&place), *reference);
+        let half = if model == 0 { &documents[..40] } else { &documents[40..] };
+        produce_scored(&place.cluster, "switched", 2, half);
+    }
+    let train = |out: &str, allowed: &[Fingerprint]| {
+        let mut training = place.training("run", "switched", out);
+        training.args(["--steps", "1000", "--until-end", "--schedule", "constant"]);
+        for reference in allowed {
+            training.args(["--reference-model", &reference.to_string()]);
+        }
+        training.output().unwrap()
+    };
+    let refused = train("refused", &[]);
+    let shown = stderr(&refused);
+    assert_eq!(refused.status.code(), Some(65), "{shown}");
+    for expected in [models[0].to_string(), models[1].to_string(), "allow both with --reference-model".into()]
+    {
+        assert!(shown.contains(&expected), "{expected} is missing in: {shown}");
+    }
+    let other = train("other", &models[..1]);
+    assert_eq!(other.status.code(), Some(65));
+    assert!(stderr(&other).contains("no --reference-model names"), "{}", stderr(&other));
+    let both = train("both", &models);
+    assert!(both.status.success(), "{}", stderr(&both));
+    assert_eq!(json(&place.path("both/run.json"))["reference_model"], models[0].to_string());
 }
 
 #[test]

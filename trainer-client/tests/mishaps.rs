@@ -9,16 +9,18 @@ use std::sync::atomic::AtomicBool;
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_trainer::batch::Batch;
+use sluice_trainer::checkpoints::{Reached, State, latest_checkpoint};
 use sluice_trainer::document::Document;
 use sluice_trainer::failure::exit_code;
 use sluice_trainer::learner::{Learner, Measured, StepOutcome};
 use sluice_trainer::model::{BurnLearner, ModelConfig};
 use sluice_trainer::optimizer::AdamWConfig;
-use sluice_trainer::pack::BatchShape;
+use sluice_trainer::pack::{BatchShape, Packing};
 use sluice_trainer::progress::Progress;
-use sluice_trainer::run_folder::{RecordedRun, RunFolder, RunRecord, State, latest_checkpoint};
+use sluice_trainer::run_folder::{RecordedRun, RunFolder, RunRecord};
 use sluice_trainer::schedule::{Schedule, Shape};
-use sluice_trainer::select::{Needs, Objective, Thresholds};
+use sluice_trainer::select::{Needs, Objective};
+use sluice_trainer::snapshot::Snapshot;
 use sluice_trainer::stream::{DocumentStream, Origin, Position, StreamError};
 use sluice_trainer::text::TextTokenizer;
 use sluice_trainer::train::{Plan, Training};
@@ -47,7 +49,7 @@ impl DocumentStream for Failing {
     }
 
     fn position(&self) -> Position {
-        Position { epoch: 1, offsets: BTreeMap::new(), documents: self.handed_out }
+        Position { epoch: 1, documents: self.handed_out, ..Position::default() }
     }
 
     fn reference_model(&self) -> Option<Fingerprint> {
@@ -96,7 +98,7 @@ fn fail(
 ) -> anyhow::Error {
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder)).unwrap();
     let mut run = RunFolder::create(&folder.join("run")).unwrap();
-    let schedule = Schedule { shape: Shape::Cosine, peak: 1.0, warmup_steps: 1, steps: 10 };
+    let schedule = Schedule { shape: Shape::Cosine, peak: 1.0, warmup_steps: 1, decay_steps: 0, steps: 10 };
     let record = RunRecord {
         command: "run".into(),
         objective: Objective::Clm,
@@ -113,12 +115,14 @@ fn fail(
     };
     let training = Training {
         learner,
-        stream,
+        streams: vec![stream],
         plan: Plan {
             objective: Objective::Clm,
             schedule,
             shape: SHAPE,
+            packing: Packing::default(),
             accumulate: 1,
+            shuffle_buffer: 0,
             seed: 1,
             eval_every: 10,
             checkpoint_every,
@@ -132,8 +136,10 @@ fn fail(
     training.run(record).unwrap_err()
 }
 
-fn state_of(checkpoint: &Path) -> State {
-    serde_json::from_slice(&std::fs::read(checkpoint.join("state.json")).unwrap()).unwrap()
+/// Steps done and documents read.
+fn state_of(checkpoint: &Path) -> (u64, u64) {
+    let (state, snapshot) = State::read(checkpoint).unwrap();
+    (state.reached.step, snapshot.ranks[0].position.documents)
 }
 
 #[test]
@@ -142,10 +148,9 @@ fn a_stream_that_fails_leaves_a_checkpoint_of_the_last_step() {
         let folder = tempfile::tempdir().unwrap();
         let mut stream = Failing { documents: 4, handed_out: 0 };
         let error = fail(folder.path(), &mut Bigram::new(256), &mut stream, checkpoint_every);
-        let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap();
+        let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap().unwrap();
         assert!(checkpoint.ends_with("step-0000004"));
-        let state = state_of(&checkpoint);
-        assert_eq!((state.step, state.position.documents), (4, 4));
+        assert_eq!(state_of(&checkpoint), (4, 4));
         let shown = format!("{error:#}");
         assert!(
             shown.contains("after step 4") && shown.contains(&checkpoint.display().to_string()),
@@ -162,7 +167,7 @@ fn a_stream_that_fails_before_the_first_step_leaves_no_checkpoint() {
     let mut stream = Failing { documents: 0, handed_out: 0 };
     let error = fail(folder.path(), &mut Bigram::new(256), &mut stream, 2);
     assert_eq!(exit_code(&error), 65);
-    assert!(latest_checkpoint(&folder.path().join("run")).is_err());
+    assert_eq!(latest_checkpoint(&folder.path().join("run")).unwrap(), None);
     assert!(RunFolder::create(&folder.path().join("run")).is_ok(), "nothing is in the way of another try");
 }
 
@@ -172,8 +177,12 @@ fn a_step_that_is_not_finite_leaves_a_checkpoint_of_the_one_before() {
     let mut learner = Diverging { table: Bigram::new(256), steps: 0 };
     let mut stream = Failing { documents: 100, handed_out: 0 };
     let error = fail(folder.path(), &mut learner, &mut stream, 100);
-    let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap();
-    assert_eq!(state_of(&checkpoint).step, 2);
+    let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap().unwrap();
+    assert_eq!(
+        state_of(&checkpoint),
+        (2, 3),
+        "what the third step would have learnt from is in the checkpoint"
+    );
     let shown = format!("{error:#}");
     assert!(shown.contains("step 3 is not finite") && shown.contains("after step 2"), "{shown}");
     assert!(shown.contains(&checkpoint.display().to_string()), "{shown}");
@@ -229,14 +238,9 @@ fn checkpoints_of_an_earlier_run_are_in_the_way() {
     let mut run = RunFolder::create(&out).unwrap();
     std::fs::create_dir_all(out.join("checkpoints/step-0000004")).unwrap();
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder.path())).unwrap();
-    let state = State {
-        step: 4,
-        tokens: 1,
-        tokens_kept: 1,
-        position: Position::default(),
-        thresholds: Thresholds::default(),
-    };
-    let error = run.checkpoint(&Bigram::new(2), &tokenizer, &state).unwrap_err().to_string();
+    let reached = Reached { step: 4, ..Reached::default() };
+    let error =
+        run.checkpoint(&Bigram::new(2), &tokenizer, &reached, &Snapshot::default()).unwrap_err().to_string();
     assert!(error.contains("step-0000004 is there already"), "{error}");
 }
 

@@ -195,6 +195,9 @@ fn selections_that_contradict_themselves_are_refused() {
         (vec!["--keep", "steps:0.8,11=0.6"], "after the last of the --steps"),
         (vec!["--keep", "steps:0.8,9=0.6,5=0.7"], "ascending steps"),
         (vec!["--accumulate", "0"], "at least 1"),
+        (vec!["--first-token", "predict"], "nothing to predict from"),
+        (vec!["--decay-steps", "5"], "part of --schedule wsd"),
+        (vec!["--schedule", "wsd", "--warmup-steps", "8", "--decay-steps", "5"], "more than the 10 steps"),
     ] {
         let mut command = sluice_train(&["run", "--bootstrap-servers", "127.0.0.1:1", "--steps", "10"]);
         command.args(["--sequence-length", "16", "--tokenizer", &tokenizer, "--out", &out]).args(&flags);

@@ -241,6 +241,20 @@ fn a_token_sees_only_its_own_past() {
 }
 
 #[test]
+fn across_documents_a_token_sees_all_that_stands_before_it_in_its_row() {
+    let learner = BurnLearner::new(tiny(false), AdamWConfig::default(), 1).expect("a valid configuration");
+    let mut batch = packed_batch();
+    // The first row as one segment: what the packer makes of it when documents may look at one another.
+    (0..12).for_each(|index| (batch.segments[index], batch.positions[index]) = (1, index as u32));
+    let before = learner.losses(&batch);
+    let mut changed = batch.clone();
+    changed.tokens[2] = 49;
+    let after = learner.losses(&changed);
+    let differs: Vec<usize> = (0..24).filter(|&i| before[i].to_bits() != after[i].to_bits()).collect();
+    assert_eq!(differs, [2, 3, 5, 6, 7, 8, 9, 10], "from the changed token to the end of its row");
+}
+
+#[test]
 fn the_same_seed_takes_the_same_steps() {
     let run = || {
         let mut learner = BurnLearner::new(tiny(false), AdamWConfig::default(), 11).expect("valid");

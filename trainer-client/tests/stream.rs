@@ -66,7 +66,8 @@ fn partitions_take_strict_turns_and_every_epoch_is_the_same() {
     assert_eq!(drain(&mut stream).unwrap(), [once.clone(), once.clone(), once].concat());
     let position = stream.position();
     assert_eq!((position.epoch, position.documents), (3, 216));
-    assert_eq!(position.offsets.into_iter().collect::<Vec<_>>(), [(0, 40), (1, 7), (2, 25)]);
+    let offsets = position.partitions.iter().map(|(&partition, at)| (partition, at.next_offset));
+    assert_eq!(offsets.collect::<Vec<_>>(), [(0, 40), (1, 7), (2, 25)]);
     assert_eq!(stream.reference_model(), Some(model()));
 }
 

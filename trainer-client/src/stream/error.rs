@@ -99,7 +99,7 @@ pub enum StreamError {
     /// Losses of two reference models cannot be compared with one another.
     #[error(
         "record at {origin} was scored by reference model {found}, but this run began with {expected}; train on a \
-         topic that one model scored"
+         topic that one model scored, or allow both with --reference-model"
     )]
     ForeignReference {
         /// Where it was read.
@@ -108,6 +108,44 @@ pub enum StreamError {
         found: Fingerprint,
         /// The model of the run's first record.
         expected: Fingerprint,
+    },
+    /// What was to be read next is no longer there.
+    #[error(
+        "topic {topic:?}, partition {partition} is to be read from offset {next_offset} on, but retention has removed \
+         everything before {low}: documents would be lost; keep records longer, or begin a new run"
+    )]
+    Removed {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// Offset of the next record to read.
+        next_offset: i64,
+        /// The first offset there is.
+        low: i64,
+    },
+    /// A shard without a partition would wait for ever.
+    #[error(
+        "topic {topic:?} has {partitions} partitions, too few for {world_size} ranks; give --world-size {partitions} or less"
+    )]
+    NoPartitions {
+        /// The topic.
+        topic: String,
+        /// How many it has.
+        partitions: usize,
+        /// How many ranks share them.
+        world_size: usize,
+    },
+    /// A record of a reference model that is not on the run's list.
+    #[error(
+        "record at {origin} was scored by reference model {found}, which no --reference-model names; add it if its \
+         losses are meant to be compared with"
+    )]
+    NotAllowed {
+        /// Where it was read.
+        origin: Origin,
+        /// The record's model.
+        found: Fingerprint,
     },
     /// The thread that reads from the broker is gone.
     #[error("the reader thread of topic {0:?} stopped unexpectedly")]
