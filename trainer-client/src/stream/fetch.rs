@@ -17,12 +17,13 @@ use rdkafka::types::RDKafkaErrorCode;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
 
+use super::DocumentStream;
 use super::connection::{Broker, Listener, is_unknown_topic};
 use super::decode::{Decoder, TopicKind};
 use super::error::{Origin, StreamError};
+use super::place::{PartitionPosition, Position, Shard, starting_position};
 use super::rotation::{Range, Record, Rotation, Turn};
 use super::throttle::{Stall, Throttle};
-use super::{DocumentStream, PartitionPosition, Position, Shard};
 use crate::document::Document;
 
 /// Documents that may wait decoded for the trainer.
@@ -151,28 +152,6 @@ impl KafkaStream {
         // None after the last partition, when the first one's turn comes.
         *next_partition = partitions.range(delivery.partition + 1..).next().map(|(&partition, _)| partition);
     }
-}
-
-/// Where a shard begins to read: where `place` says, and at the first record of partitions that it does not know.
-fn starting_position(
-    topic: &str,
-    extent: Extent,
-    offsets: &BTreeMap<i32, (i64, i64)>,
-    place: Option<&Position>,
-) -> Result<Position, StreamError> {
-    let mut partitions = BTreeMap::new();
-    for (&partition, &(low, high)) in offsets {
-        let end = (extent != Extent::Follow).then_some(high);
-        let begin = PartitionPosition { epoch: 1, next_offset: low, end };
-        let at = place.and_then(|place| place.partitions.get(&partition)).copied().unwrap_or(begin);
-        let PartitionPosition { next_offset, end, .. } = at;
-        if next_offset < low && end.is_none_or(|end| next_offset < end) {
-            return Err(StreamError::Removed { topic: topic.to_owned(), partition, next_offset, low });
-        }
-        partitions.insert(partition, at);
-    }
-    let begun = Position { epoch: 1, ..Position::default() };
-    Ok(Position { partitions, ..place.cloned().unwrap_or(begun) })
 }
 
 impl DocumentStream for KafkaStream {
@@ -453,50 +432,4 @@ fn is_transient(error: &KafkaError) -> bool {
                     | RDKafkaErrorCode::SaslAuthenticationFailed
             )
         )
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
-
-    use std::collections::BTreeMap;
-
-    use super::{Extent, starting_position};
-    use crate::stream::{PartitionPosition, Position, StreamError};
-
-    const EPOCHS: Extent = Extent::UntilEnd { epochs: 2 };
-
-    fn at(next_offset: i64, end: i64) -> PartitionPosition {
-        PartitionPosition { epoch: 1, next_offset, end: Some(end) }
-    }
-
-    #[test]
-    fn a_place_is_gone_on_from_and_partitions_that_it_does_not_know_are_read_from_their_start() {
-        let place = Position {
-            epoch: 1,
-            partitions: BTreeMap::from([(0, at(7, 20)), (2, at(5, 5))]),
-            next_partition: Some(2),
-            documents: 9,
-        };
-        let offsets = BTreeMap::from([(0, (3, 30)), (1, (2, 8)), (2, (6, 9))]);
-        let found = starting_position("t", EPOCHS, &offsets, Some(&place)).unwrap();
-        // The ends are those that the run began with, whatever has been added since; a partition that was read to its end
-        // misses nothing that retention has removed.
-        assert_eq!(found.partitions, BTreeMap::from([(0, at(7, 20)), (1, at(2, 8)), (2, at(5, 5))]));
-        assert_eq!((found.next_partition, found.documents), (Some(2), 9));
-        let begun = starting_position("t", Extent::Follow, &offsets, None).unwrap();
-        assert_eq!(begun.partitions[&0], PartitionPosition { epoch: 1, next_offset: 3, end: None });
-    }
-
-    #[test]
-    fn what_retention_has_removed_is_an_error_and_not_a_gap() {
-        let place = Position { partitions: BTreeMap::from([(0, at(7, 20))]), ..Position::default() };
-        let error =
-            starting_position("t", EPOCHS, &BTreeMap::from([(0, (8, 30))]), Some(&place)).unwrap_err();
-        assert!(
-            matches!(error, StreamError::Removed { partition: 0, next_offset: 7, low: 8, .. }),
-            "{error}"
-        );
-        assert!(error.to_string().contains("documents would be lost"));
-    }
 }
