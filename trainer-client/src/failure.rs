@@ -71,6 +71,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::Losses { .. }
             | StreamError::ForeignReference { .. }
             | StreamError::NotAllowed { .. }
+            | StreamError::ForeignContext { .. }
             | StreamError::Removed { .. },
         ) => EXIT_DATA,
         Some(StreamError::Broker { .. } | StreamError::ReaderGone(_)) | None => EXIT_FAILURE,

@@ -10,7 +10,7 @@ use crate::picture::PictureDocuments;
 use crate::random::SplitMix64;
 use crate::shuffle::ShuffleBuffer;
 use crate::snapshot::{RankSnapshot, Snapshot};
-use crate::stream::{DocumentStream, StreamError};
+use crate::stream::{DocumentStream, Position, StreamError};
 
 /// Packs the documents of every rank's stream.
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub struct Supply {
 struct Rank {
     shuffle: ShuffleBuffer,
     packer: Packer,
+    /// Documents packed so far; for a resumed run enough of them.
+    documents: usize,
     has_ended: bool,
 }
 
@@ -43,6 +45,7 @@ impl Supply {
     /// A supply for as many ranks as the snapshot has, holding what it holds.
     pub fn new(plan: &SupplyPlan, snapshot: Snapshot) -> Self {
         let rank = |(number, rank): (u64, RankSnapshot)| Rank {
+            documents: if rank.position == Position::default() { 0 } else { usize::MAX },
             shuffle: ShuffleBuffer::new(plan.shuffle_buffer, SplitMix64::keyed(plan.seed, number).next_u64())
                 .holding(rank.shuffled, rank.draws),
             packer: Packer::new(plan.shape).packing(plan.packing).holding(rank.finished, rank.open),
@@ -66,11 +69,14 @@ impl Supply {
         assert_eq!(streams.len(), self.ranks.len(), "one stream a rank");
         // Nothing is taken before every rank has what it needs, so that an error or a stop loses nothing.
         for (rank, stream) in self.ranks.iter_mut().zip(streams) {
-            while !rank.has_ended && !rank.packer.fills(accumulate) {
+            // At first a document of every part, so that no step is taken before each has shown that it fits the run.
+            let parts = stream.parts();
+            while !rank.has_ended && (rank.documents < parts || !rank.packer.fills(accumulate)) {
                 match rank.shuffle.next_document(*stream, stop)? {
                     Some(document) => {
                         self.picture.offer(&document);
                         rank.packer.push(&document);
+                        rank.documents = rank.documents.saturating_add(1);
                     }
                     None if stop.load(Ordering::Relaxed) => return Ok(vec![]),
                     None => rank.has_ended = true,

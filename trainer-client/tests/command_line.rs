@@ -310,6 +310,26 @@ fn every_selection_trains_on_a_topic_that_has_what_it_looks_at() {
 }
 
 #[test]
+fn no_step_is_taken_before_a_record_of_every_partition_fits() {
+    let place = Place::new();
+    let model = Fingerprint::of_bytes(b"model");
+    let good = mixture(40, fingerprint_of(&place), model);
+    let foreign = mixture(1, Fingerprint::of_bytes(b"other tokenizer"), model);
+    place.cluster.create_topic("spoilt", 8, 1).unwrap();
+    // The first few documents fill a batch, long before it is the turn of the foreign one.
+    let records = good.iter().zip((0..7).cycle()).map(|(document, partition)| (partition, document));
+    let records = records
+        .chain([(7, &foreign[0])])
+        .map(|(partition, document)| (partition, document.encode().to_vec()));
+    produce(&place.cluster.bootstrap_servers(), "spoilt", records);
+    let mut training = place.training("run", "spoilt", "spoilt");
+    let output = training.args(["--steps", "5", "--until-end"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(65), "{}", stderr(&output));
+    assert!(stderr(&output).contains("partition 7, offset 0"), "{}", stderr(&output));
+    assert!(!Path::new(&place.path("spoilt/run.json")).exists(), "it stopped before the first step");
+}
+
+#[test]
 fn a_second_reference_model_is_refused_unless_it_is_on_the_list() {
     let place = Place::new();
     let models = [Fingerprint::of_bytes(b"one"), Fingerprint::of_bytes(b"other")];

@@ -111,6 +111,9 @@ fn a_refused_record_is_named_with_its_place() {
     let foreign = scored(tokenized("d", "s", &[1, 2], Fingerprint::of_bytes(b"other")), 1.0, model());
     let beyond = scored(tokenized("d", "s", &[1, 10], tokenizer()), 1.0, model());
     let other_model = scored(tokenized("d", "s", &[1, 2], tokenizer()), 1.0, Fingerprint::of_bytes(b"later"));
+    let mut elsewhere = scored(tokenized("d", "s", &[1, 2], tokenizer()), 1.0, model());
+    elsewhere.context.window = 128;
+    elsewhere.context.stride = 64;
     let mut cut = document("d");
     cut.truncate(cut.len() - 1);
     let both = format!("by tokenizer {}, and this one is {}", Fingerprint::of_bytes(b"other"), tokenizer());
@@ -118,6 +121,7 @@ fn a_refused_record_is_named_with_its_place() {
         (foreign.encode().to_vec(), both.as_str()),
         (beyond.encode().to_vec(), "token id 10 at position 1 is beyond the vocabulary of 10"),
         (other_model.encode().to_vec(), "was scored by reference model"),
+        (elsewhere.encode().to_vec(), "in windows of 128 tokens every 64"),
         (cut, "not a valid record"),
         (vec![], "no payload"),
     ] {

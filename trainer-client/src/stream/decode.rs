@@ -1,11 +1,12 @@
 //! Record bytes to documents, with every check that needs to know the run.
 
-use std::sync::{Arc, OnceLock};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
-use sluice_schemas::record::{Losses, RecordError, ScoredDocument, TokenizedDocument};
+use sluice_schemas::record::{ContextPolicy, Losses, RecordError, ScoredDocument, TokenizedDocument};
 
 use super::error::{Origin, StreamError};
 use crate::document::Document;
@@ -63,6 +64,8 @@ pub struct Decoder {
     allowed: Arc<[Fingerprint]>,
     /// Shared by the decoders of all ranks.
     reference_model: Arc<OnceLock<Fingerprint>>,
+    /// Shared as well: how each reference model has seen its documents so far.
+    contexts: Arc<Mutex<BTreeMap<Fingerprint, ContextPolicy>>>,
 }
 
 impl Decoder {
@@ -75,6 +78,7 @@ impl Decoder {
             needs_entropies: false,
             allowed: Arc::new([]),
             reference_model: Arc::default(),
+            contexts: Arc::default(),
         }
     }
 
@@ -131,6 +135,7 @@ impl Decoder {
                 let record = ScoredDocument::decode(payload).map_err(refused)?;
                 self.check(&record.document).map_err(refused)?;
                 self.check_reference(record.reference_model, &origin)?;
+                self.check_context(record.reference_model, record.context, &origin)?;
                 let entropies = record.reference_entropies.as_ref().map(Losses::to_vec);
                 if self.needs_entropies && entropies.is_none() {
                     return Err(StreamError::NoEntropies { origin: origin() });
@@ -160,6 +165,22 @@ impl Decoder {
             Ok(())
         } else {
             Err(StreamError::ForeignReference { origin: origin(), found, expected })
+        }
+    }
+
+    /// One model's losses under more and under less context are no more to be compared than two models'.
+    fn check_context(
+        &self,
+        reference_model: Fingerprint,
+        found: ContextPolicy,
+        origin: impl Fn() -> Origin,
+    ) -> Result<(), StreamError> {
+        let mut contexts = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
+        let expected = *contexts.entry(reference_model).or_insert(found);
+        if found == expected {
+            Ok(())
+        } else {
+            Err(StreamError::ForeignContext { origin: origin(), found, expected })
         }
     }
 

@@ -2,7 +2,7 @@
 
 use rdkafka::error::KafkaError;
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::record::RecordError;
+use sluice_schemas::record::{ContextPolicy, RecordError};
 
 use super::decode::TopicKind;
 use crate::document::LengthMismatch;
@@ -135,6 +135,20 @@ pub enum StreamError {
         partitions: usize,
         /// How many ranks share them.
         world_size: usize,
+    },
+    /// Losses under two context policies cannot be compared with one another.
+    #[error(
+        "record at {origin} was scored in windows of {} tokens every {}, but others of its reference model in windows of {} \
+         every {}; score the topic anew with one --score-window-tokens and --score-stride-tokens",
+        .found.window, .found.stride, .expected.window, .expected.stride
+    )]
+    ForeignContext {
+        /// Where it was read.
+        origin: Origin,
+        /// How the record's document was seen.
+        found: ContextPolicy,
+        /// How the first one of this reference model was.
+        expected: ContextPolicy,
     },
     /// A record of a reference model that is not on the run's list.
     #[error(

@@ -183,6 +183,10 @@ impl DocumentStream for KafkaStream {
         self.position.clone()
     }
 
+    fn parts(&self) -> usize {
+        self.position.partitions.len()
+    }
+
     fn reference_model(&self) -> Option<Fingerprint> {
         self.reference_model
     }

@@ -28,6 +28,11 @@ pub trait DocumentStream {
     /// How far the documents handed out so far reach: what a checkpoint must carry to go on from here.
     fn position(&self) -> Position;
 
+    /// Parts that documents come from in turn; a document of each shows whether all of them fit the run.
+    fn parts(&self) -> usize {
+        1
+    }
+
     /// Fingerprint of the model that made the reference losses, once a document has shown it.
     fn reference_model(&self) -> Option<Fingerprint>;
 }
