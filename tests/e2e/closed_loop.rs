@@ -43,7 +43,7 @@ fn batch(tokens: &[u32]) -> Batch {
         segments: vec![1; tokens.len()],
         positions: (0..tokens.len() as u32).collect(),
         targets,
-        reference: vec![f32::NAN; tokens.len()],
+        ..Batch::default()
     }
 }
 

@@ -12,15 +12,18 @@ pub struct Batch {
     pub len: usize,
     /// Token ids; padding holds 0.
     pub tokens: Vec<u32>,
-    /// Index of the document piece a token belongs to within its row, counted from 1; 0 is padding.
-    /// A token attends only to earlier tokens of its own segment.
+    /// What a token belongs to within its row, counted from 1: a piece of a document, or the whole row where tokens
+    /// attend across documents; 0 is padding. A token attends only to earlier tokens of its own segment.
     pub segments: Vec<u32>,
     /// Position of the token within its segment, from 0 (the rotary position).
     pub positions: Vec<u32>,
-    /// The next token of the same segment, or [`NO_TARGET`] at a segment's end and in padding.
+    /// The next token of the same document, or of the next one where first tokens are predicted; [`NO_TARGET`] at the
+    /// end and in padding.
     pub targets: Vec<u32>,
     /// Reference loss of `targets[i]` in nats; NaN where there is no target or no reference.
     pub reference: Vec<f32>,
+    /// Entropy in nats of the reference's prediction of `targets[i]`; NaN where there is none.
+    pub reference_entropy: Vec<f32>,
 }
 
 /// Marks a position that predicts nothing.

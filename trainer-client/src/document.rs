@@ -1,28 +1,32 @@
-//! A document as training sees it: token ids with their reference losses, checked once, on entry.
+//! A document as training sees it: token ids with what the reference model said of each, checked once, on entry.
 
-/// Token ids of one document and, when it was scored, the reference loss of each.
+use std::ops::Range;
+
+/// Token ids of one document and, when it was scored, the reference loss and entropy of each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Document {
     id: String,
     source: String,
     tokens: Vec<u32>,
     reference: Vec<f32>,
+    reference_entropy: Vec<f32>,
 }
 
-/// A document with as many losses as it should not have.
+/// A document with as many losses or entropies as it should not have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("document {id:?} has {tokens} tokens but {losses} reference losses")]
+#[error("document {id:?} has {tokens} tokens but {values} reference {what}")]
 pub struct LengthMismatch {
     id: String,
     tokens: usize,
-    losses: usize,
+    values: usize,
+    what: &'static str,
 }
 
 impl Document {
     /// A document without reference losses.
     pub fn plain(id: String, source: String, tokens: Vec<u32>) -> Self {
-        let reference = vec![f32::NAN; tokens.len()];
-        Self { id, source, tokens, reference }
+        let none = vec![f32::NAN; tokens.len()];
+        Self { id, source, tokens, reference: none.clone(), reference_entropy: none }
     }
 
     /// A document with one reference loss in nats per token, NaN where there is none (the first token).
@@ -33,9 +37,21 @@ impl Document {
         reference: Vec<f32>,
     ) -> Result<Self, LengthMismatch> {
         if tokens.len() == reference.len() {
-            Ok(Self { id, source, tokens, reference })
+            let reference_entropy = vec![f32::NAN; tokens.len()];
+            Ok(Self { id, source, tokens, reference, reference_entropy })
         } else {
-            Err(LengthMismatch { id, tokens: tokens.len(), losses: reference.len() })
+            Err(LengthMismatch { id, tokens: tokens.len(), values: reference.len(), what: "losses" })
+        }
+    }
+
+    /// The same document with one entropy in nats per token, NaN where there is none.
+    pub fn with_entropies(mut self, reference_entropy: Vec<f32>) -> Result<Self, LengthMismatch> {
+        if self.tokens.len() == reference_entropy.len() {
+            self.reference_entropy = reference_entropy;
+            Ok(self)
+        } else {
+            let (tokens, values) = (self.tokens.len(), reference_entropy.len());
+            Err(LengthMismatch { id: self.id, tokens, values, what: "entropies" })
         }
     }
 
@@ -59,11 +75,29 @@ impl Document {
         &self.reference
     }
 
+    /// Entropy in nats of the reference's prediction of each token, NaN where there is none.
+    pub fn reference_entropy(&self) -> &[f32] {
+        &self.reference_entropy
+    }
+
+    /// Some of its tokens, under the same id.
+    ///
+    /// # Panics
+    /// When the range does not lie within the document.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        Self {
+            id: self.id.clone(),
+            source: self.source.clone(),
+            tokens: self.tokens[range.clone()].to_vec(),
+            reference: self.reference[range.clone()].to_vec(),
+            reference_entropy: self.reference_entropy[range].to_vec(),
+        }
+    }
+
     /// The same document cut after `tokens` tokens.
     #[must_use]
-    pub fn truncated(mut self, tokens: usize) -> Self {
-        self.tokens.truncate(tokens);
-        self.reference.truncate(tokens);
-        self
+    pub fn truncated(self, tokens: usize) -> Self {
+        if tokens >= self.tokens.len() { self } else { self.slice(0..tokens) }
     }
 }

@@ -1,4 +1,5 @@
-//! Mean loss on held-out text, packed as in training.
+//! Mean loss on held-out text, packed as in training, but that documents never look at one another: sets are compared
+//! between runs that pack otherwise.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;

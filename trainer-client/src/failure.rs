@@ -60,14 +60,19 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::Settings(_)
             | StreamError::UnknownProperty(_)
             | StreamError::PropertyValue(_)
-            | StreamError::OwnedProperty(_),
+            | StreamError::OwnedProperty(_)
+            | StreamError::NoEntropies { .. }
+            | StreamError::NoPartitions { .. },
         ) => EXIT_USAGE,
         Some(
             StreamError::EmptyTopic(_)
             | StreamError::Record { .. }
             | StreamError::Kind { .. }
             | StreamError::Losses { .. }
-            | StreamError::ForeignReference { .. },
+            | StreamError::ForeignReference { .. }
+            | StreamError::NotAllowed { .. }
+            | StreamError::ForeignContext { .. }
+            | StreamError::Removed { .. },
         ) => EXIT_DATA,
         Some(StreamError::Broker { .. } | StreamError::ReaderGone(_)) | None => EXIT_FAILURE,
     }

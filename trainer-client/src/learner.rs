@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use crate::batch::Batch;
+use crate::select::{Needs, Signals};
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepOutcome {
-    /// Mean loss in nats over the kept tokens: what was minimised.
+    /// Mean loss in nats over the kept tokens: what was minimised. NaN where none was kept.
     pub kept_loss: f32,
     /// Number of tokens that were kept.
     pub kept: usize,
@@ -15,26 +16,70 @@ pub struct StepOutcome {
     pub gradient_norm: f32,
 }
 
+/// What a forward pass says of each position of a micro-batch, `rows * len` values in nats, NaN where there is no
+/// target. A list that was not asked for is empty.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Measured {
+    /// Loss of the position's target.
+    pub losses: Vec<f32>,
+    /// Entropy of its prediction.
+    pub entropies: Vec<f32>,
+    /// Loss of the target under the model's history.
+    pub history_losses: Vec<f32>,
+}
+
+impl Measured {
+    /// The same beside what the reference says of the micro-batch.
+    pub fn signals<'a>(&'a self, batch: &'a Batch) -> Signals<'a> {
+        Signals {
+            loss: &self.losses,
+            entropy: &self.entropies,
+            history_loss: &self.history_losses,
+            reference_loss: &batch.reference,
+            reference_entropy: &batch.reference_entropy,
+        }
+    }
+}
+
 /// A language model in training.
 ///
-/// Implementations are deterministic: the same weights, batch and selection give the same bits.
+/// Implementations are deterministic: the same weights, batches and selections give the same bits.
 pub trait Learner {
-    /// Loss in nats of every position's target, `rows * len` values; NaN where there is no target.
-    fn losses(&self, batch: &Batch) -> Vec<f32>;
+    /// Losses of a micro-batch, and what else is asked for.
+    ///
+    /// # Panics
+    /// When the history is asked for and the learner keeps none.
+    fn measure(&self, batch: &Batch, needs: Needs) -> Measured;
 
-    /// One optimizer step: a forward pass, `select` on its per-position losses (NaN where there is no target),
-    /// and a backward pass for the positions whose flat indices `select` returned (ascending, without repeats),
-    /// minimising their mean loss. An empty selection leaves the weights alone, and so do a kept loss and a gradient
-    /// that are not finite, which show in the outcome.
+    /// A forward pass, `select` on what it measured, and a backward pass for the positions whose flat indices
+    /// `select` returned (ascending, without repeats). The gradient of the sum of their losses is added to what
+    /// waits for [`Learner::update`].
+    fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>);
+
+    /// An optimizer step along the gradient of the mean loss over every token kept since the last one. Where no
+    /// token was kept, and where a kept loss or the gradient is not finite, which shows in the outcome, the weights
+    /// stay as they are.
+    fn update(&mut self, learning_rate: f64) -> StepOutcome;
+
+    /// Loss in nats of every position's target, `rows * len` values; NaN where there is no target.
+    fn losses(&self, batch: &Batch) -> Vec<f32> {
+        self.measure(batch, Needs::default()).losses
+    }
+
+    /// One optimizer step on a single micro-batch, chosen from by its losses.
     fn step(
         &mut self,
         batch: &Batch,
         learning_rate: f64,
         select: &mut dyn FnMut(&[f32]) -> Vec<u32>,
-    ) -> StepOutcome;
+    ) -> StepOutcome {
+        self.accumulate(batch, Needs::default(), &mut |measured| select(&measured.losses));
+        self.update(learning_rate)
+    }
 
     /// Writes `model.safetensors` (Hugging Face names), `config.json` (a `LlamaForCausalLM`) and
-    /// `optimizer.safetensors` into `folder`, which exists. Fails where a weight is not finite.
+    /// `optimizer.safetensors` into `folder`, which exists; `history.safetensors` too where there is a history.
+    /// Fails where a weight is not finite.
     fn save(&self, folder: &Path) -> anyhow::Result<()>;
 
     /// Reads back what [`Learner::save`] wrote; a missing optimizer file leaves the optimizer fresh.

@@ -5,11 +5,14 @@
 //! `model` and `export` knows a tensor framework: the seam is [`learner::Learner`].
 
 pub mod batch;
+mod books;
+pub mod checkpoints;
 pub mod cli;
 pub mod document;
 pub mod evaluate;
 pub mod export;
 pub mod failure;
+mod files;
 pub mod learner;
 pub mod metrics;
 pub mod model;
@@ -22,7 +25,10 @@ pub mod report;
 pub mod run_folder;
 pub mod schedule;
 pub mod select;
+pub mod shuffle;
+pub mod snapshot;
 pub mod sources;
 pub mod stream;
+pub mod supply;
 pub mod text;
 pub mod train;

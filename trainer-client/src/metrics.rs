@@ -23,15 +23,16 @@ pub struct StepMetric {
     pub tokens: u64,
     /// Predictions kept so far, this step included.
     pub tokens_kept: u64,
-    /// Mean loss over the kept tokens: what was minimised.
-    pub loss: f32,
+    /// Mean loss over the kept tokens: what was minimised; absent where nothing was kept.
+    pub loss: Option<f32>,
     /// Mean loss over every target of the batch.
     pub loss_all: f64,
     /// Mean loss over the kept tokens, from the same forward pass as `loss_all`.
     pub loss_selected: Option<f64>,
     /// Mean loss over the tokens that were not kept; absent where all were.
     pub loss_unselected: Option<f64>,
-    /// Lowest excess loss that was kept; absent unless excess loss decided.
+    /// Lowest score that was kept, higher scores being kept first (so a low reference loss is a high score); absent
+    /// where no score decided.
     pub threshold: Option<f32>,
     /// Tokens kept.
     pub kept: u64,
@@ -47,6 +48,9 @@ pub struct StepMetric {
     pub data_wait_seconds: f64,
     /// Kept and scored tokens by source of the document.
     pub sources: BTreeMap<String, SourceCount>,
+    /// Digest over the token ids, the kept positions and the bits of all losses: two steps with one digest saw and
+    /// did the same.
+    pub digest: String,
 }
 
 /// Tokens of one source in one step.

@@ -61,13 +61,20 @@ pub(crate) struct AdamWStep {
     learning_rate: f64,
     /// `1 - beta^t` for both betas.
     corrections: (f64, f64),
-    /// What gradients are multiplied with, at most 1.
-    clip: f64,
+    /// What gradients are multiplied with.
+    scale: f64,
 }
 
 impl AdamWStep {
-    /// The `step`-th step (from 1), for a gradient of global norm `gradient_norm`.
-    pub fn new(config: AdamWConfig, step: u64, learning_rate: f64, gradient_norm: f64) -> Self {
+    /// The `step`-th step (from 1), for a gradient of global norm `gradient_norm` that was summed over `summed`
+    /// tokens and is to be their mean.
+    pub fn new(
+        config: AdamWConfig,
+        step: u64,
+        learning_rate: f64,
+        gradient_norm: f64,
+        summed: usize,
+    ) -> Self {
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         // The same small number as in PyTorch's clip_grad_norm_, so that results can be compared.
         let clip = (config.max_gradient_norm / (gradient_norm + 1e-6)).min(1.0);
@@ -75,14 +82,14 @@ impl AdamWStep {
             config,
             learning_rate,
             corrections: (correction(config.beta1), correction(config.beta2)),
-            clip,
+            scale: clip / summed as f64,
         }
     }
 
-    /// Moves a weight and its moments along its unclipped gradient.
+    /// Moves a weight and its moments along its unclipped, summed gradient.
     pub fn apply(self, weight: &mut Tensor<2>, moments: &mut Moments, gradient: Tensor<2>) {
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
-        let gradient = if self.clip < 1.0 { gradient.mul_scalar(self.clip) } else { gradient };
+        let gradient = gradient.mul_scalar(self.scale);
         let square = (gradient.clone() * gradient.clone()).mul_scalar(1.0 - beta2);
         let mean = gradient.mul_scalar(1.0 - beta1);
         moments.mean = moments.mean.clone().mul_scalar(beta1) + mean;

@@ -1,7 +1,7 @@
 //! Properties of packing, over documents drawn by a seeded generator.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-use super::{BatchShape, PackedBatch, Packer};
+use super::{BatchShape, FirstToken, PackedBatch, Packer, Packing};
 use crate::batch::NO_TARGET;
 use crate::document::Document;
 use crate::random::SplitMix64;
@@ -14,7 +14,7 @@ fn document(number: usize, first_token: u32, length: usize) -> Document {
     Document::scored(format!("d{number}"), format!("source {}", number % 3), tokens, losses).unwrap()
 }
 
-fn pack_all(shape: BatchShape, documents: &[Document]) -> (Vec<PackedBatch>, Packer) {
+fn pack_all(shape: BatchShape, documents: &[Document]) -> Vec<PackedBatch> {
     let mut packer = Packer::new(shape);
     let mut batches = Vec::new();
     for document in documents {
@@ -27,7 +27,7 @@ fn pack_all(shape: BatchShape, documents: &[Document]) -> (Vec<PackedBatch>, Pac
     while let Some(batch) = packer.flush() {
         batches.push(batch);
     }
-    (batches, packer)
+    batches
 }
 
 fn check_layout(packed: &PackedBatch) {
@@ -76,7 +76,7 @@ fn every_token_but_a_documents_first_is_predicted_exactly_once_with_its_own_loss
             documents.push(document(number, next_token, length));
             next_token += length as u32;
         }
-        let (batches, packer) = pack_all(shape, &documents);
+        let batches = pack_all(shape, &documents);
         let mut predicted = Vec::new();
         for packed in &batches {
             check_layout(packed);
@@ -84,8 +84,8 @@ fn every_token_but_a_documents_first_is_predicted_exactly_once_with_its_own_loss
                 let target = packed.batch.targets[index];
                 if target != NO_TARGET {
                     assert!((packed.batch.reference[index] - target as f32 / 8.0).abs() < f32::EPSILON);
-                    let source = &packer.sources().names()[usize::from(packed.source_at(index).unwrap())];
-                    predicted.push((target, source.clone()));
+                    let piece = packed.piece_at(index).unwrap();
+                    predicted.push((target, piece.document.source().to_owned()));
                 }
             }
         }
@@ -99,7 +99,7 @@ fn every_token_but_a_documents_first_is_predicted_exactly_once_with_its_own_loss
 
 #[test]
 fn a_long_document_goes_on_with_one_token_of_overlap() {
-    let (batches, _) = pack_all(BatchShape { rows: 2, len: 4 }, &[document(0, 10, 6), document(1, 20, 3)]);
+    let batches = pack_all(BatchShape { rows: 2, len: 4 }, &[document(0, 10, 6), document(1, 20, 3)]);
     let batch = &batches[0].batch;
     assert_eq!(batch.tokens, [10, 11, 12, 13, 13, 14, 15, 0]);
     assert_eq!(batch.segments, [1, 1, 1, 1, 1, 1, 1, 0], "one free cell holds no prediction and is padded");
@@ -110,6 +110,66 @@ fn a_long_document_goes_on_with_one_token_of_overlap() {
 
 #[test]
 fn documents_without_a_prediction_leave_no_trace() {
-    let (batches, _) = pack_all(BatchShape { rows: 1, len: 4 }, &[document(0, 1, 0), document(1, 1, 1)]);
+    let batches = pack_all(BatchShape { rows: 1, len: 4 }, &[document(0, 1, 0), document(1, 1, 1)]);
     assert!(batches.is_empty());
+}
+
+#[test]
+fn what_is_left_in_a_packer_is_where_it_goes_on() {
+    let shape = BatchShape { rows: 2, len: 7 };
+    let documents: Vec<Document> = (0..40).map(|n| document(n, 100 * n as u32, n % 11)).collect();
+    let whole = pack_all(shape, &documents);
+    for cut in 0..documents.len() {
+        let mut packer = Packer::new(shape);
+        let mut batches = Vec::new();
+        for (number, document) in documents.iter().enumerate() {
+            if number == cut {
+                let finished = packer.finished().map(<[_]>::to_vec).collect();
+                packer = Packer::new(shape).holding(finished, packer.open().to_vec());
+            }
+            packer.push(document);
+            batches.extend(packer.next_batch());
+        }
+        batches.extend(std::iter::from_fn(|| packer.flush()));
+        // Written out, because NaN is not equal to itself.
+        assert!(format!("{batches:?}") == format!("{whole:?}"), "cut before document {cut}");
+    }
+}
+
+#[test]
+fn batches_that_are_put_back_come_out_again() {
+    let shape = BatchShape { rows: 2, len: 8 };
+    let mut packer = Packer::new(shape);
+    (0..12).for_each(|n| packer.push(&document(n, 100 * n as u32, 6)));
+    let taken: Vec<_> = (0..2).filter_map(|_| packer.next_batch()).collect();
+    taken.iter().rev().for_each(|packed| packer.put_back(packed.clone()));
+    let again: Vec<_> = (0..2).filter_map(|_| packer.next_batch()).collect();
+    // Written out, because NaN is not equal to itself.
+    assert!(taken.len() == 2 && format!("{again:?}") == format!("{taken:?}"));
+}
+
+#[test]
+fn across_documents_a_row_is_one_segment_whose_positions_run_on() {
+    let shape = BatchShape { rows: 1, len: 6 };
+    let pack = |first_token| {
+        let packing = Packing { attend_across_documents: true, first_token };
+        let mut packer = Packer::new(shape).packing(packing);
+        packer.push(&document(0, 10, 3));
+        packer.push(&document(1, 20, 5));
+        std::iter::from_fn(|| packer.flush()).map(|packed| packed.batch).collect::<Vec<_>>()
+    };
+    let skipped = pack(FirstToken::Skip);
+    assert_eq!(skipped[0].tokens, [10, 11, 12, 20, 21, 22]);
+    assert_eq!(skipped[0].segments, [1; 6]);
+    assert_eq!(skipped[0].positions, [0, 1, 2, 3, 4, 5]);
+    assert_eq!(skipped[0].targets, [11, 12, NO_TARGET, 21, 22, NO_TARGET]);
+    let predicted = pack(FirstToken::Predict);
+    assert_eq!(predicted[0].targets, [11, 12, 20, 21, 22, NO_TARGET]);
+    assert!(predicted[0].reference[2].is_nan(), "no reference knows what follows another document");
+    // The second row goes on with a document, and a row's first token follows nothing.
+    assert_eq!(
+        (&predicted[1].tokens[..3], &predicted[1].targets[..3]),
+        (&[22, 23, 24][..], &[23, 24, NO_TARGET][..])
+    );
+    assert_eq!(predicted[1].segments, [1, 1, 1, 0, 0, 0]);
 }

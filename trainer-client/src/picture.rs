@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::document::Document;
-use crate::learner::Learner;
+use crate::learner::{Learner, Measured};
 use crate::pack::{BatchShape, Packer};
-use crate::select::{Objective, excess_losses};
+use crate::select::{Objective, Signals, Thresholds, Turn};
 use crate::text::TextTokenizer;
 
 /// Documents in a picture.
@@ -24,7 +24,7 @@ const TOKENS_MAX: usize = 160;
 pub struct TokenPicture {
     /// Step after which the current losses were taken.
     pub step: u64,
-    /// Lowest excess loss that the last step kept, which decides here too; absent where something else decides.
+    /// Lowest score that the last step kept, which decides here too; absent where something else decides.
     pub threshold: Option<f32>,
     /// The documents, in stream order.
     pub documents: Vec<PictureDocument>,
@@ -57,13 +57,28 @@ pub struct PictureToken {
 }
 
 /// Chooses documents from the start of a stream, by order and source alone.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PictureDocuments {
     chosen: Vec<Document>,
     seen: usize,
 }
 
 impl PictureDocuments {
+    /// What an earlier run has chosen, after looking at `seen` documents.
+    pub fn resumed(chosen: Vec<Document>, seen: usize) -> Self {
+        Self { chosen, seen }
+    }
+
+    /// The documents chosen so far.
+    pub fn chosen(&self) -> &[Document] {
+        &self.chosen
+    }
+
+    /// Documents looked at so far.
+    pub fn seen(&self) -> usize {
+        self.seen
+    }
+
     /// Looks at the next document of the stream.
     pub fn offer(&mut self, document: &Document) {
         if self.chosen.len() == DOCUMENTS_MAX || self.seen == DOCUMENTS_SEEN_MAX {
@@ -81,40 +96,43 @@ impl PictureDocuments {
         &self,
         learner: &dyn Learner,
         tokenizer: &TextTokenizer,
-        choice: &Choice,
+        rule: &PictureRule,
         sequence_length: usize,
     ) -> TokenPicture {
         let documents = (0..).zip(&self.chosen).map(|(index, document)| {
             let document = document.clone().truncated(sequence_length);
-            draw_document(&document, learner, tokenizer, choice, index)
+            draw_document(&document, learner, tokenizer, rule, index)
         });
-        TokenPicture { step: choice.step, threshold: choice.threshold, documents: documents.collect() }
+        TokenPicture { step: rule.turn.step, threshold: rule.threshold, documents: documents.collect() }
     }
 }
 
 /// What decides whether a token of a picture counts as kept.
-#[derive(Clone, Copy, Debug)]
-pub struct Choice {
+#[derive(Clone, Debug)]
+pub struct PictureRule {
     /// The run's objective.
     pub objective: Objective,
-    /// Lowest excess loss that the last step kept, where excess loss decides.
+    /// Lowest score that the last step kept, where a score decides.
     pub threshold: Option<f32>,
-    /// Seed of the run's random draws.
-    pub seed: u64,
     /// The last step.
-    pub step: u64,
+    pub turn: Turn,
 }
 
-impl Choice {
-    fn kept(&self, current: &[f32], reference: &[f32], document: u64) -> Vec<u32> {
+impl PictureRule {
+    fn kept(&self, signals: Signals<'_>, document: u64) -> Vec<u32> {
+        // Each document has draws of its own.
+        let turn = Turn { micro_batch: document, ..self.turn };
+        let row_len = signals.loss.len().max(1);
+        let mut thresholds = Thresholds::default();
+        let choices = self.objective.select(&[signals], row_len, turn, &mut thresholds);
+        let Some(choice) = choices.into_iter().next() else { return vec![] };
         match self.threshold {
             // A document alone has no batch to compete in, so the last batch's threshold stands in for it.
-            Some(threshold) => (0..)
-                .zip(excess_losses(current, reference))
-                .filter(|&(_, excess)| excess >= threshold)
-                .map(|(index, _)| index)
-                .collect(),
-            None => self.objective.select(current, reference, self.seed, self.step + document),
+            Some(threshold) => {
+                let kept = (0..).zip(choice.scores).filter(|&(_, score)| score >= threshold);
+                kept.map(|(index, _)| index).collect()
+            }
+            None => choice.kept,
         }
     }
 }
@@ -123,20 +141,22 @@ fn draw_document(
     document: &Document,
     learner: &dyn Learner,
     tokenizer: &TextTokenizer,
-    choice: &Choice,
+    rule: &PictureRule,
     index: u64,
 ) -> PictureDocument {
     let mut packer = Packer::new(BatchShape { rows: 1, len: document.tokens().len() });
     packer.push(document);
-    let (current, reference) = match packer.flush() {
-        Some(row) => (learner.losses(&row.batch), row.batch.reference),
-        None => (vec![], vec![]),
+    let batch = packer.flush().map(|row| row.batch).unwrap_or_default();
+    let measured = match batch.rows {
+        0 => Measured::default(),
+        _ => learner.measure(&batch, rule.objective.needs()),
     };
-    let mut kept = vec![false; current.len() + 1];
-    for position in choice.kept(&current, &reference, index) {
+    let mut kept = vec![false; batch.tokens.len() + 1];
+    for position in rule.kept(measured.signals(&batch), index) {
         // Position i of a batch is about the token after it.
         kept[position as usize + 1] = true;
     }
+    let (current, reference) = (measured.losses, batch.reference);
     let finite = |losses: &[f32], position: usize| {
         position.checked_sub(1).and_then(|before| losses.get(before)).copied().filter(|loss| loss.is_finite())
     };

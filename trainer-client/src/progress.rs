@@ -58,15 +58,16 @@ impl Progress {
 
     /// Shows a step.
     pub fn step(&mut self, metric: &StepMetric) {
-        let newest = f64::from(metric.loss);
-        self.loss = Some(self.loss.map_or(newest, |mean| mean + NEWEST_WEIGHT * (newest - mean)));
+        if let Some(newest) = metric.loss.map(f64::from) {
+            self.loss = Some(self.loss.map_or(newest, |mean| mean + NEWEST_WEIGHT * (newest - mean)));
+        }
+        let loss = self.loss.map_or("–".to_owned(), |loss| format!("{loss:.3}"));
         self.tokens += metric.tokens - self.tokens_before;
         self.tokens_before = metric.tokens;
         self.seconds += metric.seconds;
         self.waited += metric.data_wait_seconds;
         let message = format!(
-            "loss {:.3} · kept {:.0} % · {:.0} tokens/s · waiting {:.0} %",
-            self.loss.unwrap_or(newest),
+            "loss {loss} · kept {:.0} % · {:.0} tokens/s · waiting {:.0} %",
             100.0 * metric.kept as f64 / metric.scored.max(1) as f64,
             self.tokens as f64 / self.seconds.max(f64::EPSILON),
             100.0 * self.waited / self.seconds.max(f64::EPSILON),

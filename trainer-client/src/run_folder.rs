@@ -3,19 +3,22 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use sluice_schemas::fingerprint::Fingerprint;
 
+use crate::checkpoints::{CHECKPOINTS, Reached, latest_checkpoint, write_checkpoint};
+use crate::files::{read_json, recreate, write_json, write_synced};
 use crate::learner::Learner;
 use crate::metrics::Metric;
+use crate::pack::{PackedBatch, Piece};
 use crate::picture::TokenPicture;
 use crate::schedule::Schedule;
 use crate::select::Objective;
-use crate::stream::Position;
+use crate::snapshot::Snapshot;
 use crate::text::TextTokenizer;
 
 /// What was asked for.
@@ -24,19 +27,13 @@ pub const RUN_FILE: &str = "run.json";
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// The token picture.
 pub const TOKENS_FILE: &str = "tokens.json";
-/// Checkpoints, a folder each.
-pub const CHECKPOINTS: &str = "checkpoints";
-/// The tokenizer beside each checkpoint.
-pub const TOKENIZER_FILE: &str = "tokenizer.json";
-/// The run's progress beside each checkpoint.
-pub const STATE_FILE: &str = "state.json";
+/// Which documents each micro-batch was made of, where that was asked for.
+pub const DOCUMENTS_FILE: &str = "documents.jsonl";
 
 /// Held locked by the process that writes the run.
 const LOCK_FILE: &str = "lock";
 /// Name of a model's weights file, which [`Learner::save`] writes.
 const WEIGHTS_FILE: &str = "model.safetensors";
-/// Checkpoints kept; older ones are removed.
-const CHECKPOINTS_KEPT: usize = 2;
 
 /// The content of `run.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,8 +44,10 @@ pub struct RunRecord {
     pub objective: Objective,
     /// Seed of initial weights, shuffles and random draws.
     pub seed: u64,
-    /// Sequences in a batch.
+    /// Sequences in a micro-batch.
     pub batch_size: usize,
+    /// Micro-batches in an optimizer step.
+    pub accumulate: usize,
     /// Tokens in a sequence.
     pub sequence_length: usize,
     /// The learning rate over the run, and its length in steps.
@@ -65,17 +64,37 @@ pub struct RunRecord {
     pub versions: BTreeMap<String, String>,
 }
 
-/// The content of a checkpoint's `state.json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
-    /// Steps done.
-    pub step: u64,
-    /// Predictions seen.
-    pub tokens: u64,
-    /// Predictions kept.
-    pub tokens_kept: u64,
-    /// How far the stream has been read; up to a batch of it may wait in the packer.
-    pub position: Position,
+impl RunRecord {
+    /// Name of the first setting in which a run that is to go on differs from this one; `None` if the steps would be the
+    /// same. Where to read and how often to look may differ, and so may the number of ranks, with which the micro-batches
+    /// of a step may change too.
+    pub fn first_difference(&self, other: &Self, same_world_size: bool) -> Option<&'static str> {
+        let setting = |name: &str| self.settings.get(name) == other.settings.get(name);
+        let of_stream = |name: &str| {
+            let stream = |record: &Self| record.settings.get("stream").and_then(|s| s.get(name).cloned());
+            stream(self) == stream(other)
+        };
+        [
+            ("the command", self.command == other.command),
+            ("the selection (--objective, --score, --keep, --scope ...)", self.objective == other.objective),
+            ("--seed", self.seed == other.seed),
+            ("--batch-size", self.batch_size == other.batch_size),
+            ("--accumulate", self.accumulate == other.accumulate || !same_world_size),
+            ("--sequence-length", self.sequence_length == other.sequence_length),
+            ("the learning rate, its schedule or --steps", self.schedule == other.schedule),
+            ("--tokenizer", self.tokenizer == other.tokenizer),
+            ("the model", setting("model")),
+            ("the optimizer", setting("optimizer")),
+            ("--attend-across-documents or --first-token", setting("packing")),
+            ("--history or --history-decay", setting("history")),
+            ("--topic", of_stream("topic")),
+            ("--epochs, --until-end or --follow", of_stream("extent")),
+            ("--shuffle-buffer", of_stream("shuffle_buffer")),
+            ("the documents of the topic", of_stream("documents") && of_stream("tokens")),
+        ]
+        .into_iter()
+        .find_map(|(name, is_same)| (!is_same).then_some(name))
+    }
 }
 
 /// A run folder being written.
@@ -83,6 +102,9 @@ pub struct State {
 pub struct RunFolder {
     path: PathBuf,
     metrics: File,
+    /// Open where the run writes down its documents.
+    documents: Option<File>,
+    checkpoints_kept: usize,
     /// Step of the last checkpoint that this run wrote.
     saved_step: Option<u64>,
     /// The operating system lets go of the lock when the process ends, however it ends.
@@ -113,12 +135,78 @@ impl RunFolder {
         }
         let metrics = path.join(METRICS_FILE);
         let file = File::create(&metrics).with_context(|| format!("cannot create {}", metrics.display()))?;
-        Ok(Self { path: path.to_owned(), metrics: file, saved_step: None, _lock: lock })
+        let path = path.to_owned();
+        Ok(Self { path, metrics: file, documents: None, checkpoints_kept: 2, saved_step: None, _lock: lock })
+    }
+
+    /// Opens a folder to go on with the run in it, and locks it. What was written down after the last checkpoint is cut
+    /// off, as those steps will be taken again; without any checkpoint, so is everything, and `None` comes with it.
+    /// A folder that is not there is created.
+    pub fn resume(path: &Path) -> anyhow::Result<(Self, Option<PathBuf>)> {
+        let checkpoints = path.join(CHECKPOINTS);
+        fs::create_dir_all(&checkpoints)
+            .with_context(|| format!("cannot create {}", checkpoints.display()))?;
+        let lock = lock(path)?;
+        let checkpoint = latest_checkpoint(path)?;
+        let last_step = checkpoint.as_deref().map(Reached::read).transpose()?.map(|reached| reached.step);
+        if last_step.is_none() {
+            remove_if_there(&path.join(RUN_FILE))?;
+            remove_if_there(&path.join(TOKENS_FILE))?;
+        }
+        let metrics = path.join(METRICS_FILE);
+        cut_lines(&metrics, last_step)?;
+        cut_lines(&path.join(DOCUMENTS_FILE), last_step)?;
+        let file = append_to(&metrics)?;
+        let path = path.to_owned();
+        let run = Self {
+            path,
+            metrics: file,
+            documents: None,
+            checkpoints_kept: 2,
+            saved_step: last_step,
+            _lock: lock,
+        };
+        Ok((run, checkpoint))
+    }
+
+    /// Keeps this many of the last checkpoints, at least one.
+    pub fn keep_checkpoints(&mut self, count: usize) {
+        self.checkpoints_kept = count.max(1);
+    }
+
+    /// From here on writes down which documents each micro-batch is made of.
+    pub fn open_documents(&mut self) -> anyhow::Result<()> {
+        self.documents = Some(append_to(&self.path.join(DOCUMENTS_FILE))?);
+        Ok(())
+    }
+
+    /// Writes down which pieces of which documents a step's micro-batches are made of, if that was asked for.
+    pub fn log_documents(&mut self, step: u64, batch: &[PackedBatch]) -> anyhow::Result<()> {
+        let Some(file) = &mut self.documents else { return Ok(()) };
+        let mut lines = Vec::new();
+        for packed in batch {
+            let pieces: Vec<PieceLine<'_>> = packed.rows.iter().flatten().map(PieceLine::of).collect();
+            let line = DocumentsLine { step, rank: packed.rank, pieces };
+            serde_json::to_writer(&mut lines, &line).context("cannot encode a list of documents")?;
+            lines.push(b'\n');
+        }
+        let written = file.write_all(&lines);
+        written.with_context(|| format!("cannot write {}", self.path.join(DOCUMENTS_FILE).display()))
+    }
+
+    /// The step of the checkpoint that this run was resumed from, or wrote last.
+    pub fn saved_step(&self) -> Option<u64> {
+        self.saved_step
     }
 
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Reads `run.json`.
+    pub fn read_record(&self) -> anyhow::Result<RunRecord> {
+        read_json(&self.path.join(RUN_FILE))
     }
 
     /// Writes `run.json`.
@@ -151,35 +239,93 @@ impl RunFolder {
         Ok(Fingerprint::of_bytes(&bytes))
     }
 
-    /// Writes a checkpoint under a temporary name, renames it, removes all but the last two, and says where it is.
-    /// The step that this run saved last is not saved again.
+    /// Writes a checkpoint, removes all but the last few, and says where it is. The step that was saved last is not
+    /// saved again.
     pub fn checkpoint(
         &mut self,
         learner: &dyn Learner,
         tokenizer: &TextTokenizer,
-        state: &State,
+        reached: &Reached,
+        snapshot: &Snapshot,
     ) -> anyhow::Result<PathBuf> {
-        let folder = self.path.join(CHECKPOINTS).join(format!("step-{:07}", state.step));
-        if self.saved_step == Some(state.step) {
-            return Ok(folder);
+        // A checkpoint must not outlive the lines that lead up to it.
+        for file in [Some(&self.metrics), self.documents.as_ref()].into_iter().flatten() {
+            file.sync_data().with_context(|| format!("cannot write to disk in {}", self.path.display()))?;
         }
-        if folder.exists() {
-            bail!("{} is there already, but this run has not written it; remove it", folder.display());
-        }
-        let partial = self.path.join(CHECKPOINTS).join(".partial");
-        recreate(&partial)?;
-        learner.save(&partial)?;
-        write_synced(&partial.join(TOKENIZER_FILE), tokenizer.file())?;
-        write_json(&partial.join(STATE_FILE), state)?;
-        fs::rename(&partial, &folder)
-            .with_context(|| format!("cannot rename {} into place", partial.display()))?;
-        self.saved_step = Some(state.step);
-        let checkpoints = checkpoints(&self.path)?;
-        for old in &checkpoints[..checkpoints.len().saturating_sub(CHECKPOINTS_KEPT)] {
-            fs::remove_dir_all(old)
-                .with_context(|| format!("cannot remove old checkpoint {}", old.display()))?;
-        }
+        let is_saved = self.saved_step == Some(reached.step);
+        let kept = self.checkpoints_kept;
+        let folder = write_checkpoint(&self.path, kept, is_saved, (learner, tokenizer), reached, snapshot)?;
+        self.saved_step = Some(reached.step);
         Ok(folder)
+    }
+}
+
+/// A line of `documents.jsonl`.
+#[derive(Serialize)]
+struct DocumentsLine<'a> {
+    step: u64,
+    rank: usize,
+    pieces: Vec<PieceLine<'a>>,
+}
+
+/// Some tokens of a document, from the `start`-th on.
+#[derive(Serialize)]
+struct PieceLine<'a> {
+    document: &'a str,
+    start: usize,
+    tokens: usize,
+}
+
+impl<'a> PieceLine<'a> {
+    fn of(piece: &'a Piece) -> Self {
+        let tokens = piece.document.tokens().len();
+        Self { document: piece.document.id(), start: piece.start, tokens }
+    }
+}
+
+/// The step that a line of any kind belongs to.
+#[derive(Deserialize)]
+struct StepOnly {
+    step: u64,
+}
+
+/// Cuts off the lines after a step, and half a line at the end; everything where there is no step. What is not there
+/// has no lines.
+fn cut_lines(path: &Path, last_step: Option<u64>) -> anyhow::Result<()> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    };
+    let mut kept = Vec::new();
+    for line in bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n")) {
+        let step = serde_json::from_slice::<StepOnly>(line)
+            .with_context(|| format!("{} holds a line that no run writes there", path.display()))?
+            .step;
+        if last_step.is_some_and(|last| step <= last) {
+            kept.extend_from_slice(line);
+        }
+    }
+    if kept.len() < bytes.len() {
+        let temporary = path.with_extension("jsonl.tmp");
+        write_synced(&temporary, &kept)?;
+        fs::rename(&temporary, path)
+            .with_context(|| format!("cannot rename {} into place", temporary.display()))?;
+    }
+    Ok(())
+}
+
+fn append_to(path: &Path) -> anyhow::Result<File> {
+    let file = File::options().create(true).append(true).open(path);
+    file.with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn remove_if_there(path: &Path) -> anyhow::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -196,29 +342,6 @@ fn lock(run: &Path) -> anyhow::Result<File> {
             format!("cannot lock {}; give an --out on a file system that has locks", path.display())
         }),
     }
-}
-
-/// Finished checkpoints of a run, oldest first.
-pub fn checkpoints(run: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let folder = run.join(CHECKPOINTS);
-    let entries =
-        fs::read_dir(&folder).with_context(|| format!("cannot list checkpoints in {}", folder.display()))?;
-    let mut found = Vec::new();
-    for entry in entries {
-        let path = entry.with_context(|| format!("cannot list checkpoints in {}", folder.display()))?.path();
-        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-")) {
-            found.push(path);
-        }
-    }
-    // Step numbers are padded with zeros, so names sort as numbers do up to ten million steps; longer ones follow.
-    found.sort_by_key(|path| (path.as_os_str().len(), path.clone()));
-    Ok(found)
-}
-
-/// The last finished checkpoint of a run.
-pub fn latest_checkpoint(run: &Path) -> anyhow::Result<PathBuf> {
-    let last = checkpoints(run)?.pop();
-    last.with_context(|| format!("{} holds no finished checkpoint; let the run reach one", run.display()))
 }
 
 /// A run as its folder tells it.
@@ -264,35 +387,4 @@ fn read_metrics(path: &Path) -> anyhow::Result<Vec<Metric>> {
         }
     }
     Ok(metrics)
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
-    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&bytes)
-        .with_context(|| format!("{} is not what a run writes there", path.display()))
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
-    let mut bytes =
-        serde_json::to_vec_pretty(value).with_context(|| format!("cannot encode {}", path.display()))?;
-    bytes.push(b'\n');
-    write_synced(path, &bytes)
-}
-
-/// Writes a file and waits until it is on the disk: a rename must not overtake it.
-fn write_synced(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    let write = || {
-        let mut file = File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// An empty folder, whatever an interrupted run left there.
-fn recreate(folder: &Path) -> anyhow::Result<()> {
-    if folder.exists() {
-        fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
-    }
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
 }

@@ -10,7 +10,7 @@ const REST: &str = "(other sources)";
 const UNNAMED: &str = "(no source)";
 
 /// Gives each source name a small index, in order of appearance.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SourceNames {
     names: Vec<String>,
 }
@@ -28,6 +28,11 @@ impl SourceNames {
             self.names.push(REST.to_owned());
         }
         (self.names.len() - 1) as u16
+    }
+
+    /// Names given before, in the order of their indices.
+    pub fn from_names(names: Vec<String>) -> Self {
+        Self { names }
     }
 
     /// Names in the order of their indices.

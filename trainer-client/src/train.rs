@@ -1,36 +1,46 @@
 //! The training loop: documents to batches, the current losses to a selection, a step, and the books.
 
-use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::bail;
 use serde::Serialize;
 
-use crate::batch::Batch;
+use crate::books::Books;
+use crate::checkpoints::{Reached, latest_checkpoint};
 use crate::evaluate::EvalSet;
 use crate::failure::Failure;
-use crate::learner::{Learner, StepOutcome};
-use crate::metrics::{EvalMetric, Metric, SourceCount, StepMetric};
-use crate::pack::{BatchShape, PackedBatch, Packer};
-use crate::picture::{Choice, PictureDocuments};
+use crate::learner::{Learner, Measured, StepOutcome};
+use crate::metrics::{EvalMetric, Metric, StepMetric};
+use crate::pack::{BatchShape, PackedBatch, Packing};
+use crate::picture::PictureRule;
 use crate::progress::Progress;
-use crate::run_folder::{RunFolder, RunRecord, State, latest_checkpoint};
+use crate::run_folder::{RunFolder, RunRecord};
 use crate::schedule::Schedule;
-use crate::select::Objective;
-use crate::stream::{DocumentStream, StreamError};
+use crate::select::{Choice, Needs, Objective, Signals, Turn};
+use crate::snapshot::{RankSnapshot, Snapshot};
+use crate::sources::SourceNames;
+use crate::stream::DocumentStream;
+use crate::supply::{Supply, SupplyPlan};
 use crate::text::TextTokenizer;
 
 /// What a run does, apart from where its documents come from.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Plan {
     /// What is minimised.
     pub objective: Objective,
     /// Learning rates, and the most steps to take.
     pub schedule: Schedule,
-    /// Shape of a batch.
+    /// Shape of a micro-batch.
     pub shape: BatchShape,
-    /// Seed of random selections.
+    /// What is done where documents meet.
+    pub packing: Packing,
+    /// Micro-batches of each rank whose gradients make one step.
+    pub accumulate: usize,
+    /// Documents in each rank's shuffle buffer; at most 1 leaves the streams' order as it is.
+    pub shuffle_buffer: usize,
+    /// Seed of random selections and of the shuffle buffers.
     pub seed: u64,
     /// Steps between evaluations; there is one before the first step and one after the last as well.
     pub eval_every: u64,
@@ -67,8 +77,8 @@ pub struct Outcome {
 pub struct Training<'a> {
     /// The model.
     pub learner: &'a mut dyn Learner,
-    /// The documents.
-    pub stream: &'a mut dyn DocumentStream,
+    /// The documents, a stream for each rank.
+    pub streams: Vec<&'a mut dyn DocumentStream>,
     /// What to do.
     pub plan: Plan,
     /// Held-out sets.
@@ -83,84 +93,134 @@ pub struct Training<'a> {
     pub progress: Progress,
 }
 
+/// Where a run begins: with its record if it is a new one.
+struct Start {
+    record: Option<RunRecord>,
+    reached: Reached,
+    snapshot: Snapshot,
+}
+
+/// What has been read and not yet learnt from, and the names of where it came from.
+struct Data {
+    supply: Supply,
+    sources: SourceNames,
+}
+
 impl Training<'_> {
-    /// Trains until the steps are done, the stream ends or the run is asked to stop; a checkpoint follows in each
-    /// case, and where an error ends the run after a step. `run.json` is written once the first batch has shown that
-    /// the stream fits the tokenizer.
-    pub fn run(mut self, record: RunRecord) -> anyhow::Result<Outcome> {
-        let mut supply = Supply::new(self.plan.shape);
-        let mut state = State { step: 0, tokens: 0, tokens_kept: 0, position: self.stream.position() };
-        let mut threshold = None;
-        match self.take_steps(record, &mut supply, &mut state, &mut threshold) {
-            Ok(ending) => self.close(&state, threshold, &supply, ending),
-            Err(error) => Err(self.save_after(error, &state)),
+    /// Trains a new run until the steps are done, the stream ends or the run is asked to stop; a checkpoint follows in
+    /// each case, and where an error ends the run after a step. `run.json` is written once the first batch has shown
+    /// that the stream fits the tokenizer.
+    pub fn run(self, record: RunRecord) -> anyhow::Result<Outcome> {
+        let ranks = vec![RankSnapshot::default(); self.streams.len()];
+        let start = Start {
+            record: Some(record),
+            reached: Reached::default(),
+            snapshot: Snapshot { ranks, ..Snapshot::default() },
+        };
+        self.go(start)
+    }
+
+    /// As [`Training::run`], from a checkpoint on that the learner has loaded and the streams stand at.
+    pub fn resume(self, reached: Reached, snapshot: Snapshot) -> anyhow::Result<Outcome> {
+        self.go(Start { record: None, reached, snapshot })
+    }
+
+    fn go(mut self, start: Start) -> anyhow::Result<Outcome> {
+        let Plan { shape, packing, shuffle_buffer, seed, .. } = self.plan;
+        let plan = SupplyPlan { shape, packing, shuffle_buffer, seed };
+        let mut data = Data {
+            sources: SourceNames::from_names(start.snapshot.sources.clone()),
+            supply: Supply::new(&plan, start.snapshot),
+        };
+        let mut reached = start.reached;
+        match self.take_steps(start.record, &mut data, &mut reached) {
+            Ok(ending) => self.close(start.reached.step, &reached, &data, ending),
+            Err(error) => Err(self.save_after(error, start.reached.step, &reached, &data)),
         }
     }
 
-    /// Steps until something ends them. After an error the weights are those of `state`: no step is taken by half.
+    /// Steps until something ends them. After an error the weights are those of `reached`, and so is what `data` holds:
+    /// no step is taken by half.
     fn take_steps(
         &mut self,
-        mut record: RunRecord,
-        supply: &mut Supply,
-        state: &mut State,
-        threshold: &mut Option<f32>,
+        mut record: Option<RunRecord>,
+        data: &mut Data,
+        reached: &mut Reached,
     ) -> anyhow::Result<Ending> {
-        let mut ending = Ending::Finished;
-        while state.step < self.plan.schedule.steps {
+        let steps = self.plan.schedule.steps;
+        while reached.step < steps {
             let started = Instant::now();
-            let packed = supply.next_batch(self.stream)?;
+            let batch = data.supply.next_batches(&mut self.streams, self.plan.accumulate, self.stop)?;
             let waited = started.elapsed().as_secs_f64();
-            let Some(packed) = packed else {
-                ending = Ending::StreamEnded;
-                break;
-            };
             if self.stop.load(Ordering::Relaxed) {
-                break;
+                data.supply.put_back(batch);
+                return Ok(Ending::Stopped);
             }
-            if state.step == 0 {
-                record.reference_model = self.stream.reference_model();
+            if batch.is_empty() {
+                return Ok(Ending::StreamEnded);
+            }
+            if let Some(mut record) = record.take() {
+                record.reference_model = self.streams.iter().find_map(|stream| stream.reference_model());
                 self.folder.write_record(&record)?;
-                self.evaluate(state)?;
+                self.evaluate(reached)?;
             }
             let step_started = Instant::now();
-            let mut metric = self.step(&packed, state.step + 1, supply.packer.sources().names())?;
+            let thresholds = reached.thresholds;
+            let mut metric = match self.step(&batch, reached, &mut data.sources) {
+                Ok(metric) => metric,
+                Err(error) => {
+                    // The step was not taken, so a checkpoint must hold its micro-batches.
+                    reached.thresholds = thresholds;
+                    data.supply.put_back(batch);
+                    return Err(error);
+                }
+            };
             metric.data_wait_seconds = waited;
             metric.seconds = waited + step_started.elapsed().as_secs_f64();
-            state.step += 1;
-            state.tokens += packed.batch.predictions() as u64;
-            state.tokens_kept += metric.kept;
-            state.position = self.stream.position();
-            (metric.tokens, metric.tokens_kept, *threshold) =
-                (state.tokens, state.tokens_kept, metric.threshold);
+            reached.step += 1;
+            reached.tokens += batch.iter().map(|packed| packed.batch.predictions() as u64).sum::<u64>();
+            reached.tokens_kept += metric.kept;
+            reached.threshold = metric.threshold;
+            (metric.tokens, metric.tokens_kept) = (reached.tokens, reached.tokens_kept);
             self.progress.step(&metric);
+            self.folder.log_documents(reached.step, &batch)?;
             self.folder.log(&Metric::Step(metric))?;
-            if state.step.is_multiple_of(self.plan.checkpoint_every) {
-                self.folder.checkpoint(self.learner, self.tokenizer, state)?;
+            // Before the checkpoint, so that a run that goes on from there has nothing to catch up on.
+            if reached.step.is_multiple_of(self.plan.eval_every) && reached.step < steps {
+                self.evaluate(reached)?;
             }
-            if state.step.is_multiple_of(self.plan.eval_every) && state.step < self.plan.schedule.steps {
-                self.evaluate(state)?;
+            if reached.step.is_multiple_of(self.plan.checkpoint_every) && reached.step < steps {
+                self.checkpoint(reached, data)?;
             }
         }
-        if self.stop.load(Ordering::Relaxed) {
-            ending = Ending::Stopped;
-        }
-        Ok(ending)
+        Ok(if self.stop.load(Ordering::Relaxed) { Ending::Stopped } else { Ending::Finished })
+    }
+
+    fn checkpoint(&mut self, reached: &Reached, data: &Data) -> anyhow::Result<PathBuf> {
+        let snapshot = data.supply.snapshot(&self.streams, data.sources.names());
+        self.folder.checkpoint(self.learner, self.tokenizer, reached, &snapshot)
     }
 
     /// Saves what was learnt before an error, and adds to the error where it is, or that it is lost.
-    fn save_after(self, error: anyhow::Error, state: &State) -> anyhow::Error {
+    fn save_after(
+        mut self,
+        error: anyhow::Error,
+        first: u64,
+        reached: &Reached,
+        data: &Data,
+    ) -> anyhow::Error {
         self.progress.finish();
-        let step = state.step;
-        if step == 0 {
+        let step = reached.step;
+        if step == first {
             return error;
         }
-        match self.folder.checkpoint(self.learner, self.tokenizer, state) {
+        match self.checkpoint(reached, data) {
             Ok(path) => error
                 .context(format!("the run ended after step {step}, and its model is in {}", path.display())),
             Err(lost) => {
                 let left = match latest_checkpoint(self.folder.path()) {
-                    Ok(path) => format!("the last checkpoint is {}", path.display()),
-                    Err(_) => "there is no checkpoint".to_owned(),
+                    Ok(Some(path)) => format!("the last checkpoint is {}", path.display()),
+                    _ => "there is no checkpoint".to_owned(),
                 };
                 error.context(format!(
                     "the run ended after step {step}; {left}, as this step's failed ({lost:#})"
@@ -169,194 +229,110 @@ impl Training<'_> {
         }
     }
 
+    /// The end of a run that began after step `first`.
     fn close(
         mut self,
-        state: &State,
-        threshold: Option<f32>,
-        supply: &Supply,
+        first: u64,
+        reached: &Reached,
+        data: &Data,
         ending: Ending,
     ) -> anyhow::Result<Outcome> {
-        if state.step == 0 && ending != Ending::Stopped {
+        let Reached { step, tokens, tokens_kept, threshold, .. } = *reached;
+        if step == 0 && ending != Ending::Stopped {
             let error = "the stream ended without a single document of two tokens or more";
             return Err(Failure::Data(error.to_owned()).into());
         }
-        if state.step > 0 {
-            self.folder.checkpoint(self.learner, self.tokenizer, state)?;
-            let evaluated =
-                state.step.is_multiple_of(self.plan.eval_every) && state.step < self.plan.schedule.steps;
-            if !evaluated {
-                self.evaluate(state)?;
+        let Plan { schedule, eval_every, shape, .. } = self.plan;
+        if step > first {
+            let is_evaluated = step.is_multiple_of(eval_every) && step < schedule.steps;
+            if !is_evaluated {
+                self.evaluate(reached)?;
             }
-            let choice =
-                Choice { objective: self.plan.objective, threshold, seed: self.plan.seed, step: state.step };
-            let picture = supply.picture.draw(self.learner, self.tokenizer, &choice, self.plan.shape.len);
+            self.checkpoint(reached, data)?;
+        }
+        if step > 0 {
+            let objective = self.plan.objective.clone();
+            let rule = PictureRule { objective, threshold, turn: self.turn(step) };
+            let picture = data.supply.picture().draw(self.learner, self.tokenizer, &rule, shape.len);
             self.folder.write_picture(&picture)?;
         }
         self.progress.finish();
-        Ok(Outcome { steps: state.step, tokens: state.tokens, tokens_kept: state.tokens_kept, ending })
+        Ok(Outcome { steps: step, tokens, tokens_kept, ending })
     }
 
-    fn step(&mut self, packed: &PackedBatch, step: u64, sources: &[String]) -> anyhow::Result<StepMetric> {
-        let learning_rate = self.plan.schedule.at(step);
-        let Plan { objective, seed, .. } = self.plan;
-        let mut books = Books::default();
-        let outcome = self.learner.step(&packed.batch, learning_rate, &mut |current| {
-            let kept = objective.select(current, &packed.batch.reference, seed, step);
-            books = Books::of(objective, packed, current, &kept, sources);
-            kept
-        });
-        let StepOutcome { kept_loss, gradient_norm, .. } = outcome;
-        if books.selected.count == 0 {
+    fn turn(&self, step: u64) -> Turn {
+        Turn { seed: self.plan.seed, step, steps: self.plan.schedule.steps, micro_batch: 0 }
+    }
+
+    /// One optimizer step. Where micro-batches compete with one another, each runs forward once more, after the
+    /// losses of all have decided.
+    fn step(
+        &mut self,
+        batch: &[PackedBatch],
+        reached: &mut Reached,
+        sources: &mut SourceNames,
+    ) -> anyhow::Result<StepMetric> {
+        let step = reached.step + 1;
+        let thresholds = &mut reached.thresholds;
+        let turn = self.turn(step);
+        let Plan { objective, schedule, shape, .. } = &self.plan;
+        let mut needs = objective.needs();
+        let mut books = Books::new(objective);
+        let mut decided = None;
+        if batch.len() > 1 && objective.needs_whole_batch(step) {
+            let measured: Vec<Measured> =
+                batch.iter().map(|packed| self.learner.measure(&packed.batch, needs)).collect();
+            let signals: Vec<Signals<'_>> = measured
+                .iter()
+                .zip(batch)
+                .map(|(measured, packed)| measured.signals(&packed.batch))
+                .collect();
+            decided = Some(objective.select(&signals, shape.len, turn, thresholds).into_iter());
+            needs = Needs::default();
+        }
+        for (micro_batch, packed) in (0..).zip(batch) {
+            self.learner.accumulate(&packed.batch, needs, &mut |measured| {
+                let choice = if let Some(choices) = &mut decided {
+                    choices.next()
+                } else {
+                    let turn = Turn { micro_batch, ..turn };
+                    objective.select(&[measured.signals(&packed.batch)], shape.len, turn, thresholds).pop()
+                };
+                let choice: Choice = choice.unwrap_or_default();
+                books.add(packed, &measured.losses, &choice, sources);
+                choice.kept
+            });
+        }
+        let learning_rate = schedule.at(step);
+        let StepOutcome { kept_loss, kept, gradient_norm } = self.learner.update(learning_rate);
+        if kept == 0 && !(objective.may_keep_nothing() && books.has_scored()) {
             bail!(
-                "step {step} found no token to learn from: no loss of its batch is a number; if --keep and the topic \
-                 are as intended, lower --learning-rate"
+                "step {step} found no token to learn from: no score of its batch is a number; if the selection and the \
+                 topic are as intended, lower --learning-rate"
             );
         }
-        if !kept_loss.is_finite() || !gradient_norm.is_finite() {
+        if kept > 0 && !(kept_loss.is_finite() && gradient_norm.is_finite()) {
             bail!(
                 "step {step} is not finite (loss {kept_loss}, gradient norm {gradient_norm}) and was not taken; lower \
                  --learning-rate or lengthen --warmup-steps, and start again"
             );
         }
-        Ok(StepMetric { step, loss: kept_loss, learning_rate, gradient_norm, ..books.into_metric() })
+        let loss = (kept > 0).then_some(kept_loss);
+        Ok(StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() })
     }
 
-    fn evaluate(&mut self, state: &State) -> anyhow::Result<()> {
+    fn evaluate(&mut self, reached: &Reached) -> anyhow::Result<()> {
         for set in self.evals {
             let Some(loss) = set.loss(self.learner, self.stop) else { break };
-            self.progress.say(&format!("step {}: loss {:.4} on {}", state.step, loss.loss, loss.set));
+            self.progress.say(&format!("step {}: loss {:.4} on {}", reached.step, loss.loss, loss.set));
             self.folder.log(&Metric::Eval(EvalMetric {
-                step: state.step,
-                tokens: state.tokens,
+                step: reached.step,
+                tokens: reached.tokens,
                 set: loss.set,
                 loss: loss.loss,
                 predictions: loss.predictions,
             }))?;
         }
         Ok(())
-    }
-}
-
-/// Batches from a stream, in stream order, with an eye on documents for the token picture.
-struct Supply {
-    packer: Packer,
-    picture: PictureDocuments,
-}
-
-impl Supply {
-    fn new(shape: BatchShape) -> Self {
-        Self { packer: Packer::new(shape), picture: PictureDocuments::default() }
-    }
-
-    fn next_batch(&mut self, stream: &mut dyn DocumentStream) -> Result<Option<PackedBatch>, StreamError> {
-        loop {
-            if let Some(packed) = self.packer.next_batch() {
-                return Ok(Some(packed));
-            }
-            match stream.next_document()? {
-                Some(document) => {
-                    self.picture.offer(&document);
-                    self.packer.push(&document);
-                }
-                None => return Ok(self.packer.flush()),
-            }
-        }
-    }
-}
-
-/// Batches of this shape that a stream fills, counted by packing it.
-pub fn count_batches(stream: &mut dyn DocumentStream, shape: BatchShape) -> Result<u64, StreamError> {
-    let mut supply = Supply::new(shape);
-    let mut batches = 0;
-    while supply.next_batch(stream)?.is_some() {
-        batches += 1;
-    }
-    Ok(batches)
-}
-
-/// Sums over one batch, under the model before the step.
-#[derive(Clone, Debug, Default)]
-struct Books {
-    selected: Mean,
-    unselected: Mean,
-    scored: u64,
-    threshold: Option<f32>,
-    sources: BTreeMap<String, SourceCount>,
-}
-
-impl Books {
-    fn of(
-        objective: Objective,
-        packed: &PackedBatch,
-        current: &[f32],
-        kept: &[u32],
-        sources: &[String],
-    ) -> Self {
-        let Batch { reference, .. } = &packed.batch;
-        let mut books = Self::default();
-        let mut counts = vec![SourceCount::default(); sources.len()];
-        let mut kept = kept.iter().map(|&index| index as usize).peekable();
-        for (index, (&current, &reference)) in current.iter().zip(reference).enumerate() {
-            let is_kept = kept.next_if_eq(&index).is_some();
-            if current.is_nan() {
-                continue;
-            }
-            let is_eligible = objective.is_eligible(current, reference);
-            if is_kept { &mut books.selected } else { &mut books.unselected }.add(current);
-            books.scored += u64::from(is_eligible);
-            if is_kept && matches!(objective, Objective::Slm { .. }) {
-                let excess = current - reference;
-                books.threshold = Some(books.threshold.map_or(excess, |lowest| lowest.min(excess)));
-            }
-            if let Some(count) =
-                packed.source_at(index).and_then(|source| counts.get_mut(usize::from(source)))
-            {
-                count.kept += u64::from(is_kept);
-                count.scored += u64::from(is_eligible);
-            }
-        }
-        books.sources = sources.iter().cloned().zip(counts).filter(|(_, count)| count.scored > 0).collect();
-        books
-    }
-
-    fn into_metric(self) -> StepMetric {
-        let all = Mean {
-            sum: self.selected.sum + self.unselected.sum,
-            count: self.selected.count + self.unselected.count,
-        };
-        StepMetric {
-            step: 0,
-            tokens: 0,
-            tokens_kept: 0,
-            loss: 0.0,
-            loss_all: all.get().unwrap_or(0.0),
-            loss_selected: self.selected.get(),
-            loss_unselected: self.unselected.get(),
-            threshold: self.threshold,
-            kept: self.selected.count,
-            scored: self.scored,
-            learning_rate: 0.0,
-            gradient_norm: 0.0,
-            seconds: 0.0,
-            data_wait_seconds: 0.0,
-            sources: self.sources,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Mean {
-    sum: f64,
-    count: u64,
-}
-
-impl Mean {
-    fn add(&mut self, value: f32) {
-        self.sum += f64::from(value);
-        self.count += 1;
-    }
-
-    fn get(self) -> Option<f64> {
-        (self.count > 0).then(|| self.sum / self.count as f64)
     }
 }

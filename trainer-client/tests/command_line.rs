@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::{LossFormat, Losses};
 use support::{Cluster, cluster, mixture, produce, produce_scored, write_tokenizer};
 
 fn sluice_train() -> Command {
@@ -69,6 +70,10 @@ impl Place {
     }
 }
 
+fn fingerprint_of(place: &Place) -> Fingerprint {
+    Fingerprint::of_bytes(&std::fs::read(place.path("tokenizer.json")).unwrap())
+}
+
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
@@ -103,7 +108,7 @@ fn a_reference_is_made_and_exported_and_students_are_trained_and_compared() {
     assert!(starts.iter().all(|start| *start == starts[0]), "one seed, one start: {starts:?}");
     let state = json(&place.path("slm/checkpoints/step-0000012/state.json"));
     assert_eq!(state["step"], 12);
-    assert!(state["position"]["offsets"]["0"].as_i64().unwrap() > 0);
+    assert!(state["data"]["ranks"][0]["position"]["partitions"]["0"]["next_offset"].as_i64().unwrap() > 0);
 
     let page = place.path("report.html");
     let runs = ["slm", "clm", "random"].map(|run| place.path(run));
@@ -250,6 +255,111 @@ fn failures_have_their_exit_codes_and_say_what_to_do() {
         64,
         "cannot be used with",
     );
+}
+
+#[test]
+fn every_selection_trains_on_a_topic_that_has_what_it_looks_at() {
+    let place = Place::new();
+    let with_entropies: Vec<_> = mixture(80, fingerprint_of(&place), Fingerprint::of_bytes(b"model"))
+        .into_iter()
+        .map(|mut scored| {
+            let entropies: Vec<f32> =
+                scored.reference_losses.to_vec().iter().map(|loss| loss / 2.0).collect();
+            scored.reference_entropies = Some(Losses::new(&entropies, LossFormat::F32).unwrap());
+            scored
+        })
+        .collect();
+    place.cluster.create_topic("entropies", 2, 1).unwrap();
+    produce_scored(&place.cluster, "entropies", 2, &with_entropies);
+    let check = |out: &str, topic: &str, flags: &[&str]| {
+        let mut training = place.training("run", topic, out);
+        succeed(training.args(["--steps", "4", "--until-end", "--accumulate", "2"]).args(flags));
+        let metrics = std::fs::read_to_string(place.path(&format!("{out}/metrics.jsonl"))).unwrap();
+        let steps = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let steps: Vec<Value> = steps.filter(|line| line["type"] == "step").collect();
+        assert_eq!(steps.len(), 4, "{flags:?}");
+        let share = |step: &Value| step["kept"].as_f64().unwrap() / step["scored"].as_f64().unwrap();
+        steps.iter().map(share).collect::<Vec<f64>>()
+    };
+    let scores =
+        ["excess", "reference-loss", "reference-entropy", "intersection", "union", "loss", "entropy"];
+    for score in scores {
+        let shares = check(score, "entropies", &["--score", score, "--keep", "0.5"]);
+        let is_exact = !["intersection", "union"].contains(&score);
+        assert!(!is_exact || shares.iter().all(|share| (share - 0.5).abs() < 0.01), "{score}: {shares:?}");
+    }
+    check("average", "scored", &["--score", "improvement", "--history-decay", "0.5"]);
+    let older = place.path("average/checkpoints/step-0000004");
+    check("older", "scored", &["--score", "improvement", "--history", &older]);
+    check("quantile", "scored", &["--scope", "running-quantile"]);
+    check("sequence", "scored", &["--scope", "sequence"]);
+    let falling = check("falling", "scored", &["--keep", "linear:0.9:0.3", "--keep-warmup-steps", "1"]);
+    assert!(
+        falling.iter().zip([1.0, 0.9, 0.6, 0.3]).all(|(found, expected)| (found - expected).abs() < 0.01)
+    );
+    let across =
+        ["--attend-across-documents", "--first-token", "predict", "--schedule", "wsd", "--warmup-steps", "1"];
+    check("across", "scored", &across);
+    // Nothing is above such a threshold: no token is learnt from, and the run goes on all the same.
+    assert_eq!(check("nothing", "scored", &["--threshold", "1e9"]), [0.0; 4]);
+
+    let mut missing = place.training("run", "scored", "missing");
+    let output = missing.args(["--steps", "4", "--score", "reference-entropy"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(64), "{}", stderr(&output));
+    assert!(stderr(&output).contains("carries no reference entropies"), "{}", stderr(&output));
+}
+
+#[test]
+fn no_step_is_taken_before_a_record_of_every_partition_fits() {
+    let place = Place::new();
+    let model = Fingerprint::of_bytes(b"model");
+    let good = mixture(40, fingerprint_of(&place), model);
+    let foreign = mixture(1, Fingerprint::of_bytes(b"other tokenizer"), model);
+    place.cluster.create_topic("spoilt", 8, 1).unwrap();
+    // The first few documents fill a batch, long before it is the turn of the foreign one.
+    let records = good.iter().zip((0..7).cycle()).map(|(document, partition)| (partition, document));
+    let records = records
+        .chain([(7, &foreign[0])])
+        .map(|(partition, document)| (partition, document.encode().to_vec()));
+    produce(&place.cluster.bootstrap_servers(), "spoilt", records);
+    let mut training = place.training("run", "spoilt", "spoilt");
+    let output = training.args(["--steps", "5", "--until-end"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(65), "{}", stderr(&output));
+    assert!(stderr(&output).contains("partition 7, offset 0"), "{}", stderr(&output));
+    assert!(!Path::new(&place.path("spoilt/run.json")).exists(), "it stopped before the first step");
+}
+
+#[test]
+fn a_second_reference_model_is_refused_unless_it_is_on_the_list() {
+    let place = Place::new();
+    let models = [Fingerprint::of_bytes(b"one"), Fingerprint::of_bytes(b"other")];
+    place.cluster.create_topic("switched", 2, 1).unwrap();
+    for (model, reference) in models.iter().enumerate() {
+        let documents = mixture(80, fingerprint_of(&place), *reference);
+        let half = if model == 0 { &documents[..40] } else { &documents[40..] };
+        produce_scored(&place.cluster, "switched", 2, half);
+    }
+    let train = |out: &str, allowed: &[Fingerprint]| {
+        let mut training = place.training("run", "switched", out);
+        training.args(["--steps", "1000", "--until-end", "--schedule", "constant"]);
+        for reference in allowed {
+            training.args(["--reference-model", &reference.to_string()]);
+        }
+        training.output().unwrap()
+    };
+    let refused = train("refused", &[]);
+    let shown = stderr(&refused);
+    assert_eq!(refused.status.code(), Some(65), "{shown}");
+    for expected in [models[0].to_string(), models[1].to_string(), "allow both with --reference-model".into()]
+    {
+        assert!(shown.contains(&expected), "{expected} is missing in: {shown}");
+    }
+    let other = train("other", &models[..1]);
+    assert_eq!(other.status.code(), Some(65));
+    assert!(stderr(&other).contains("no --reference-model names"), "{}", stderr(&other));
+    let both = train("both", &models);
+    assert!(both.status.success(), "{}", stderr(&both));
+    assert_eq!(json(&place.path("both/run.json"))["reference_model"], models[0].to_string());
 }
 
 #[test]

@@ -9,16 +9,18 @@ use std::sync::atomic::AtomicBool;
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_trainer::batch::Batch;
+use sluice_trainer::checkpoints::{Reached, State, latest_checkpoint};
 use sluice_trainer::document::Document;
 use sluice_trainer::failure::exit_code;
-use sluice_trainer::learner::{Learner, StepOutcome};
+use sluice_trainer::learner::{Learner, Measured, StepOutcome};
 use sluice_trainer::model::{BurnLearner, ModelConfig};
 use sluice_trainer::optimizer::AdamWConfig;
-use sluice_trainer::pack::BatchShape;
+use sluice_trainer::pack::{BatchShape, Packing};
 use sluice_trainer::progress::Progress;
-use sluice_trainer::run_folder::{RecordedRun, RunFolder, RunRecord, State, latest_checkpoint};
+use sluice_trainer::run_folder::{RecordedRun, RunFolder, RunRecord};
 use sluice_trainer::schedule::{Schedule, Shape};
-use sluice_trainer::select::Objective;
+use sluice_trainer::select::{Needs, Objective};
+use sluice_trainer::snapshot::Snapshot;
 use sluice_trainer::stream::{DocumentStream, Origin, Position, StreamError};
 use sluice_trainer::text::TextTokenizer;
 use sluice_trainer::train::{Plan, Training};
@@ -47,7 +49,7 @@ impl DocumentStream for Failing {
     }
 
     fn position(&self) -> Position {
-        Position { epoch: 1, offsets: BTreeMap::new(), documents: self.handed_out }
+        Position { epoch: 1, documents: self.handed_out, ..Position::default() }
     }
 
     fn reference_model(&self) -> Option<Fingerprint> {
@@ -62,22 +64,20 @@ struct Diverging {
 }
 
 impl Learner for Diverging {
-    fn losses(&self, batch: &Batch) -> Vec<f32> {
-        self.table.losses(batch)
+    fn measure(&self, batch: &Batch, needs: Needs) -> Measured {
+        self.table.measure(batch, needs)
     }
 
-    fn step(
-        &mut self,
-        batch: &Batch,
-        learning_rate: f64,
-        select: &mut dyn FnMut(&[f32]) -> Vec<u32>,
-    ) -> StepOutcome {
+    fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>) {
+        self.table.accumulate(batch, needs, select);
+    }
+
+    fn update(&mut self, learning_rate: f64) -> StepOutcome {
         self.steps += 1;
         if self.steps < 3 {
-            return self.table.step(batch, learning_rate, select);
+            return self.table.update(learning_rate);
         }
-        let kept = select(&self.losses(batch)).len();
-        StepOutcome { kept_loss: 1.0, kept, gradient_norm: f32::INFINITY }
+        StepOutcome { kept_loss: 1.0, kept: 7, gradient_norm: f32::INFINITY }
     }
 
     fn save(&self, folder: &Path) -> anyhow::Result<()> {
@@ -98,12 +98,13 @@ fn fail(
 ) -> anyhow::Error {
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder)).unwrap();
     let mut run = RunFolder::create(&folder.join("run")).unwrap();
-    let schedule = Schedule { shape: Shape::Cosine, peak: 1.0, warmup_steps: 1, steps: 10 };
+    let schedule = Schedule { shape: Shape::Cosine, peak: 1.0, warmup_steps: 1, decay_steps: 0, steps: 10 };
     let record = RunRecord {
         command: "run".into(),
         objective: Objective::Clm,
         seed: 1,
         batch_size: SHAPE.rows,
+        accumulate: 1,
         sequence_length: SHAPE.len,
         schedule,
         tokenizer: tokenizer.fingerprint(),
@@ -114,11 +115,14 @@ fn fail(
     };
     let training = Training {
         learner,
-        stream,
+        streams: vec![stream],
         plan: Plan {
             objective: Objective::Clm,
             schedule,
             shape: SHAPE,
+            packing: Packing::default(),
+            accumulate: 1,
+            shuffle_buffer: 0,
             seed: 1,
             eval_every: 10,
             checkpoint_every,
@@ -132,8 +136,10 @@ fn fail(
     training.run(record).unwrap_err()
 }
 
-fn state_of(checkpoint: &Path) -> State {
-    serde_json::from_slice(&std::fs::read(checkpoint.join("state.json")).unwrap()).unwrap()
+/// Steps done and documents read.
+fn state_of(checkpoint: &Path) -> (u64, u64) {
+    let (state, snapshot) = State::read(checkpoint).unwrap();
+    (state.reached.step, snapshot.ranks[0].position.documents)
 }
 
 #[test]
@@ -142,10 +148,9 @@ fn a_stream_that_fails_leaves_a_checkpoint_of_the_last_step() {
         let folder = tempfile::tempdir().unwrap();
         let mut stream = Failing { documents: 4, handed_out: 0 };
         let error = fail(folder.path(), &mut Bigram::new(256), &mut stream, checkpoint_every);
-        let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap();
+        let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap().unwrap();
         assert!(checkpoint.ends_with("step-0000004"));
-        let state = state_of(&checkpoint);
-        assert_eq!((state.step, state.position.documents), (4, 4));
+        assert_eq!(state_of(&checkpoint), (4, 4));
         let shown = format!("{error:#}");
         assert!(
             shown.contains("after step 4") && shown.contains(&checkpoint.display().to_string()),
@@ -162,7 +167,7 @@ fn a_stream_that_fails_before_the_first_step_leaves_no_checkpoint() {
     let mut stream = Failing { documents: 0, handed_out: 0 };
     let error = fail(folder.path(), &mut Bigram::new(256), &mut stream, 2);
     assert_eq!(exit_code(&error), 65);
-    assert!(latest_checkpoint(&folder.path().join("run")).is_err());
+    assert_eq!(latest_checkpoint(&folder.path().join("run")).unwrap(), None);
     assert!(RunFolder::create(&folder.path().join("run")).is_ok(), "nothing is in the way of another try");
 }
 
@@ -172,8 +177,12 @@ fn a_step_that_is_not_finite_leaves_a_checkpoint_of_the_one_before() {
     let mut learner = Diverging { table: Bigram::new(256), steps: 0 };
     let mut stream = Failing { documents: 100, handed_out: 0 };
     let error = fail(folder.path(), &mut learner, &mut stream, 100);
-    let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap();
-    assert_eq!(state_of(&checkpoint).step, 2);
+    let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap().unwrap();
+    assert_eq!(
+        state_of(&checkpoint),
+        (2, 3),
+        "what the third step would have learnt from is in the checkpoint"
+    );
     let shown = format!("{error:#}");
     assert!(shown.contains("step 3 is not finite") && shown.contains("after step 2"), "{shown}");
     assert!(shown.contains(&checkpoint.display().to_string()), "{shown}");
@@ -229,8 +238,9 @@ fn checkpoints_of_an_earlier_run_are_in_the_way() {
     let mut run = RunFolder::create(&out).unwrap();
     std::fs::create_dir_all(out.join("checkpoints/step-0000004")).unwrap();
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder.path())).unwrap();
-    let state = State { step: 4, tokens: 1, tokens_kept: 1, position: Position::default() };
-    let error = run.checkpoint(&Bigram::new(2), &tokenizer, &state).unwrap_err().to_string();
+    let reached = Reached { step: 4, ..Reached::default() };
+    let error =
+        run.checkpoint(&Bigram::new(2), &tokenizer, &reached, &Snapshot::default()).unwrap_err().to_string();
     assert!(error.contains("step-0000004 is there already"), "{error}");
 }
 

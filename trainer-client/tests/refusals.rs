@@ -170,3 +170,44 @@ fn a_reader_who_has_seen_enough_is_no_failure() {
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!((child.wait().unwrap().code(), said.as_str()), (Some(0), ""));
 }
+
+#[test]
+fn selections_that_contradict_themselves_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (tokenizer, out) = (text(&write_tokenizer(folder.path())), text(&folder.path().join("run")));
+    let absent = text(&folder.path().join("absent"));
+    for (flags, expected) in [
+        (vec!["--objective", "clm", "--score", "loss"], "keeps every token"),
+        (vec!["--objective", "clm", "--scope", "sequence"], "keeps every token"),
+        (vec!["--objective", "random", "--score", "excess"], "looks at no score"),
+        (vec!["--objective", "random", "--threshold", "1"], "looks at no score"),
+        (vec!["--objective", "random", "--scope", "running-quantile"], "follows scores"),
+        (vec!["--score", "loss", "--entropy-keep", "0.5"], "second share"),
+        (vec!["--score", "union", "--threshold", "-1.5"], "look at two"),
+        (vec!["--threshold", "0", "--scope", "batch"], "no token competes"),
+        (vec!["--threshold", "0", "--keep", "0.5"], "cannot be used with"),
+        (vec!["--threshold", "nan"], "finite number"),
+        (vec!["--score", "improvement"], "give --history FOLDER or --history-decay"),
+        (vec!["--history-decay", "0.9"], "serve --score improvement alone"),
+        (vec!["--score", "improvement", "--history-decay", "1"], "above 0 and below 1"),
+        (vec!["--score", "improvement", "--history", &absent], "holds no config.json"),
+        (vec!["--keep-warmup-steps", "10"], "nothing would ever be left out"),
+        (vec!["--keep", "steps:0.8,11=0.6"], "after the last of the --steps"),
+        (vec!["--keep", "steps:0.8,9=0.6,5=0.7"], "ascending steps"),
+        (vec!["--accumulate", "0"], "at least 1"),
+        (vec!["--first-token", "predict"], "nothing to predict from"),
+        (vec!["--decay-steps", "5"], "part of --schedule wsd"),
+        (vec!["--schedule", "wsd", "--warmup-steps", "8", "--decay-steps", "5"], "more than the 10 steps"),
+    ] {
+        let mut command = sluice_train(&["run", "--bootstrap-servers", "127.0.0.1:1", "--steps", "10"]);
+        command.args(["--sequence-length", "16", "--tokenizer", &tokenizer, "--out", &out]).args(&flags);
+        ends(command, 64, expected);
+        assert!(!Path::new(&out).join("run.json").exists(), "nothing was begun");
+    }
+    // An older checkpoint of another shape.
+    let other = text(&checkpoint(folder.path(), 16));
+    let mut command =
+        sluice_train(&["run", "--steps", "10", "--sequence-length", "16", "--score", "improvement"]);
+    command.args(["--tokenizer", &tokenizer, "--out", &absent, "--history", &other]);
+    ends(command, 64, "another shape");
+}

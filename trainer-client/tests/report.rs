@@ -9,7 +9,7 @@ use sluice_trainer::picture::{PictureDocument, PictureToken, TokenPicture};
 use sluice_trainer::report;
 use sluice_trainer::run_folder::{RecordedRun, RunRecord};
 use sluice_trainer::schedule::{Schedule, Shape};
-use sluice_trainer::select::{KeepRatio, Objective};
+use sluice_trainer::select::{KeepRatio, Objective, Score};
 
 const STEPS: u64 = 40;
 const TOKENS: u64 = 1000;
@@ -20,7 +20,7 @@ fn step(number: u64, kept: u64) -> Metric {
         step: number,
         tokens: number * TOKENS,
         tokens_kept: number * kept,
-        loss: loss as f32,
+        loss: Some(loss as f32),
         loss_all: loss + 0.5,
         loss_selected: Some(loss),
         loss_unselected: (kept < TOKENS).then_some(loss + 1.0),
@@ -35,12 +35,14 @@ fn step(number: u64, kept: u64) -> Metric {
             ("math <i>".to_owned(), SourceCount { kept: kept / 4 * 3, scored: TOKENS / 2 }),
             ("rest".to_owned(), SourceCount { kept: kept - kept / 4 * 3, scored: TOKENS - TOKENS / 2 }),
         ]),
+        digest: String::new(),
     })
 }
 
 /// A run whose loss on the target falls on a straight line from 8 to `final_loss`.
 fn run(name: &str, objective: Objective, final_loss: f64, picture: Option<TokenPicture>) -> RecordedRun {
-    let kept = (objective.keep() * TOKENS as f64) as u64;
+    let keep = objective.selection().and_then(|selection| selection.keep_at(1, STEPS));
+    let kept = (keep.map_or(1.0, KeepRatio::get) * TOKENS as f64) as u64;
     let mut metrics = Vec::new();
     for number in 0..=STEPS {
         if number > 0 {
@@ -64,8 +66,15 @@ fn run(name: &str, objective: Objective, final_loss: f64, picture: Option<TokenP
         objective,
         seed: 1,
         batch_size: 4,
+        accumulate: 1,
         sequence_length: 256,
-        schedule: Schedule { shape: Shape::Cosine, peak: 1e-3, warmup_steps: 2, steps: STEPS },
+        schedule: Schedule {
+            shape: Shape::Cosine,
+            peak: 1e-3,
+            warmup_steps: 2,
+            decay_steps: 0,
+            steps: STEPS,
+        },
         tokenizer: Fingerprint::of_bytes(b"t"),
         reference_model: Some(Fingerprint::of_bytes(b"r")),
         initial_weights: Fingerprint::of_bytes(b"w"),
@@ -99,8 +108,8 @@ fn keep(ratio: f64) -> KeepRatio {
 fn three_runs() -> Vec<RecordedRun> {
     vec![
         run("plain<b>", Objective::Clm, 4.0, None),
-        run("slm", Objective::Slm { keep: keep(0.6) }, 3.0, Some(picture())),
-        run("random", Objective::Random { keep: keep(0.6) }, 4.5, None),
+        run("slm", Objective::slm(Score::Excess, keep(0.6)), 3.0, Some(picture())),
+        run("random", Objective::slm(Score::Random, keep(0.6)), 4.5, None),
     ]
 }
 
@@ -161,7 +170,7 @@ fn the_table_for_a_terminal_is_aligned() {
 
 #[test]
 fn a_run_that_was_just_begun_has_a_page_too() {
-    let mut begun = run("begun", Objective::Slm { keep: keep(0.5) }, 3.0, None);
+    let mut begun = run("begun", Objective::slm(Score::Excess, keep(0.5)), 3.0, None);
     begun.metrics.clear();
     let page = report::page("runs", &[begun]);
     assert!(page.contains("begun") && page.contains("No run was evaluated"));

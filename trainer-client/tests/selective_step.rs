@@ -10,6 +10,7 @@ use sluice_trainer::model::checkpoint::WEIGHTS_FILE;
 use sluice_trainer::model::weights::specs;
 use sluice_trainer::model::{BurnLearner, ModelConfig, NamedTensor};
 use sluice_trainer::optimizer::AdamWConfig;
+use sluice_trainer::select::Needs;
 
 const LEARNING_RATE: f64 = 1e-3;
 
@@ -49,7 +50,6 @@ fn packed_batch() -> Batch {
             batch.targets.push(NO_TARGET);
         }
     }
-    batch.reference = vec![f32::NAN; batch.tokens.len()];
     batch
 }
 
@@ -138,7 +138,7 @@ fn step_agrees_with_pytorch_in_double_precision() {
         segments: golden.segments.concat(),
         positions: golden.positions.concat(),
         targets: golden.targets.concat().iter().map(target).collect(),
-        reference: vec![],
+        ..Batch::default()
     };
     let mut learner = BurnLearner::from_weights(config, adamw, weights, burn::tensor::Device::flex())
         .expect("the weights fit the configuration");
@@ -241,6 +241,20 @@ fn a_token_sees_only_its_own_past() {
 }
 
 #[test]
+fn across_documents_a_token_sees_all_that_stands_before_it_in_its_row() {
+    let learner = BurnLearner::new(tiny(false), AdamWConfig::default(), 1).expect("a valid configuration");
+    let mut batch = packed_batch();
+    // The first row as one segment: what the packer makes of it when documents may look at one another.
+    (0..12).for_each(|index| (batch.segments[index], batch.positions[index]) = (1, index as u32));
+    let before = learner.losses(&batch);
+    let mut changed = batch.clone();
+    changed.tokens[2] = 49;
+    let after = learner.losses(&changed);
+    let differs: Vec<usize> = (0..24).filter(|&i| before[i].to_bits() != after[i].to_bits()).collect();
+    assert_eq!(differs, [2, 3, 5, 6, 7, 8, 9, 10], "from the changed token to the end of its row");
+}
+
+#[test]
 fn the_same_seed_takes_the_same_steps() {
     let run = || {
         let mut learner = BurnLearner::new(tiny(false), AdamWConfig::default(), 11).expect("valid");
@@ -283,6 +297,109 @@ fn an_empty_selection_leaves_the_weights_alone() {
     let outcome = learner.step(&packed_batch(), LEARNING_RATE, &mut |_| vec![]);
     assert_eq!((outcome.kept, learner.steps()), (0, 0));
     assert_eq!(learner.weights(), before);
+}
+
+/// Each row of a batch as a micro-batch of its own.
+fn rows_of(batch: &Batch) -> Vec<Batch> {
+    let row = |row: usize| {
+        let span = row * batch.len..(row + 1) * batch.len;
+        Batch {
+            rows: 1,
+            len: batch.len,
+            tokens: batch.tokens[span.clone()].to_vec(),
+            segments: batch.segments[span.clone()].to_vec(),
+            positions: batch.positions[span.clone()].to_vec(),
+            targets: batch.targets[span].to_vec(),
+            ..Batch::default()
+        }
+    };
+    (0..batch.rows).map(row).collect()
+}
+
+#[test]
+fn micro_batches_make_the_step_of_the_batch_that_they_are() {
+    let batch = packed_batch();
+    let learner = || BurnLearner::new(tiny(false), AdamWConfig::default(), 5).expect("valid");
+    let (mut whole, mut parts) = (learner(), learner());
+    // Unequal numbers of kept tokens, so that a mean of the parts' means would be another gradient.
+    let kept = [vec![0, 1, 2, 5, 6], vec![1]];
+    let all: Vec<u32> = [kept[0].clone(), kept[1].iter().map(|index| index + 12).collect()].concat();
+    let outcome = whole.step(&batch, LEARNING_RATE, &mut |_| all.clone());
+    for (row, kept) in rows_of(&batch).iter().zip(&kept) {
+        parts.accumulate(row, Needs::default(), &mut |_| kept.clone());
+    }
+    let accumulated = parts.update(LEARNING_RATE);
+    assert_eq!((outcome.kept, accumulated.kept), (6, 6));
+    assert!((outcome.kept_loss - accumulated.kept_loss).abs() < 1e-6);
+    assert!((outcome.gradient_norm / accumulated.gradient_norm - 1.0).abs() < 1e-5);
+    for (one, other) in whole.weights().iter().zip(&parts.weights()) {
+        let expected: Vec<f64> = one.values.iter().map(|&value| f64::from(value)).collect();
+        let off = largest_difference(&other.values, &expected);
+        assert!(off < 1e-5, "{} is off by {off:e}", one.name);
+    }
+    assert_eq!(parts.update(LEARNING_RATE).kept, 0, "nothing waits any more");
+}
+
+#[test]
+fn entropies_are_those_of_the_predictions() {
+    let config = ModelConfig { vocab_size: 4, ..tiny(false) };
+    let mut learner = BurnLearner::new(config, AdamWConfig::default(), 5).expect("valid");
+    let row = |target| Batch {
+        rows: 1,
+        len: 2,
+        tokens: vec![1, 2],
+        segments: vec![1; 2],
+        positions: vec![0, 1],
+        targets: vec![target, NO_TARGET],
+        ..Batch::default()
+    };
+    let needs = Needs { entropy: true, ..Needs::default() };
+    for _ in 0..30 {
+        // The loss of every token there is tells the whole distribution.
+        let losses: Vec<f64> = (0..4).map(|target| f64::from(learner.losses(&row(target))[0])).collect();
+        let expected: f64 = losses.iter().map(|loss| loss * (-loss).exp()).sum();
+        let measured = learner.measure(&row(3), needs);
+        assert!((f64::from(measured.entropies[0]) - expected).abs() < 1e-5, "{measured:?} {expected}");
+        assert!(measured.entropies[1].is_nan());
+        learner.step(&row(3), 1e-2, &mut every_target);
+    }
+}
+
+#[test]
+fn a_history_follows_the_weights_and_is_part_of_a_checkpoint() {
+    let batch = packed_batch();
+    let needs = Needs { history_loss: true, ..Needs::default() };
+    let start = || BurnLearner::new(tiny(false), AdamWConfig::default(), 5).expect("valid");
+    let (mut still, mut average) = (start(), start());
+    still.keep_as_history(start().weights()).expect("weights of the model's own shape");
+    average.keep_history(0.75);
+    let before = start().losses(&batch);
+    let mut expected = start().weights();
+    for _ in 0..3 {
+        step(&mut still, &batch);
+        step(&mut average, &batch);
+        for (old, new) in expected.iter_mut().zip(average.weights()) {
+            old.values.iter_mut().zip(new.values).for_each(|(old, new)| *old = 0.75 * *old + 0.25 * new);
+        }
+    }
+    assert_eq!(bits(&still.measure(&batch, needs).history_losses), bits(&before), "it stands still");
+    let config = tiny(false);
+    let device = burn::tensor::Device::flex();
+    let averaged =
+        BurnLearner::from_weights(config, AdamWConfig::default(), expected, device).expect("valid");
+    let history = average.measure(&batch, needs).history_losses;
+    for (found, expected) in history.iter().zip(averaged.losses(&batch)) {
+        assert!(found.is_nan() && expected.is_nan() || (found - expected).abs() < 1e-5);
+    }
+
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    average.save(folder.path()).expect("a writable folder");
+    let mut loaded = start();
+    loaded.keep_history(0.75);
+    loaded.load(folder.path()).expect("what was saved");
+    assert_eq!(bits(&loaded.measure(&batch, needs).history_losses), bits(&history));
+    std::fs::remove_file(folder.path().join("history.safetensors")).expect("it was saved");
+    assert!(loaded.load(folder.path()).is_err(), "a run cannot go on without its history");
 }
 
 #[test]
@@ -341,7 +458,7 @@ fn a_batch_of_many_groups_and_blocks_is_the_sum_of_its_rows() {
         segments: vec![1; rows.len() * len],
         positions: rows.clone().flat_map(|_| 0..len as u32).collect(),
         targets: (rows.start * len + 1..=rows.end * len).map(id).collect(),
-        reference: vec![f32::NAN; rows.len() * len],
+        ..Batch::default()
     };
     let learner = BurnLearner::new(config.clone(), AdamWConfig::default(), 9).expect("valid");
     let whole = row_batch(0..rows);

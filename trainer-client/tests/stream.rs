@@ -66,7 +66,8 @@ fn partitions_take_strict_turns_and_every_epoch_is_the_same() {
     assert_eq!(drain(&mut stream).unwrap(), [once.clone(), once.clone(), once].concat());
     let position = stream.position();
     assert_eq!((position.epoch, position.documents), (3, 216));
-    assert_eq!(position.offsets.into_iter().collect::<Vec<_>>(), [(0, 40), (1, 7), (2, 25)]);
+    let offsets = position.partitions.iter().map(|(&partition, at)| (partition, at.next_offset));
+    assert_eq!(offsets.collect::<Vec<_>>(), [(0, 40), (1, 7), (2, 25)]);
     assert_eq!(stream.reference_model(), Some(model()));
 }
 
@@ -110,6 +111,9 @@ fn a_refused_record_is_named_with_its_place() {
     let foreign = scored(tokenized("d", "s", &[1, 2], Fingerprint::of_bytes(b"other")), 1.0, model());
     let beyond = scored(tokenized("d", "s", &[1, 10], tokenizer()), 1.0, model());
     let other_model = scored(tokenized("d", "s", &[1, 2], tokenizer()), 1.0, Fingerprint::of_bytes(b"later"));
+    let mut elsewhere = scored(tokenized("d", "s", &[1, 2], tokenizer()), 1.0, model());
+    elsewhere.context.window = 128;
+    elsewhere.context.stride = 64;
     let mut cut = document("d");
     cut.truncate(cut.len() - 1);
     let both = format!("by tokenizer {}, and this one is {}", Fingerprint::of_bytes(b"other"), tokenizer());
@@ -117,6 +121,7 @@ fn a_refused_record_is_named_with_its_place() {
         (foreign.encode().to_vec(), both.as_str()),
         (beyond.encode().to_vec(), "token id 10 at position 1 is beyond the vocabulary of 10"),
         (other_model.encode().to_vec(), "was scored by reference model"),
+        (elsewhere.encode().to_vec(), "in windows of 128 tokens every 64"),
         (cut, "not a valid record"),
         (vec![], "no payload"),
     ] {

@@ -9,24 +9,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_trainer::checkpoints::{State, checkpoints, latest_checkpoint};
 use sluice_trainer::document::Document;
 use sluice_trainer::evaluate::{EvalFile, read_sets};
 use sluice_trainer::metrics::{EvalMetric, Metric, StepMetric};
-use sluice_trainer::pack::BatchShape;
+use sluice_trainer::pack::{BatchShape, Packing};
 use sluice_trainer::progress::Progress;
-use sluice_trainer::run_folder::{RecordedRun, RunFolder, RunRecord, State, checkpoints, latest_checkpoint};
+use sluice_trainer::run_folder::{RecordedRun, RunFolder, RunRecord};
 use sluice_trainer::schedule::{Schedule, Shape};
-use sluice_trainer::select::{KeepRatio, Objective};
+use sluice_trainer::select::{KeepRatio, Objective, Score};
 use sluice_trainer::stream::{DocumentStream, ShuffledDocuments};
+use sluice_trainer::supply::count_batches;
 use sluice_trainer::text::TextTokenizer;
-use sluice_trainer::train::{Ending, Outcome, Plan, Training, count_batches};
+use sluice_trainer::train::{Ending, Outcome, Plan, Training};
 use support::bigram::Bigram;
 use support::{mixture, write_tokenizer};
 
 const SHAPE: BatchShape = BatchShape { rows: 4, len: 32 };
 
 fn slm() -> Objective {
-    Objective::Slm { keep: KeepRatio::try_from(0.6).unwrap() }
+    Objective::slm(Score::Excess, KeepRatio::try_from(0.6).unwrap())
 }
 
 fn documents() -> Vec<Document> {
@@ -48,12 +50,13 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
     let mut learner = Bigram::new(256);
     let out = folder.join("run");
     let mut run = RunFolder::create(&out).unwrap();
-    let schedule = Schedule { shape: Shape::Cosine, peak: 20.0, warmup_steps: 2, steps };
+    let schedule = Schedule { shape: Shape::Cosine, peak: 20.0, warmup_steps: 2, decay_steps: 0, steps };
     let record = RunRecord {
         command: "run".into(),
-        objective,
+        objective: objective.clone(),
         seed: 1,
         batch_size: SHAPE.rows,
+        accumulate: 1,
         sequence_length: SHAPE.len,
         schedule,
         tokenizer: tokenizer.fingerprint(),
@@ -64,8 +67,18 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
     };
     let training = Training {
         learner: &mut learner,
-        stream: &mut stream,
-        plan: Plan { objective, schedule, shape: SHAPE, seed: 1, eval_every: 10, checkpoint_every: 8 },
+        streams: vec![&mut stream],
+        plan: Plan {
+            objective,
+            schedule,
+            shape: SHAPE,
+            packing: Packing::default(),
+            accumulate: 1,
+            shuffle_buffer: 5,
+            seed: 1,
+            eval_every: 10,
+            checkpoint_every: 8,
+        },
         evals: &evals,
         tokenizer: &tokenizer,
         folder: &mut run,
@@ -107,7 +120,7 @@ fn the_books_of_a_selective_run_add_up() {
             + (step.scored - step.kept) as f64 * step.loss_unselected.unwrap())
             / step.scored as f64;
         assert!((mean - step.loss_all).abs() < 1e-6);
-        assert!((step.loss_selected.unwrap() - f64::from(step.loss)).abs() < 1e-4);
+        assert!((step.loss_selected.unwrap() - f64::from(step.loss.unwrap())).abs() < 1e-4);
         assert_eq!(step.sources.values().map(|count| count.kept).sum::<u64>(), step.kept);
         assert_eq!(step.sources.values().map(|count| count.scored).sum::<u64>(), step.scored);
     }
@@ -130,9 +143,9 @@ fn a_run_repeats_itself_and_its_controls_see_the_same_tokens() {
     };
     assert_eq!(repeat(), repeat());
     let (slm_steps, _) = repeat().0;
-    for objective in [Objective::Clm, Objective::Random { keep: KeepRatio::try_from(0.6).unwrap() }] {
+    for objective in [Objective::Clm, Objective::slm(Score::Random, KeepRatio::try_from(0.6).unwrap())] {
         let folder = tempfile::tempdir().unwrap();
-        let (steps, _) = split(&train(folder.path(), objective, 12, &Arc::default()).1);
+        let (steps, _) = split(&train(folder.path(), objective.clone(), 12, &Arc::default()).1);
         let tokens = |steps: &[StepMetric]| steps.iter().map(|step| step.tokens).collect::<Vec<_>>();
         assert_eq!(tokens(&steps), tokens(&slm_steps));
         let kept = |steps: &[StepMetric]| steps.iter().map(|step| step.kept).collect::<Vec<_>>();
@@ -155,10 +168,14 @@ fn checkpoints_are_whole_and_the_last_two_are_kept() {
         .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
         .collect();
     assert_eq!(names, ["step-0000024", "step-0000025"]);
-    let last = latest_checkpoint(&out).unwrap();
-    let state: State = serde_json::from_slice(&std::fs::read(last.join("state.json")).unwrap()).unwrap();
-    assert_eq!((state.step, state.tokens, state.tokens_kept), (25, outcome.tokens, outcome.tokens_kept));
-    assert!(state.position.documents > 0 && state.position.epoch >= 1);
+    let last = latest_checkpoint(&out).unwrap().unwrap();
+    let (State { reached, .. }, snapshot) = State::read(&last).unwrap();
+    assert_eq!(
+        (reached.step, reached.tokens, reached.tokens_kept),
+        (25, outcome.tokens, outcome.tokens_kept)
+    );
+    let position = &snapshot.ranks[0].position;
+    assert!(position.documents > 0 && position.epoch >= 1);
     assert!(last.join("tokenizer.json").is_file() && last.join("model.safetensors").is_file());
     let picture = run.picture.unwrap();
     assert_eq!(picture.documents.len(), 4, "two of each source");
@@ -181,6 +198,7 @@ fn a_stream_that_ends_and_a_request_to_stop_both_leave_a_checkpoint() {
     assert_eq!(outcome.steps, batches);
     assert!(
         latest_checkpoint(&folder.path().join("run"))
+            .unwrap()
             .unwrap()
             .ends_with(format!("step-{:07}", outcome.steps))
     );

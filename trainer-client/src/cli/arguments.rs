@@ -1,6 +1,6 @@
 //! Flags that several commands share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -11,8 +11,8 @@ use crate::model::ModelConfig;
 use crate::model::checkpoint::read_weights;
 use crate::model::config::CONFIG_FILE;
 use crate::optimizer::AdamWConfig;
-use crate::pack::BatchShape;
-use crate::schedule::Shape;
+use crate::pack::{BatchShape, FirstToken, Packing};
+use crate::schedule::{Schedule, Shape};
 use crate::stream::Broker;
 use crate::text::TextTokenizer;
 
@@ -120,6 +120,27 @@ impl ModelArguments {
         BurnLearner::from_weights(config, optimizer, weights, burn::tensor::Device::flex()).or_data()
     }
 
+    /// The model of a checkpoint, with its optimizer, if it is the one that these flags describe.
+    pub fn resumed(
+        &self,
+        checkpoint: &Path,
+        tokenizer: &TextTokenizer,
+        sequence_length: usize,
+        optimizer: AdamWConfig,
+    ) -> anyhow::Result<BurnLearner> {
+        optimizer.validate().or_usage()?;
+        let learner = BurnLearner::open(checkpoint, optimizer).or_data()?;
+        // With --init the flags say nothing of the shape.
+        if self.init.is_none() && *learner.config() != self.config(tokenizer, sequence_length) {
+            let error = anyhow::anyhow!(
+                "the model in {} has another shape than the flags say; give those that the run began with",
+                checkpoint.display()
+            );
+            return Err(error).or_usage();
+        }
+        Ok(learner)
+    }
+
     fn config(&self, tokenizer: &TextTokenizer, sequence_length: usize) -> ModelConfig {
         ModelConfig {
             vocab_size: tokenizer.vocabulary() as usize,
@@ -142,21 +163,33 @@ impl ModelArguments {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Training")]
 pub(super) struct OptimizationArguments {
-    /// Sequences in a batch
+    /// Sequences in a micro-batch
     #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = at_least::<1>)]
     pub batch_size: usize,
+    /// Micro-batches whose gradients make one optimizer step
+    #[arg(long, env = "SLUICE_TRAIN_ACCUMULATE", default_value_t = 1, value_parser = at_least::<1>)]
+    pub accumulate: usize,
     /// Tokens in a sequence
     #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", default_value_t = 256, value_parser = at_least::<2>)]
     pub sequence_length: usize,
+    /// Let tokens attend to the documents before theirs in a sequence, which a reference model has not seen
+    #[arg(long, env = "SLUICE_TRAIN_ATTEND_ACROSS_DOCUMENTS")]
+    pub attend_across_documents: bool,
+    /// What happens to the first token of a document; predict needs --attend-across-documents
+    #[arg(long, env = "SLUICE_TRAIN_FIRST_TOKEN", value_enum, default_value_t = FirstToken::Skip)]
+    pub first_token: FirstToken,
     /// The highest learning rate
     #[arg(long, env = "SLUICE_TRAIN_LEARNING_RATE", default_value_t = 1e-3, value_parser = positive)]
     pub learning_rate: f64,
     /// Steps over which the learning rate rises to its peak
     #[arg(long, env = "SLUICE_TRAIN_WARMUP_STEPS", default_value_t = 20)]
     pub warmup_steps: u64,
-    /// What the learning rate does after that; cosine falls to a tenth of the peak
+    /// What the learning rate does after that; cosine and wsd fall to a tenth of the peak
     #[arg(long, env = "SLUICE_TRAIN_SCHEDULE", value_enum, default_value_t = Shape::Cosine)]
     pub schedule: Shape,
+    /// Last steps, over which wsd lets the learning rate fall [default: a tenth of the steps]
+    #[arg(long, env = "SLUICE_TRAIN_DECAY_STEPS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub decay_steps: Option<u64>,
     /// Weight decay of matrices, decoupled from the gradient
     #[arg(long, env = "SLUICE_TRAIN_WEIGHT_DECAY", default_value_t = AdamWConfig::default().weight_decay)]
     pub weight_decay: f64,
@@ -174,6 +207,37 @@ impl OptimizationArguments {
         BatchShape { rows: self.batch_size, len: self.sequence_length }
     }
 
+    pub fn packing(&self) -> anyhow::Result<Packing> {
+        let Self { attend_across_documents, first_token, .. } = *self;
+        if first_token == FirstToken::Predict && !attend_across_documents {
+            let error =
+                "--first-token predict has nothing to predict from: give --attend-across-documents too";
+            return Err(Failure::Usage(error.to_owned()).into());
+        }
+        Ok(Packing { attend_across_documents, first_token })
+    }
+
+    /// Learning rates of a run of `steps` steps.
+    pub fn schedule(&self, steps: u64) -> anyhow::Result<Schedule> {
+        let Self { schedule: shape, learning_rate: peak, warmup_steps, .. } = *self;
+        if self.decay_steps.is_some() && shape != Shape::Wsd {
+            let error = "--decay-steps is a part of --schedule wsd: leave it out, or give that schedule";
+            return Err(Failure::Usage(error.to_owned()).into());
+        }
+        let decay_steps = match shape {
+            Shape::Wsd => self.decay_steps.unwrap_or(steps.div_ceil(10)),
+            Shape::Cosine | Shape::Constant => 0,
+        };
+        if shape == Shape::Wsd && warmup_steps.saturating_add(decay_steps) > steps {
+            return Err(Failure::Usage(format!(
+                "{warmup_steps} --warmup-steps and {decay_steps} --decay-steps are more than the {steps} steps of the run: \
+                 give fewer"
+            ))
+            .into());
+        }
+        Ok(Schedule { shape, peak, warmup_steps, decay_steps, steps })
+    }
+
     pub fn optimizer(&self) -> AdamWConfig {
         AdamWConfig {
             weight_decay: self.weight_decay,
@@ -187,7 +251,7 @@ impl OptimizationArguments {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Output and evaluation")]
 pub(super) struct OutputArguments {
-    /// Folder of the run; must not hold one yet
+    /// Folder of the run; must not hold one yet, unless it is resumed
     #[arg(long, env = "SLUICE_TRAIN_OUT", value_name = "FOLDER")]
     pub out: PathBuf,
     /// Held-out text to measure the loss on, JSON Lines with a "text" field; repeatable, in the environment one a line
@@ -196,7 +260,16 @@ pub(super) struct OutputArguments {
     /// Steps between evaluations
     #[arg(long, env = "SLUICE_TRAIN_EVAL_EVERY", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..))]
     pub eval_every: u64,
-    /// Steps between checkpoints; the last two are kept
+    /// Go on from the last checkpoint in --out, or begin where there is none
+    #[arg(long, env = "SLUICE_TRAIN_RESUME")]
+    pub resume: bool,
+    /// Checkpoints to keep: the last ones
+    #[arg(long, env = "SLUICE_TRAIN_CHECKPOINTS_KEEP", default_value_t = 2, value_parser = at_least::<1>)]
+    pub checkpoints_keep: usize,
+    /// Write down which documents each step learnt from (documents.jsonl)
+    #[arg(long, env = "SLUICE_TRAIN_LOG_DOCUMENTS")]
+    pub log_documents: bool,
+    /// Steps between checkpoints; one follows the last step, or a signal, in any case
     #[arg(long, env = "SLUICE_TRAIN_CHECKPOINT_EVERY", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
     pub checkpoint_every: u64,
 }

@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::arguments::at_least;
 use super::say;
+use crate::checkpoints::{CHECKPOINTS, TOKENIZER_FILE, latest_checkpoint};
 use crate::evaluate::{EvalFile, read_sets};
 use crate::export::export_onnx;
 use crate::failure::Classify;
@@ -16,7 +17,7 @@ use crate::model::BurnLearner;
 use crate::optimizer::AdamWConfig;
 use crate::pack::BatchShape;
 use crate::report;
-use crate::run_folder::{CHECKPOINTS, RecordedRun, TOKENIZER_FILE, latest_checkpoint};
+use crate::run_folder::RecordedRun;
 use crate::text::TextTokenizer;
 
 /// Arguments of `sluice-train export`.
@@ -155,7 +156,8 @@ fn checkpoint_in(folder: &Path) -> anyhow::Result<PathBuf> {
     if !folder.join(CHECKPOINTS).is_dir() {
         bail!("{} is neither a checkpoint (config.json) nor a run folder (checkpoints/)", folder.display());
     }
-    latest_checkpoint(folder)
+    latest_checkpoint(folder)?
+        .with_context(|| format!("{} holds no finished checkpoint; let the run reach one", folder.display()))
 }
 
 /// Whoever reads standard output.

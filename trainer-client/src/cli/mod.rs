@@ -2,6 +2,7 @@
 
 mod arguments;
 mod inspect;
+mod selection;
 mod training;
 
 use std::ffi::OsString;

@@ -6,32 +6,26 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
-use clap::{Args, ValueEnum};
-use serde_json::json;
+use clap::Args;
+use serde_json::{Value, json};
+use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
 
-use super::arguments::{BrokerArguments, ModelArguments, OptimizationArguments, OutputArguments};
+use super::arguments::{BrokerArguments, ModelArguments, OptimizationArguments, OutputArguments, at_least};
+use super::selection::SelectionArguments;
+use crate::checkpoints::{Reached, State};
 use crate::evaluate::read_sets;
 use crate::failure::{Classify, Failure};
+use crate::learner::Learner;
 use crate::model::BurnLearner;
 use crate::progress::Progress;
 use crate::run_folder::{RunFolder, RunRecord};
-use crate::schedule::Schedule;
-use crate::select::{KeepRatio, Objective};
-use crate::stream::{Decoder, DocumentStream, Extent, KafkaStream, ShuffledDocuments, TopicKind};
+use crate::select::Objective;
+use crate::snapshot::Snapshot;
+use crate::stream::{Decoder, DocumentStream, Extent, KafkaStream, Shard, ShuffledDocuments, TopicKind};
+use crate::supply::count_batches;
 use crate::text::TextTokenizer;
-use crate::train::{Ending, Plan, Training, count_batches};
-
-/// Which tokens a run learns from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ObjectiveName {
-    /// The tokens with the highest excess loss over the reference
-    Slm,
-    /// Every token
-    Clm,
-    /// As many tokens as slm, drawn at random: the control
-    Random,
-}
+use crate::train::{Ending, Plan, Training};
 
 /// Arguments of `sluice-train run`.
 #[derive(Args, Clone, Debug)]
@@ -42,12 +36,6 @@ pub(super) struct RunArguments {
     /// The tokenizer.json that the documents were made with
     #[arg(long, env = "SLUICE_TRAIN_TOKENIZER", value_name = "FILE")]
     tokenizer: PathBuf,
-    /// Which tokens to learn from
-    #[arg(long, env = "SLUICE_TRAIN_OBJECTIVE", value_enum, default_value_t = ObjectiveName::Slm)]
-    objective: ObjectiveName,
-    /// Share of each batch's tokens to keep, above 0 and at most 1
-    #[arg(long, env = "SLUICE_TRAIN_KEEP", default_value = "0.6")]
-    keep: KeepRatio,
     /// Optimizer steps
     #[arg(long, env = "SLUICE_TRAIN_STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
@@ -60,6 +48,30 @@ pub(super) struct RunArguments {
     /// Passes over the topic; implies --until-end
     #[arg(long, env = "SLUICE_TRAIN_EPOCHS", conflicts_with = "follow", value_parser = clap::value_parser!(u64).range(1..))]
     epochs: Option<u64>,
+    /// Equal parts of the topic, each with its partitions, shuffle buffer and packing, that a step takes --accumulate
+    /// micro-batches of; may change when a run is resumed
+    #[arg(long, env = "SLUICE_TRAIN_WORLD_SIZE", default_value_t = 1, value_parser = at_least::<1>)]
+    world_size: usize,
+    /// Documents that wait in each part to be drawn from at random [default: the topic's order]
+    #[arg(
+        long,
+        env = "SLUICE_TRAIN_SHUFFLE_BUFFER",
+        value_name = "DOCUMENTS",
+        default_value_t = 0,
+        hide_default_value = true
+    )]
+    shuffle_buffer: usize,
+    /// Fingerprint of a reference model whose losses are accepted; repeatable, in the environment one a line
+    /// [default: that of the first record]
+    #[arg(
+        long = "reference-model",
+        env = "SLUICE_TRAIN_REFERENCE_MODEL",
+        value_name = "SHA256",
+        value_delimiter = '\n'
+    )]
+    reference_models: Vec<Fingerprint>,
+    #[command(flatten)]
+    selection: SelectionArguments,
     #[command(flatten)]
     broker: BrokerArguments,
     #[command(flatten)]
@@ -97,11 +109,9 @@ pub(super) struct ReferenceArguments {
 
 /// Trains on a scored topic.
 pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
-    let objective = match arguments.objective {
-        ObjectiveName::Slm => Objective::Slm { keep: arguments.keep },
-        ObjectiveName::Clm => Objective::Clm,
-        ObjectiveName::Random => Objective::Random { keep: arguments.keep },
-    };
+    let objective = arguments.selection.objective(arguments.steps)?;
+    // Here as well, so that a wrong flag is found before a folder is made.
+    arguments.optimization.schedule(arguments.steps)?;
     let extent = match arguments.epochs {
         Some(epochs) => Extent::UntilEnd { epochs },
         None if arguments.until_end => Extent::UntilEnd { epochs: 1 },
@@ -110,15 +120,29 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let stop = stop_on_signals()?;
     let broker = arguments.broker.broker()?;
     let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_usage()?;
-    let prepared = Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
-    let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary());
-    let mut stream = KafkaStream::open(broker, &arguments.topic, extent, decoder, Arc::clone(&stop))?;
-    let extent = match extent {
-        Extent::Follow => json!("follow"),
-        Extent::UntilEnd { epochs } => json!({ "until_end": { "epochs": epochs } }),
-    };
-    let settings = [("stream", stream_settings(&arguments.topic, &arguments.broker, &extent))];
-    prepared.train("run", objective, arguments.steps, &mut stream, &stop, settings.into())
+    let mut prepared =
+        Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
+    prepared.give_history(&arguments.selection)?;
+    let settings =
+        [("stream", arguments.stream_settings(extent)), ("history", arguments.selection.history_settings())];
+    let plan = prepared.plan(objective, arguments.steps, arguments.shuffle_buffer)?;
+    let record = prepared.record("run", &plan, settings.into())?;
+    let begun = prepared.begun(&record, arguments.world_size)?;
+
+    let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
+        .needing_entropies(plan.objective.needs().reference_entropy)
+        .allowing(&arguments.reference_models)
+        .after(begun.as_ref().and_then(|begun| begun.reference_model));
+    let mut streams = Vec::with_capacity(arguments.world_size);
+    for rank in 0..arguments.world_size {
+        let shard = Shard { rank, world_size: arguments.world_size };
+        let place = begun.as_ref().map(|begun| &begun.snapshot.ranks[rank].position);
+        let (broker, decoder) = (broker.clone(), decoder.clone());
+        let stop = Arc::clone(&stop);
+        streams.push(KafkaStream::open_at(broker, &arguments.topic, extent, (shard, place), decoder, stop)?);
+    }
+    let streams = streams.iter_mut().map(|stream| -> &mut dyn DocumentStream { stream }).collect();
+    prepared.train(plan, record, begun, streams, &stop)
 }
 
 /// Trains a reference model on curated documents.
@@ -138,12 +162,19 @@ pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
     let tokens: usize = documents.iter().map(|document| document.tokens().len()).sum();
     tracing::info!(documents = documents.len(), tokens, "read the curated documents");
     let seed = arguments.optimization.seed;
-    let mut stream = ShuffledDocuments::new(documents, arguments.epochs, seed, Arc::clone(&stop));
+    let stream = ShuffledDocuments::new(documents, arguments.epochs, seed, Arc::clone(&stop));
     let batches = count_batches(&mut stream.clone(), arguments.optimization.shape())?;
-    let steps = arguments.steps.map_or(batches, |steps| steps.min(batches));
-    let extent = json!({ "until_end": { "epochs": arguments.epochs } });
-    let settings = [("stream", stream_settings(&arguments.topic, &arguments.broker, &extent))];
-    prepared.train("reference", Objective::Clm, steps, &mut stream, &stop, settings.into())
+    let whole = batches.div_ceil(arguments.optimization.accumulate as u64);
+    let steps = arguments.steps.map_or(whole, |steps| steps.min(whole));
+    let mut settings = stream_settings(&arguments.topic, &arguments.broker);
+    settings["extent"] = json!({ "until_end": { "epochs": arguments.epochs } });
+    settings["documents"] = stream.documents().into();
+    settings["tokens"] = tokens.into();
+    let plan = prepared.plan(Objective::Clm, steps, 0)?;
+    let record = prepared.record("reference", &plan, [("stream", settings)].into())?;
+    let begun = prepared.begun(&record, 1)?;
+    let read = begun.as_ref().map_or(0, |begun| begun.snapshot.ranks[0].position.documents);
+    prepared.train(plan, record, begun, vec![&mut stream.after(read)], &stop)
 }
 
 /// What both commands set up before they open a stream, so that a wrong flag is found at once.
@@ -152,8 +183,17 @@ struct Prepared<'a> {
     tokenizer: &'a TextTokenizer,
     evals: Vec<crate::evaluate::EvalSet>,
     folder: RunFolder,
+    /// The checkpoint to go on from.
+    checkpoint: Option<PathBuf>,
     optimization: &'a OptimizationArguments,
     output: &'a OutputArguments,
+}
+
+/// A run to go on with.
+struct Begun {
+    reached: Reached,
+    snapshot: Snapshot,
+    reference_model: Option<Fingerprint>,
 }
 
 impl<'a> Prepared<'a> {
@@ -163,50 +203,98 @@ impl<'a> Prepared<'a> {
         output: &'a OutputArguments,
         tokenizer: &'a TextTokenizer,
     ) -> anyhow::Result<Self> {
-        let learner = model.learner(
-            tokenizer,
-            optimization.sequence_length,
-            optimization.optimizer(),
-            optimization.seed,
-        )?;
+        optimization.packing()?;
         let evals = read_sets(&output.evals, tokenizer, optimization.shape())?;
-        let folder = RunFolder::create(&output.out).or_usage()?;
-        Ok(Self { learner, tokenizer, evals, folder, optimization, output })
+        let OptimizationArguments { sequence_length, seed, .. } = *optimization;
+        let optimizer = optimization.optimizer();
+        let (mut folder, checkpoint, learner) = if output.resume && output.out.is_dir() {
+            let (folder, checkpoint) = RunFolder::resume(&output.out).or_data()?;
+            let learner = match &checkpoint {
+                Some(checkpoint) => model.resumed(checkpoint, tokenizer, sequence_length, optimizer)?,
+                None => model.learner(tokenizer, sequence_length, optimizer, seed)?,
+            };
+            (folder, checkpoint, learner)
+        } else {
+            // Before the folder is made, so that a wrong flag leaves nothing behind.
+            let learner = model.learner(tokenizer, sequence_length, optimizer, seed)?;
+            (RunFolder::create(&output.out).or_usage()?, None, learner)
+        };
+        folder.keep_checkpoints(output.checkpoints_keep);
+        if output.log_documents {
+            folder.open_documents()?;
+        }
+        Ok(Self { learner, tokenizer, evals, folder, checkpoint, optimization, output })
+    }
+
+    /// Gives the learner the history that its score looks at: as it was in the checkpoint, where there is one.
+    fn give_history(&mut self, selection: &SelectionArguments) -> anyhow::Result<()> {
+        selection.give_history(&mut self.learner)?;
+        match &self.checkpoint {
+            Some(checkpoint) => self.learner.load(checkpoint).or_data(),
+            None => Ok(()),
+        }
+    }
+
+    fn plan(&self, objective: Objective, steps: u64, shuffle_buffer: usize) -> anyhow::Result<Plan> {
+        let OptimizationArguments { seed, accumulate, .. } = *self.optimization;
+        Ok(Plan {
+            objective,
+            schedule: self.optimization.schedule(steps)?,
+            shape: self.optimization.shape(),
+            packing: self.optimization.packing()?,
+            accumulate,
+            shuffle_buffer,
+            seed,
+            eval_every: self.output.eval_every,
+            checkpoint_every: self.output.checkpoint_every,
+        })
+    }
+
+    /// The run that the checkpoint belongs to, if it is the one that `record` describes; its data for `world_size` ranks.
+    fn begun(&self, record: &RunRecord, world_size: usize) -> anyhow::Result<Option<Begun>> {
+        let Some(checkpoint) = &self.checkpoint else { return Ok(None) };
+        let (state, snapshot) = State::read(checkpoint).or_data()?;
+        let before = self.folder.read_record().or_data()?;
+        let same_world_size = state.data.world_size() == world_size;
+        if let Some(difference) = before.first_difference(record, same_world_size) {
+            let error = anyhow::anyhow!(
+                "the run in {} was begun otherwise: {difference} differs, so it would not be the same run; give what it \
+                 began with (run.json), or begin another with --init {}",
+                self.output.out.display(),
+                checkpoint.display()
+            );
+            return Err(error).or_usage();
+        }
+        super::say(format_args!("going on from {}", checkpoint.display()));
+        let snapshot = snapshot.for_world_size(world_size);
+        Ok(Some(Begun { reached: state.reached, snapshot, reference_model: before.reference_model }))
     }
 
     fn train(
         mut self,
-        command: &str,
-        objective: Objective,
-        steps: u64,
-        stream: &mut dyn DocumentStream,
+        plan: Plan,
+        record: RunRecord,
+        begun: Option<Begun>,
+        mut streams: Vec<&mut dyn DocumentStream>,
         stop: &AtomicBool,
-        settings: BTreeMap<&str, serde_json::Value>,
     ) -> anyhow::Result<()> {
-        let OptimizationArguments { seed, learning_rate, warmup_steps, .. } = *self.optimization;
-        let schedule =
-            Schedule { shape: self.optimization.schedule, peak: learning_rate, warmup_steps, steps };
-        let plan = Plan {
-            objective,
-            schedule,
-            shape: self.optimization.shape(),
-            seed,
-            eval_every: self.output.eval_every,
-            checkpoint_every: self.output.checkpoint_every,
-        };
-        let record = self.record(command, &plan, settings)?;
-        let label = if command == "reference" { command } else { objective.name() };
+        let steps = plan.schedule.steps;
+        let label = if record.command == "reference" { "reference" } else { plan.objective.name() };
         let training = Training {
             learner: &mut self.learner,
-            stream,
-            plan,
+            // Borrowed anew, for as long as everything else here lives.
+            streams: streams.iter_mut().map(|stream| -> &mut dyn DocumentStream { &mut **stream }).collect(),
             evals: &self.evals,
             tokenizer: self.tokenizer,
             folder: &mut self.folder,
             stop,
             progress: Progress::new(label, steps),
+            plan,
         };
-        let outcome = training.run(record)?;
+        let outcome = match begun {
+            Some(Begun { reached, snapshot, .. }) => training.resume(reached, snapshot)?,
+            None => training.run(record)?,
+        };
         let why = match outcome.ending {
             Ending::Finished => "all steps done",
             Ending::StreamEnded => {
@@ -228,14 +316,14 @@ impl<'a> Prepared<'a> {
         &self,
         command: &str,
         plan: &Plan,
-        settings: BTreeMap<&str, serde_json::Value>,
+        settings: BTreeMap<&str, Value>,
     ) -> anyhow::Result<RunRecord> {
-        let mut settings: BTreeMap<String, serde_json::Value> =
+        let mut settings: BTreeMap<String, Value> =
             settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        let encode =
-            |value: serde_json::Result<serde_json::Value>| value.context("cannot encode the run's settings");
+        let encode = |value: serde_json::Result<Value>| value.context("cannot encode the run's settings");
         settings.insert("model".into(), encode(serde_json::to_value(self.learner.config()))?);
         settings.insert("optimizer".into(), encode(serde_json::to_value(self.optimization.optimizer()))?);
+        settings.insert("packing".into(), encode(serde_json::to_value(plan.packing))?);
         settings.insert("eval_every".into(), self.output.eval_every.into());
         settings.insert("checkpoint_every".into(), self.output.checkpoint_every.into());
         let evals = self.output.evals.iter().zip(&self.evals).map(|(file, set)| {
@@ -246,9 +334,10 @@ impl<'a> Prepared<'a> {
         let versions = [("sluice-train", env!("CARGO_PKG_VERSION").to_owned()), ("librdkafka", librdkafka)];
         Ok(RunRecord {
             command: command.to_owned(),
-            objective: plan.objective,
+            objective: plan.objective.clone(),
             seed: plan.seed,
             batch_size: plan.shape.rows,
+            accumulate: plan.accumulate,
             sequence_length: plan.shape.len,
             schedule: plan.schedule,
             tokenizer: self.tokenizer.fingerprint(),
@@ -260,15 +349,25 @@ impl<'a> Prepared<'a> {
     }
 }
 
-fn stream_settings(topic: &str, broker: &BrokerArguments, extent: &serde_json::Value) -> serde_json::Value {
+impl RunArguments {
+    fn stream_settings(&self, extent: Extent) -> Value {
+        let mut settings = stream_settings(&self.topic, &self.broker);
+        settings["extent"] = match extent {
+            Extent::Follow => json!("follow"),
+            Extent::UntilEnd { epochs } => json!({ "until_end": { "epochs": epochs } }),
+        };
+        settings["shuffle_buffer"] = self.shuffle_buffer.into();
+        settings["world_size"] = self.world_size.into();
+        let allowed: Vec<String> = self.reference_models.iter().map(ToString::to_string).collect();
+        settings["reference_models"] = allowed.into();
+        settings
+    }
+}
+
+fn stream_settings(topic: &str, broker: &BrokerArguments) -> Value {
     // Values of properties may be secrets; their names are enough to know that there were some.
     let properties: Vec<&str> = broker.property_names().collect();
-    json!({
-        "topic": topic,
-        "bootstrap_servers": broker.bootstrap_servers,
-        "properties": properties,
-        "extent": extent,
-    })
+    json!({ "topic": topic, "bootstrap_servers": broker.bootstrap_servers, "properties": properties })
 }
 
 /// A flag that the first SIGINT or SIGTERM sets; a second one ends the process at once.

@@ -15,6 +15,8 @@ use super::weights::{NamedTensor, in_order};
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// File name of the optimizer's moments and step count.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// File name of the weights that an improvement is measured over.
+pub const HISTORY_FILE: &str = "history.safetensors";
 
 /// Writes f32 tensors with one metadata entry (transformers insists on `format: pt` for weights).
 pub fn write_tensors(path: &Path, tensors: &[NamedTensor], metadata: (&str, &str)) -> Result<()> {

@@ -30,7 +30,7 @@ pub(super) struct Block {
     probabilities: Option<Tensor<2>>,
 }
 
-/// Gradients of the mean loss over kept positions.
+/// Gradients of the loss summed over kept positions.
 pub(super) struct HeadGradients {
     /// With respect to the hidden states, `[tokens, hidden]`; zero where nothing was kept.
     pub hidden: Tensor<2>,
@@ -38,21 +38,30 @@ pub(super) struct HeadGradients {
     pub weight: Tensor<2>,
 }
 
-/// Whether [`losses`] may keep probabilities for a later [`gradients`].
+/// Whether [`predict`] may keep probabilities for a later [`gradients`].
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Keep {
     Probabilities,
     Nothing,
 }
 
-/// Loss in nats of every position's target, `-log softmax(h W^T)[target]` in f32, NaN where there is none.
-pub(super) fn losses(
+/// What the head says of every position, in nats, NaN where there is no target.
+pub(super) struct Predictions {
+    /// Loss of the target, `-log softmax(h W^T)[target]`.
+    pub losses: Vec<f32>,
+    /// Entropy of the prediction, `-sum(p log p)`; empty unless asked for.
+    pub entropies: Vec<f32>,
+}
+
+/// Losses of every position's target in f32, and entropies where they are asked for.
+pub(super) fn predict(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
     batch: &Batch,
     keep: Keep,
+    wants_entropies: bool,
     device: &Device,
-) -> (Vec<f32>, Vec<Block>) {
+) -> (Predictions, Vec<Block>) {
     let vocab = weight.dims()[0];
     let (positions, targets): (Vec<u32>, Vec<u32>) = (0u32..)
         .zip(&batch.targets)
@@ -68,28 +77,41 @@ pub(super) fn losses(
             let target = indices(targets, device).unsqueeze_dim(1);
             // The largest probability is 1 / sum(exp(logit - max)), so this is the logarithm of a softmax without a
             // pass of its own, and it cannot underflow.
-            let below_max = logits.clone().max_dim(1) - logits.clone().gather(1, target);
-            let probabilities = softmax(logits, 1);
-            let losses = below_max - probabilities.clone().max_dim(1).clamp_max(1.0).log();
+            let max = logits.clone().max_dim(1);
+            let below_max = max.clone() - logits.clone().gather(1, target);
+            let probabilities = softmax(logits.clone(), 1);
+            let log_sum = probabilities.clone().max_dim(1).clamp_max(1.0).log().neg();
+            // log p = logit - max - log_sum, so the entropy is the mean of max - logit, plus log_sum.
+            let entropies = if wants_entropies {
+                to_host((probabilities.clone() * (max - logits)).sum_dim(1) + log_sum.clone())
+            } else {
+                vec![]
+            };
+            let losses = below_max + log_sum;
             let block = Block {
                 positions: positions.to_vec(),
                 targets: targets.to_vec(),
                 probabilities: keep.then_some(probabilities),
             };
-            (to_host(losses), block)
+            (to_host(losses), entropies, block)
         });
-    let mut losses = vec![f32::NAN; batch.targets.len()];
-    for (values, block) in &blocks {
-        for (&position, &loss) in block.positions.iter().zip(values) {
-            losses[position as usize] = loss;
+    let nothing = || vec![f32::NAN; batch.targets.len()];
+    let entropies = if wants_entropies { nothing() } else { vec![] };
+    let mut predictions = Predictions { losses: nothing(), entropies };
+    for (losses, entropies, block) in &blocks {
+        for (row, &position) in block.positions.iter().enumerate() {
+            predictions.losses[position as usize] = losses[row];
+            if wants_entropies {
+                predictions.entropies[position as usize] = entropies[row];
+            }
         }
     }
-    (losses, blocks.into_iter().map(|(_, block)| block).collect())
+    (predictions, blocks.into_iter().map(|(.., block)| block).collect())
 }
 
-/// Gradients of the mean loss over `kept` (ascending flat positions, each with a target), the normalisation by
-/// kept tokens of Rho-1 (arXiv 2404.07965, equation 4): `G = (softmax - onehot)[kept] / n_kept`,
-/// `d_hidden = G W`, `d_weight = G^T hidden[kept]`.
+/// Gradients of the loss summed over `kept` (ascending flat positions, each with a target):
+/// `G = (softmax - onehot)[kept]`, `d_hidden = G W`, `d_weight = G^T hidden[kept]`. The optimizer divides by the
+/// number of kept tokens (Rho-1, arXiv 2404.07965, equation 4), which is known once every micro-batch has been seen.
 pub(super) fn gradients(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
@@ -97,7 +119,6 @@ pub(super) fn gradients(
     kept: &[u32],
     device: &Device,
 ) -> HeadGradients {
-    let scale = 1.0 / kept.len() as f64;
     let mut remaining = kept;
     let mut work = Vec::new();
     for block in blocks {
@@ -132,8 +153,8 @@ pub(super) fn gradients(
         let target = indices(&targets, device).unsqueeze_dim(1);
         let minus_one = Tensor::full([targets.len(), 1], -1.0, device);
         let gradient = probabilities.scatter(1, target, minus_one, IndexingUpdateOp::Add);
-        let d_hidden = gradient.clone().matmul(weight.clone()).mul_scalar(scale);
-        (d_hidden, linear_weight_backward(gradient, hidden.mul_scalar(scale)))
+        let d_hidden = gradient.clone().matmul(weight.clone());
+        (d_hidden, linear_weight_backward(gradient, hidden))
     };
 
     let workers = parallel::workers(device);

@@ -6,18 +6,19 @@ use anyhow::{Context, Result, ensure};
 use burn::tensor::{Device, IndexingUpdateOp, Tensor, TensorData};
 
 use super::checkpoint::{
-    OPTIMIZER_FILE, WEIGHTS_FILE, read_tensors, read_weights, write_file, write_tensors,
+    HISTORY_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, read_tensors, read_weights, write_file, write_tensors,
 };
 use super::config::{CONFIG_FILE, ModelConfig};
 use super::decoder::{self, BodyGradients, Group, Tape, indices};
-use super::head::{self, Keep};
+use super::head::{self, Keep, Predictions};
 use super::parallel;
 use super::weights::{self, NamedTensor, Weights};
 use crate::batch::{Batch, NO_TARGET};
-use crate::learner::{Learner, StepOutcome};
+use crate::learner::{Learner, Measured, StepOutcome};
 use crate::optimizer::{
     AdamWConfig, AdamWStep, MEAN_PREFIX, Moments, SQUARE_PREFIX, STEP_KEY, split_moments,
 };
+use crate::select::Needs;
 
 /// Tokens in a group of rows on the CPU: its activations fit the caches, its matrix products are still large.
 /// Fixed, because the groups decide the order in which gradients are added.
@@ -35,6 +36,24 @@ pub struct BurnLearner {
     steps: u64,
     /// Cosines and sines of all positions.
     rotary_tables: (Tensor<2>, Tensor<2>),
+    waiting: Option<Waiting>,
+    history: Option<History>,
+}
+
+/// What has been accumulated since the last optimizer step.
+struct Waiting {
+    /// Gradients of the loss summed over the kept tokens.
+    gradients: Weights<Tensor<2>>,
+    kept: usize,
+    /// In nats.
+    loss_sum: f64,
+}
+
+/// An earlier state of the model.
+struct History {
+    weights: Weights<Tensor<2>>,
+    /// Share of itself that it keeps at each step; the rest is taken from the model. 1 for one that stands still.
+    decay: f64,
 }
 
 /// A forward pass over the body.
@@ -69,7 +88,17 @@ impl BurnLearner {
         let (cosine, sine) = decoder::rotary_tables(&config);
         let table = |values: Vec<f32>| Tensor::from_data(TensorData::new(values, shape), &device);
         let rotary_tables = (table(cosine), table(sine));
-        Ok(Self { config, optimizer, device, weights, moments, steps: 0, rotary_tables })
+        Ok(Self {
+            config,
+            optimizer,
+            device,
+            weights,
+            moments,
+            steps: 0,
+            rotary_tables,
+            waiting: None,
+            history: None,
+        })
     }
 
     /// Opens a Hugging Face style folder (`config.json`, `model.safetensors`) on the CPU, with the optimizer's
@@ -80,6 +109,19 @@ impl BurnLearner {
         let mut learner = Self::from_weights(config, optimizer, weights, Device::flex())?;
         learner.load_optimizer(folder)?;
         Ok(learner)
+    }
+
+    /// Keeps a history that [`Needs::history_loss`] can ask for: the weights as they are now, which from here on
+    /// move by `1 - decay` towards the model's at each step. With a decay of 1 they stand still.
+    pub fn keep_history(&mut self, decay: f64) {
+        self.history = Some(History { weights: self.weights.clone(), decay });
+    }
+
+    /// As [`BurnLearner::keep_history`], of given weights, which stand still: those of an older checkpoint.
+    pub fn keep_as_history(&mut self, weights: Vec<NamedTensor>) -> Result<()> {
+        let tensors = weights::upload(&self.config, weights, &self.device)?;
+        self.history = Some(History { weights: Weights::from_vec(&self.config, tensors)?, decay: 1.0 });
+        Ok(())
     }
 
     /// Shape of the model.
@@ -99,9 +141,11 @@ impl BurnLearner {
 
     /// Gradients, before clipping, of the mean loss over `kept` positions (as [`Learner::step`] takes them).
     pub fn gradients(&self, batch: &Batch, kept: &[u32]) -> Vec<NamedTensor> {
-        let forward = self.forward(batch, true);
-        let (_, blocks) = self.head_losses(&forward, batch, Keep::Probabilities);
-        weights::download(&self.config, self.backward(batch, forward, blocks, kept).into_vec())
+        let forward = self.forward(&self.weights, batch, true);
+        let (_, blocks) = self.predict(&self.weights, &forward, batch, Keep::Probabilities, false);
+        let sums = self.backward(batch, forward, blocks, kept).into_vec();
+        let means = sums.into_iter().map(|sum| sum.div_scalar(kept.len() as f64)).collect();
+        weights::download(&self.config, means)
     }
 
     /// Rows of a batch that go through the body together.
@@ -113,11 +157,11 @@ impl BurnLearner {
         (0..batch.rows).step_by(rows).map(|start| start..(start + rows).min(batch.rows)).collect()
     }
 
-    fn forward(&self, batch: &Batch, keep_tapes: bool) -> Forward {
+    fn forward(&self, weights: &Weights<Tensor<2>>, batch: &Batch, keep_tapes: bool) -> Forward {
         self.check(batch);
         let run = |rows| {
             let group = Group::new(batch, rows, &self.config, &self.rotary_tables, &self.device);
-            let (hidden, tape) = decoder::forward(group, &self.weights, self.config.rms_norm_eps);
+            let (hidden, tape) = decoder::forward(group, weights, self.config.rms_norm_eps);
             (hidden, keep_tapes.then_some(tape))
         };
         let (hidden, tapes): (Vec<_>, Vec<_>) =
@@ -125,11 +169,33 @@ impl BurnLearner {
         Forward { hidden: Tensor::cat(hidden, 0), tapes: tapes.into_iter().flatten().collect() }
     }
 
-    fn head_losses(&self, forward: &Forward, batch: &Batch, keep: Keep) -> (Vec<f32>, Vec<head::Block>) {
-        head::losses(&forward.hidden, self.weights.head(), batch, keep, &self.device)
+    fn predict(
+        &self,
+        weights: &Weights<Tensor<2>>,
+        forward: &Forward,
+        batch: &Batch,
+        keep: Keep,
+        wants_entropies: bool,
+    ) -> (Predictions, Vec<head::Block>) {
+        head::predict(&forward.hidden, weights.head(), batch, keep, wants_entropies, &self.device)
     }
 
-    /// Gradients of the mean loss over `kept`, which is not empty.
+    /// Losses under the history.
+    fn history_losses(&self, batch: &Batch) -> Vec<f32> {
+        let Some(History { weights, .. }) = &self.history else {
+            panic!("a history loss was asked for, but the learner keeps no history");
+        };
+        let forward = self.forward(weights, batch, false);
+        self.predict(weights, &forward, batch, Keep::Nothing, false).0.losses
+    }
+
+    fn measured(&self, predictions: Predictions, batch: &Batch, needs: Needs) -> Measured {
+        let Predictions { losses, entropies } = predictions;
+        let history_losses = if needs.history_loss { self.history_losses(batch) } else { vec![] };
+        Measured { losses, entropies, history_losses }
+    }
+
+    /// Gradients of the loss summed over `kept`, which is not empty.
     fn backward(
         &self,
         batch: &Batch,
@@ -205,22 +271,41 @@ impl BurnLearner {
         );
     }
 
-    fn update(&mut self, gradients: Weights<Tensor<2>>, learning_rate: f64) -> f64 {
+    /// Steps along the mean of a gradient summed over `kept` tokens, and gives the mean's norm.
+    fn descend(&mut self, gradients: Weights<Tensor<2>>, kept: usize, learning_rate: f64) -> f64 {
         let gradients = gradients.into_vec();
         let workers = parallel::workers(&self.device);
         let squares = parallel::map(workers, gradients.iter().collect(), |gradient: &Tensor<2>| {
             let gradient = gradient.clone();
             to_host((gradient.clone() * gradient).sum().unsqueeze())[0]
         });
-        let norm = squares.iter().map(|&square| f64::from(square)).sum::<f64>().sqrt();
+        let norm = squares.iter().map(|&square| f64::from(square)).sum::<f64>().sqrt() / kept as f64;
         if !norm.is_finite() {
             return norm;
         }
         self.steps += 1;
-        let step = AdamWStep::new(self.optimizer, self.steps, learning_rate, norm);
+        let step = AdamWStep::new(self.optimizer, self.steps, learning_rate, norm, kept);
         let work = self.weights.as_vec_mut().into_iter().zip(&mut self.moments).zip(gradients).collect();
         parallel::map(workers, work, |((weight, moments), gradient)| step.apply(weight, moments, gradient));
+        self.move_history();
         norm
+    }
+
+    fn move_history(&mut self) {
+        let Some(History { weights, decay }) = &mut self.history else { return };
+        if *decay < 1.0 {
+            for (old, new) in weights.as_vec_mut().into_iter().zip(self.weights.clone().into_vec()) {
+                *old = old.clone().mul_scalar(*decay) + new.mul_scalar(1.0 - *decay);
+            }
+        }
+    }
+
+    fn load_history(&mut self, folder: &Path) -> Result<()> {
+        let Some(history) = &mut self.history else { return Ok(()) };
+        let (tensors, _) = read_tensors(&folder.join(HISTORY_FILE))?;
+        let tensors = weights::upload(&self.config, tensors, &self.device)?;
+        history.weights = Weights::from_vec(&self.config, tensors)?;
+        Ok(())
     }
 
     fn load_optimizer(&mut self, folder: &Path) -> Result<()> {
@@ -248,33 +333,40 @@ impl BurnLearner {
 }
 
 impl Learner for BurnLearner {
-    fn losses(&self, batch: &Batch) -> Vec<f32> {
-        let forward = self.forward(batch, false);
-        self.head_losses(&forward, batch, Keep::Nothing).0
+    fn measure(&self, batch: &Batch, needs: Needs) -> Measured {
+        let forward = self.forward(&self.weights, batch, false);
+        let (predictions, _) = self.predict(&self.weights, &forward, batch, Keep::Nothing, needs.entropy);
+        self.measured(predictions, batch, needs)
     }
 
-    /// Beside what [`Learner::step`] says: an empty selection has a kept loss of NaN.
-    fn step(
-        &mut self,
-        batch: &Batch,
-        learning_rate: f64,
-        select: &mut dyn FnMut(&[f32]) -> Vec<u32>,
-    ) -> StepOutcome {
-        let forward = self.forward(batch, true);
-        let (losses, blocks) = self.head_losses(&forward, batch, Keep::Probabilities);
-        let kept = select(&losses);
+    fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>) {
+        let forward = self.forward(&self.weights, batch, true);
+        let (predictions, blocks) =
+            self.predict(&self.weights, &forward, batch, Keep::Probabilities, needs.entropy);
+        let measured = self.measured(predictions, batch, needs);
+        let kept = select(&measured);
         assert!(kept.is_sorted_by(|a, b| a < b), "selected positions must ascend without repeats");
         if kept.is_empty() {
-            return StepOutcome { kept_loss: f32::NAN, kept: 0, gradient_norm: 0.0 };
+            return;
         }
-        let sum: f64 = kept.iter().map(|&position| f64::from(losses[position as usize])).sum();
+        let loss_sum: f64 = kept.iter().map(|&position| f64::from(measured.losses[position as usize])).sum();
         let gradients = self.backward(batch, forward, blocks, &kept);
-        let norm = if sum.is_finite() { self.update(gradients, learning_rate) } else { f64::NAN };
-        StepOutcome {
-            kept_loss: (sum / kept.len() as f64) as f32,
-            kept: kept.len(),
-            gradient_norm: norm as f32,
-        }
+        self.waiting = Some(match self.waiting.take() {
+            None => Waiting { gradients, kept: kept.len(), loss_sum },
+            Some(waiting) => Waiting {
+                gradients: waiting.gradients.zip_with(gradients, |a, b| a + b),
+                kept: waiting.kept + kept.len(),
+                loss_sum: waiting.loss_sum + loss_sum,
+            },
+        });
+    }
+
+    fn update(&mut self, learning_rate: f64) -> StepOutcome {
+        let Some(Waiting { gradients, kept, loss_sum }) = self.waiting.take() else {
+            return StepOutcome { kept_loss: f32::NAN, kept: 0, gradient_norm: 0.0 };
+        };
+        let norm = if loss_sum.is_finite() { self.descend(gradients, kept, learning_rate) } else { f64::NAN };
+        StepOutcome { kept_loss: (loss_sum / kept as f64) as f32, kept, gradient_norm: norm as f32 }
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
@@ -293,7 +385,10 @@ impl Learner for BurnLearner {
                 named.map(|tensor| NamedTensor { name: format!("{prefix}{}", tensor.name), ..tensor }),
             );
         }
-        write_tensors(&folder.join(OPTIMIZER_FILE), &tensors, (STEP_KEY, &self.steps.to_string()))
+        write_tensors(&folder.join(OPTIMIZER_FILE), &tensors, (STEP_KEY, &self.steps.to_string()))?;
+        let Some(History { weights, .. }) = &self.history else { return Ok(()) };
+        let history = weights::download(config, weights.clone().into_vec());
+        write_tensors(&folder.join(HISTORY_FILE), &history, ("format", "pt"))
     }
 
     fn load(&mut self, folder: &Path) -> Result<()> {
@@ -307,7 +402,9 @@ impl Learner for BurnLearner {
         );
         let tensors = weights::upload(&config, read_weights(folder, &config)?, &self.device)?;
         self.weights = Weights::from_vec(&config, tensors)?;
-        self.load_optimizer(folder)
+        self.waiting = None;
+        self.load_optimizer(folder)?;
+        self.load_history(folder)
     }
 }
 

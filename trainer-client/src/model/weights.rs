@@ -129,6 +129,17 @@ impl<T> Weights<T> {
         values
     }
 
+    /// Combines the values of two decoders of one shape, weight by weight.
+    pub fn zip_with(self, other: Self, combine: impl Fn(T, T) -> T) -> Self {
+        let layers = self.layers.into_iter().zip(other.layers);
+        Self {
+            embedding: combine(self.embedding, other.embedding),
+            layers: layers.map(|(own, other)| own.zip_with(other, &combine)).collect(),
+            norm: combine(self.norm, other.norm),
+            head: self.head.zip(other.head).map(|(own, other)| combine(own, other)),
+        }
+    }
+
     /// All values, to be changed, in the order of [`specs`].
     pub fn as_vec_mut(&mut self) -> Vec<&mut T> {
         let mut values = vec![&mut self.embedding];

@@ -32,11 +32,11 @@ impl Table {
 }
 
 fn row(comparison: &Comparison<'_>, run: &RunSummary<'_>) -> Vec<Cell> {
-    let objective = run.run.record.objective;
+    let objective = &run.run.record.objective;
     let mut cells = vec![
         Cell::plain(run.name().to_owned()),
         Cell::plain(objective.name().to_owned()),
-        Cell::plain(percent(objective.keep())),
+        Cell::plain(percent(run.tokens_kept() as f64 / run.tokens().max(1) as f64)),
     ];
     for set in &comparison.sets {
         for of_run in [RunSummary::final_loss, RunSummary::best_loss] {

@@ -4,7 +4,7 @@
 use super::html::{Html, escape};
 use super::summary::{Comparison, RunSummary};
 use crate::picture::{PictureDocument, PictureToken, TokenPicture};
-use crate::select::Objective;
+use crate::select::{Objective, Score};
 
 /// Levels of a colour scale above its lightest.
 const LEVELS: u32 = 8;
@@ -19,7 +19,7 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
         |run: &RunSummary<'_>| run.run.picture.as_ref().is_some_and(|picture| !picture.documents.is_empty());
     let mut runs: Vec<&RunSummary<'_>> = comparison.runs.iter().filter(|run| pictured(run)).collect();
     // A stable sort: slm first, then the others as given.
-    runs.sort_by_key(|run| !matches!(run.run.record.objective, Objective::Slm { .. }));
+    runs.sort_by_key(|run| run.run.record.objective.name() != "slm");
     if runs.is_empty() {
         return;
     }
@@ -35,7 +35,7 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
         html.push(&format!(
             "<details{open}><summary>{} ({}), after step {}</summary>",
             escape(run.name()),
-            rule(run.run.record.objective, picture),
+            rule(&run.run.record.objective, picture),
             picture.step
         ));
         picture.documents.iter().for_each(|document| document_figure(html, document));
@@ -45,14 +45,31 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
 }
 
 /// What decided whether a token is shown as kept.
-fn rule(objective: Objective, picture: &TokenPicture) -> String {
-    match (objective, picture.threshold) {
-        (Objective::Slm { .. }, Some(threshold)) => {
-            format!("kept: excess loss of at least {threshold:.2} nats, the threshold of its last step")
+fn rule(objective: &Objective, picture: &TokenPicture) -> String {
+    let Some(selection) = objective.selection() else { return "keeps every token".to_owned() };
+    // Low values are kept first where the score is that of the reference alone, whose sign is turned.
+    let (what, is_lowest) = match selection.score {
+        Score::Random => return "kept: drawn at random".to_owned(),
+        Score::Intersection { .. } => {
+            return "kept: among the lowest reference losses and entropies".to_owned();
         }
-        (Objective::Slm { .. }, None) => "kept: highest excess loss of the document".to_owned(),
-        (Objective::Random { .. }, _) => "kept: drawn at random".to_owned(),
-        (Objective::Clm, _) => "keeps every token".to_owned(),
+        Score::Union { .. } => return "kept: among the lowest reference losses or entropies".to_owned(),
+        Score::Excess => ("excess loss", false),
+        Score::ReferenceLoss => ("reference loss", true),
+        Score::ReferenceEntropy => ("reference entropy", true),
+        Score::Loss => ("loss", false),
+        Score::Entropy => ("entropy", false),
+        Score::Improvement => ("improvement over its history", false),
+    };
+    match (picture.threshold, is_lowest) {
+        (Some(threshold), false) => {
+            format!("kept: {what} of at least {threshold:.2} nats, the threshold of its last step")
+        }
+        (Some(threshold), true) => {
+            format!("kept: {what} of at most {:.2} nats, the threshold of its last step", -threshold)
+        }
+        (None, false) => format!("kept: highest {what} of the document"),
+        (None, true) => format!("kept: lowest {what} of the document"),
     }
 }
 

@@ -1,9 +1,12 @@
 //! Record bytes to documents, with every check that needs to know the run.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
 use bytes::Bytes;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
-use sluice_schemas::record::{RecordError, ScoredDocument, TokenizedDocument};
+use sluice_schemas::record::{ContextPolicy, Losses, RecordError, ScoredDocument, TokenizedDocument};
 
 use super::error::{Origin, StreamError};
 use crate::document::Document;
@@ -57,18 +60,52 @@ pub struct Decoder {
     kind: TopicKind,
     tokenizer: Fingerprint,
     vocabulary: u32,
-    reference_model: Option<Fingerprint>,
+    needs_entropies: bool,
+    allowed: Arc<[Fingerprint]>,
+    /// Shared by the decoders of all ranks.
+    reference_model: Arc<OnceLock<Fingerprint>>,
+    /// Shared as well: how each reference model has seen its documents so far.
+    contexts: Arc<Mutex<BTreeMap<Fingerprint, ContextPolicy>>>,
 }
 
 impl Decoder {
     /// A decoder that refuses documents of another tokenizer and ids of `vocabulary` and beyond.
     pub fn new(kind: TopicKind, tokenizer: Fingerprint, vocabulary: u32) -> Self {
-        Self { kind, tokenizer, vocabulary, reference_model: None }
+        Self {
+            kind,
+            tokenizer,
+            vocabulary,
+            needs_entropies: false,
+            allowed: Arc::new([]),
+            reference_model: Arc::default(),
+            contexts: Arc::default(),
+        }
     }
 
-    /// The reference model of the first scored record, to which all later ones are held.
+    /// The same decoder, which refuses scored documents without reference entropies if they are needed.
+    #[must_use]
+    pub fn needing_entropies(mut self, needs_entropies: bool) -> Self {
+        self.needs_entropies = needs_entropies;
+        self
+    }
+
+    /// The same decoder, which takes records of these reference models and no others; of an empty list, those of the
+    /// model that scored the first record.
+    #[must_use]
+    pub fn allowing(self, reference_models: &[Fingerprint]) -> Self {
+        Self { allowed: reference_models.into(), ..self }
+    }
+
+    /// The same decoder, which has seen a record of this reference model already.
+    #[must_use]
+    pub fn after(self, reference_model: Option<Fingerprint>) -> Self {
+        let reference_model = reference_model.map(OnceLock::from).unwrap_or_default();
+        Self { reference_model: Arc::new(reference_model), ..self }
+    }
+
+    /// The reference model of the first scored record, of this decoder and its clones.
     pub fn reference_model(&self) -> Option<Fingerprint> {
-        self.reference_model
+        self.reference_model.get().copied()
     }
 
     /// Refuses a record whose header says that it is of the other kind; one that says nothing is left to
@@ -85,7 +122,7 @@ impl Decoder {
     }
 
     /// Decodes and checks one record.
-    pub fn decode(&mut self, payload: Bytes, origin: impl Fn() -> Origin) -> Result<Document, StreamError> {
+    pub fn decode(&self, payload: Bytes, origin: impl Fn() -> Origin) -> Result<Document, StreamError> {
         let refused = |error| StreamError::Record { origin: origin(), error: Box::new(error) };
         match self.kind {
             TopicKind::Documents => {
@@ -97,15 +134,53 @@ impl Decoder {
             TopicKind::Scored => {
                 let record = ScoredDocument::decode(payload).map_err(refused)?;
                 self.check(&record.document).map_err(refused)?;
-                let expected = *self.reference_model.get_or_insert(record.reference_model);
-                if record.reference_model != expected {
-                    let found = record.reference_model;
-                    return Err(StreamError::ForeignReference { origin: origin(), found, expected });
+                self.check_reference(record.reference_model, &origin)?;
+                self.check_context(record.reference_model, record.context, &origin)?;
+                let entropies = record.reference_entropies.as_ref().map(Losses::to_vec);
+                if self.needs_entropies && entropies.is_none() {
+                    return Err(StreamError::NoEntropies { origin: origin() });
                 }
                 let (tokens, losses) = (record.document.tokens.to_vec(), record.reference_losses.to_vec());
                 Document::scored(record.document.id, record.document.source, tokens, losses)
+                    .and_then(|document| match entropies {
+                        Some(entropies) => document.with_entropies(entropies),
+                        None => Ok(document),
+                    })
                     .map_err(|error| StreamError::Losses { origin: origin(), error })
             }
+        }
+    }
+
+    fn check_reference(&self, found: Fingerprint, origin: impl Fn() -> Origin) -> Result<(), StreamError> {
+        let expected = *self.reference_model.get_or_init(|| found);
+        if !self.allowed.is_empty() {
+            let is_allowed = self.allowed.contains(&found);
+            return if is_allowed {
+                Ok(())
+            } else {
+                Err(StreamError::NotAllowed { origin: origin(), found })
+            };
+        }
+        if found == expected {
+            Ok(())
+        } else {
+            Err(StreamError::ForeignReference { origin: origin(), found, expected })
+        }
+    }
+
+    /// One model's losses under more and under less context are no more to be compared than two models'.
+    fn check_context(
+        &self,
+        reference_model: Fingerprint,
+        found: ContextPolicy,
+        origin: impl Fn() -> Origin,
+    ) -> Result<(), StreamError> {
+        let mut contexts = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
+        let expected = *contexts.entry(reference_model).or_insert(found);
+        if found == expected {
+            Ok(())
+        } else {
+            Err(StreamError::ForeignContext { origin: origin(), found, expected })
         }
     }
 

@@ -2,7 +2,7 @@
 
 use rdkafka::error::KafkaError;
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::record::RecordError;
+use sluice_schemas::record::{ContextPolicy, RecordError};
 
 use super::decode::TopicKind;
 use crate::document::LengthMismatch;
@@ -79,7 +79,7 @@ pub enum StreamError {
         /// What it is.
         found: TopicKind,
     },
-    /// Reference losses that do not fit their tokens.
+    /// Reference losses or entropies that do not fit their tokens.
     #[error("record at {origin} is refused: {error}")]
     Losses {
         /// Where it was read.
@@ -87,10 +87,19 @@ pub enum StreamError {
         /// What is wrong with it.
         error: LengthMismatch,
     },
+    /// A scored document without the entropies that the run's score looks at.
+    #[error(
+        "record at {origin} carries no reference entropies, which --score reference-entropy, intersection and union \
+         look at; score the topic with `sluiced serve --score-entropies true`, or give another --score"
+    )]
+    NoEntropies {
+        /// Where it was read.
+        origin: Origin,
+    },
     /// Losses of two reference models cannot be compared with one another.
     #[error(
         "record at {origin} was scored by reference model {found}, but this run began with {expected}; train on a \
-         topic that one model scored"
+         topic that one model scored, or allow both with --reference-model"
     )]
     ForeignReference {
         /// Where it was read.
@@ -99,6 +108,58 @@ pub enum StreamError {
         found: Fingerprint,
         /// The model of the run's first record.
         expected: Fingerprint,
+    },
+    /// What was to be read next is no longer there.
+    #[error(
+        "topic {topic:?}, partition {partition} is to be read from offset {next_offset} on, but retention has removed \
+         everything before {low}: documents would be lost; keep records longer, or begin a new run"
+    )]
+    Removed {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// Offset of the next record to read.
+        next_offset: i64,
+        /// The first offset there is.
+        low: i64,
+    },
+    /// A shard without a partition would wait for ever.
+    #[error(
+        "topic {topic:?} has {partitions} partitions, too few for {world_size} ranks; give --world-size {partitions} or less"
+    )]
+    NoPartitions {
+        /// The topic.
+        topic: String,
+        /// How many it has.
+        partitions: usize,
+        /// How many ranks share them.
+        world_size: usize,
+    },
+    /// Losses under two context policies cannot be compared with one another.
+    #[error(
+        "record at {origin} was scored in windows of {} tokens every {}, but others of its reference model in windows of {} \
+         every {}; score the topic anew with one --score-window-tokens and --score-stride-tokens",
+        .found.window, .found.stride, .expected.window, .expected.stride
+    )]
+    ForeignContext {
+        /// Where it was read.
+        origin: Origin,
+        /// How the record's document was seen.
+        found: ContextPolicy,
+        /// How the first one of this reference model was.
+        expected: ContextPolicy,
+    },
+    /// A record of a reference model that is not on the run's list.
+    #[error(
+        "record at {origin} was scored by reference model {found}, which no --reference-model names; add it if its \
+         losses are meant to be compared with"
+    )]
+    NotAllowed {
+        /// Where it was read.
+        origin: Origin,
+        /// The record's model.
+        found: Fingerprint,
     },
     /// The thread that reads from the broker is gone.
     #[error("the reader thread of topic {0:?} stopped unexpectedly")]

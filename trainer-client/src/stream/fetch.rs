@@ -17,12 +17,13 @@ use rdkafka::types::RDKafkaErrorCode;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
 
+use super::DocumentStream;
 use super::connection::{Broker, Listener, is_unknown_topic};
 use super::decode::{Decoder, TopicKind};
 use super::error::{Origin, StreamError};
+use super::place::{PartitionPosition, Position, Shard, starting_position};
 use super::rotation::{Range, Record, Rotation, Turn};
 use super::throttle::{Stall, Throttle};
-use super::{DocumentStream, Position};
 use crate::document::Document;
 
 /// Documents that may wait decoded for the trainer.
@@ -79,19 +80,41 @@ impl KafkaStream {
         decoder: Decoder,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, StreamError> {
-        let (consumer, partitions) = broker.connect(topic)?;
+        Self::open_at(broker, topic, extent, (Shard::WHOLE, None), decoder, stop)
+    }
+
+    /// As [`KafkaStream::open`], for one shard of the topic, from a place on that this or other shards had reached.
+    ///
+    /// Fails where retention has removed what was to be read next, or the shard has no partition.
+    pub fn open_at(
+        broker: Broker,
+        topic: &str,
+        extent: Extent,
+        (shard, place): (Shard, Option<&Position>),
+        decoder: Decoder,
+        stop: Arc<AtomicBool>,
+    ) -> Result<Self, StreamError> {
+        let (consumer, all) = broker.connect(topic)?;
+        let partitions: Vec<i32> = all.iter().copied().filter(|&partition| shard.owns(partition)).collect();
+        if partitions.is_empty() {
+            let world_size = shard.world_size;
+            return Err(StreamError::NoPartitions {
+                topic: topic.to_owned(),
+                partitions: all.len(),
+                world_size,
+            });
+        }
         let offsets = broker.offsets(&consumer, topic, &partitions)?;
-        if extent != Extent::Follow && offsets.values().all(|(low, high)| low >= high) {
+        let is_empty = shard == Shard::WHOLE && offsets.values().all(|(low, high)| low >= high);
+        if extent != Extent::Follow && place.is_none() && is_empty {
             return Err(StreamError::EmptyTopic(topic.to_owned()));
         }
+        let position = starting_position(topic, extent, &offsets, place)?;
         let (sender, deliveries) = mpsc::sync_channel(QUEUE_DOCUMENTS_MAX);
         let queued_tokens = Arc::new(AtomicUsize::new(0));
         let closed = Arc::new(AtomicBool::new(false));
-        let position = Position {
-            epoch: 1,
-            offsets: offsets.iter().map(|(&partition, &(low, _))| (partition, low)).collect(),
-            documents: 0,
-        };
+        let start = position.clone();
+        let lows = offsets.iter().map(|(&partition, &(low, _))| (partition, low)).collect();
         let reader = Reader {
             broker,
             topic: topic.to_owned(),
@@ -103,7 +126,7 @@ impl KafkaStream {
         };
         let thread = std::thread::Builder::new()
             .name("stream".into())
-            .spawn(move || reader.run(extent, &offsets))
+            .spawn(move || reader.run(extent, &start, lows))
             .map_err(|_| StreamError::ReaderGone(topic.to_owned()))?;
         Ok(Self {
             topic: topic.to_owned(),
@@ -118,15 +141,26 @@ impl KafkaStream {
     }
 }
 
+impl KafkaStream {
+    fn advance(&mut self, delivery: &Delivery) {
+        let Position { epoch, partitions, next_partition, documents } = &mut self.position;
+        *epoch = delivery.epoch;
+        *documents += 1;
+        if let Some(place) = partitions.get_mut(&delivery.partition) {
+            (place.epoch, place.next_offset) = (delivery.epoch, delivery.next_offset);
+        }
+        // None after the last partition, when the first one's turn comes.
+        *next_partition = partitions.range(delivery.partition + 1..).next().map(|(&partition, _)| partition);
+    }
+}
+
 impl DocumentStream for KafkaStream {
     fn next_document(&mut self) -> Result<Option<Document>, StreamError> {
         while !self.stop.load(Ordering::Relaxed) {
             match self.deliveries.recv_timeout(POLL) {
                 Ok(Ok(delivery)) => {
                     self.queued_tokens.fetch_sub(delivery.document.tokens().len(), Ordering::Relaxed);
-                    self.position.epoch = delivery.epoch;
-                    self.position.offsets.insert(delivery.partition, delivery.next_offset);
-                    self.position.documents += 1;
+                    self.advance(&delivery);
                     self.reference_model = delivery.reference_model;
                     return Ok(Some(delivery.document));
                 }
@@ -147,6 +181,10 @@ impl DocumentStream for KafkaStream {
 
     fn position(&self) -> Position {
         self.position.clone()
+    }
+
+    fn parts(&self) -> usize {
+        self.position.partitions.len()
     }
 
     fn reference_model(&self) -> Option<Fingerprint> {
@@ -176,42 +214,72 @@ struct Reader {
 }
 
 impl Reader {
-    fn run(mut self, extent: Extent, offsets: &BTreeMap<i32, (i64, i64)>) {
-        if let Err(error) = self.read(extent, offsets) {
+    fn run(mut self, extent: Extent, start: &Position, lows: BTreeMap<i32, i64>) {
+        if let Err(error) = self.read(extent, start, lows) {
             // Nobody is left to hear it when this fails.
             let _ = self.sender.send(Err(error));
         }
     }
 
-    fn read(&mut self, extent: Extent, offsets: &BTreeMap<i32, (i64, i64)>) -> Result<(), StreamError> {
+    /// Reads every pass from `start` on; `lows` are the first offsets that the partitions have.
+    fn read(
+        &mut self,
+        extent: Extent,
+        start: &Position,
+        mut lows: BTreeMap<i32, i64>,
+    ) -> Result<(), StreamError> {
+        let Position { partitions, next_partition, .. } = start.clone();
         let Extent::UntilEnd { epochs } = extent else {
-            let ranges = offsets.iter().map(|(&p, &(low, _))| (p, Range { start: low, end: None })).collect();
-            return self.read_pass(1, &ranges);
+            let range = |at: PartitionPosition| Range { start: at.next_offset, end: None };
+            let ranges = partitions.into_iter().map(|(partition, at)| (partition, range(at))).collect();
+            return self.read_pass(1, &ranges, next_partition);
         };
-        let mut starts: BTreeMap<i32, i64> = offsets.iter().map(|(&p, &(low, _))| (p, low)).collect();
-        for epoch in 1..=epochs {
-            let ranges = offsets
-                .iter()
-                .map(|(&p, &(_, high))| (p, Range { start: starts[&p], end: Some(high) }))
-                .collect();
-            self.read_pass(epoch, &ranges)?;
-            if epoch == epochs || self.closed.load(Ordering::Relaxed) {
+        let own: Vec<i32> = partitions.keys().copied().collect();
+        let mut is_assigned = false;
+        // Partitions may be in different passes where other shards had read them.
+        let first = partitions.values().map(|at| at.epoch).min().unwrap_or(1);
+        for epoch in first..=epochs {
+            if is_assigned {
+                // A new consumer, because assigning the same partitions a second time and closing soon after trips an
+                // assertion in librdkafka 2.12 (`rktp_started` in rd_kafka_assignment_partition_stopped).
+                let (consumer, _) = self.broker.connect(&self.topic)?;
+                // Retention may have moved the beginning while the last pass went on.
+                let now = self.broker.offsets(&consumer, &self.topic, &own)?;
+                lows.extend(now.into_iter().map(|(partition, (low, _))| (partition, low)));
+                self.consumer = consumer;
+                is_assigned = false;
+            }
+            let range = |(&partition, at): (&i32, &PartitionPosition)| {
+                let start = match at.epoch.cmp(&epoch) {
+                    std::cmp::Ordering::Less => lows[&partition],
+                    std::cmp::Ordering::Equal => at.next_offset,
+                    std::cmp::Ordering::Greater => at.end.unwrap_or(i64::MAX),
+                };
+                (partition, Range { start, end: at.end })
+            };
+            let ranges: BTreeMap<i32, Range> = partitions.iter().map(range).collect();
+            if ranges.values().all(|range| range.end.is_some_and(|end| range.start >= end)) {
+                continue;
+            }
+            is_assigned = true;
+            // A turn belongs to the pass that it was left in; every other pass begins with the first partition.
+            let turn = next_partition.filter(|_| epoch == start.epoch);
+            self.read_pass(epoch, &ranges, turn)?;
+            if self.closed.load(Ordering::Relaxed) {
                 break;
             }
-            // A new consumer, because assigning the same partitions a second time and closing soon after trips an
-            // assertion in librdkafka 2.12 (`rktp_started` in rd_kafka_assignment_partition_stopped).
-            let (consumer, partitions) = self.broker.connect(&self.topic)?;
-            // Retention may have moved the beginning while the last pass went on.
-            let now = self.broker.offsets(&consumer, &self.topic, &partitions)?;
-            starts.extend(now.into_iter().map(|(partition, (low, _))| (partition, low)));
-            self.consumer = consumer;
         }
         Ok(())
     }
 
-    fn read_pass(&mut self, epoch: u64, ranges: &BTreeMap<i32, Range>) -> Result<(), StreamError> {
+    fn read_pass(
+        &mut self,
+        epoch: u64,
+        ranges: &BTreeMap<i32, Range>,
+        turn: Option<i32>,
+    ) -> Result<(), StreamError> {
         self.assign(ranges)?;
-        let mut rotation = Rotation::new(ranges);
+        let mut rotation = Rotation::new(ranges).beginning_at(turn);
         let mut throttle = Throttle::new(BUFFER_BYTES_MAX / ranges.len().max(1));
         let mut stall = Stall::default();
         let mut refused = None;

@@ -1,6 +1,5 @@
 //! Documents held in memory, in a new order for each pass over them.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -39,6 +38,31 @@ impl ShuffledDocuments {
     }
 }
 
+impl ShuffledDocuments {
+    /// Documents in each pass.
+    pub fn documents(&self) -> usize {
+        self.documents.len()
+    }
+
+    /// The same stream after it has handed out as many documents.
+    #[must_use]
+    pub fn after(mut self, handed_out: u64) -> Self {
+        if let (Some(last), count @ 1..) = (handed_out.checked_sub(1), self.documents.len() as u64) {
+            self.begin(last / count + 1);
+            self.next = (last % count) as usize + 1;
+            self.handed_out = handed_out;
+        }
+        self
+    }
+
+    fn begin(&mut self, epoch: u64) {
+        self.epoch = epoch;
+        self.next = 0;
+        self.order = (0..self.documents.len() as u32).collect();
+        SplitMix64::keyed(self.seed, epoch).shuffle(&mut self.order);
+    }
+}
+
 impl DocumentStream for ShuffledDocuments {
     fn next_document(&mut self) -> Result<Option<Document>, StreamError> {
         if self.stop.load(Ordering::Relaxed) || self.documents.is_empty() {
@@ -48,10 +72,7 @@ impl DocumentStream for ShuffledDocuments {
             if self.epoch == self.epochs {
                 return Ok(None);
             }
-            self.epoch += 1;
-            self.next = 0;
-            self.order = (0..self.documents.len() as u32).collect();
-            SplitMix64::keyed(self.seed, self.epoch).shuffle(&mut self.order);
+            self.begin(self.epoch + 1);
         }
         let document = self.documents[self.order[self.next] as usize].clone();
         self.next += 1;
@@ -60,7 +81,7 @@ impl DocumentStream for ShuffledDocuments {
     }
 
     fn position(&self) -> Position {
-        Position { epoch: self.epoch, offsets: BTreeMap::new(), documents: self.handed_out }
+        Position { epoch: self.epoch, documents: self.handed_out, ..Position::default() }
     }
 
     fn reference_model(&self) -> Option<Fingerprint> {
@@ -95,6 +116,17 @@ mod tests {
         assert_eq!(first, second);
         assert_eq!(stream.next_document().unwrap(), None);
         assert_eq!(stream.position().documents, 100);
+        for taken in [0, 1, 49, 50, 51, 100] {
+            let documents = stream.documents.to_vec();
+            let (mut whole, resumed) = [0, taken]
+                .map(|taken| ShuffledDocuments::new(documents.clone(), 2, 9, Arc::default()).after(taken))
+                .into();
+            (0..taken).for_each(|_| drop(whole.next_document()));
+            assert_eq!(
+                (&whole.order, whole.next, whole.position()),
+                (&resumed.order, resumed.next, resumed.position())
+            );
+        }
         stop.store(true, Ordering::Relaxed);
         assert_eq!(stream.next_document().unwrap(), None);
     }

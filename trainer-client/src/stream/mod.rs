@@ -5,12 +5,10 @@ mod decode;
 mod error;
 mod fetch;
 mod memory;
+mod place;
 mod rotation;
 mod throttle;
 
-use std::collections::BTreeMap;
-
-use serde::{Deserialize, Serialize};
 use sluice_schemas::fingerprint::Fingerprint;
 
 pub use connection::{Broker, PROPERTIES_OWNED};
@@ -18,6 +16,7 @@ pub use decode::{Decoder, TopicKind};
 pub use error::{Origin, StreamError};
 pub use fetch::{Extent, KafkaStream};
 pub use memory::ShuffledDocuments;
+pub use place::{PartitionPosition, Position, Shard};
 
 use crate::document::Document;
 
@@ -29,17 +28,11 @@ pub trait DocumentStream {
     /// How far the documents handed out so far reach: what a checkpoint must carry to go on from here.
     fn position(&self) -> Position;
 
+    /// Parts that documents come from in turn; a document of each shows whether all of them fit the run.
+    fn parts(&self) -> usize {
+        1
+    }
+
     /// Fingerprint of the model that made the reference losses, once a document has shown it.
     fn reference_model(&self) -> Option<Fingerprint>;
-}
-
-/// A place in a stream.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Position {
-    /// Passes over the data begun, counted from 1.
-    pub epoch: u64,
-    /// Next offset of each partition; empty for documents held in memory.
-    pub offsets: BTreeMap<i32, i64>,
-    /// Documents handed out since the start of the run.
-    pub documents: u64,
 }

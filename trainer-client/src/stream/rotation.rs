@@ -70,6 +70,13 @@ impl Rotation {
         Self { lanes: ranges.iter().map(lane).collect(), by_partition, turn: 0 }
     }
 
+    /// The same rotation, with the turn at a partition.
+    #[must_use]
+    pub fn beginning_at(mut self, partition: Option<i32>) -> Self {
+        self.turn = partition.and_then(|partition| self.by_partition.get(&partition).copied()).unwrap_or(0);
+        self
+    }
+
     /// Stores a fetched record. One past its partition's end, or fetched a second time after a pause, is dropped.
     pub fn arrive(&mut self, partition: i32, record: Record) {
         let Some(&index) = self.by_partition.get(&partition) else { return };

@@ -3,17 +3,23 @@
 use std::path::Path;
 
 use sluice_trainer::batch::{Batch, NO_TARGET};
-use sluice_trainer::learner::{Learner, StepOutcome};
+use sluice_trainer::learner::{Learner, Measured, StepOutcome};
+use sluice_trainer::select::Needs;
 
 /// Logits of the next token given the last one.
 pub struct Bigram {
     vocabulary: usize,
     logits: Vec<f32>,
+    /// Of the loss summed over the tokens kept since the last update.
+    gradient: Vec<f32>,
+    loss_sum: f32,
+    kept: usize,
 }
 
 impl Bigram {
     pub fn new(vocabulary: usize) -> Self {
-        Self { vocabulary, logits: vec![0.0; vocabulary * vocabulary] }
+        let zeros = vec![0.0; vocabulary * vocabulary];
+        Self { vocabulary, logits: zeros.clone(), gradient: zeros, loss_sum: 0.0, kept: 0 }
     }
 
     fn probabilities(&self, token: u32) -> Vec<f32> {
@@ -26,40 +32,41 @@ impl Bigram {
 }
 
 impl Learner for Bigram {
-    fn losses(&self, batch: &Batch) -> Vec<f32> {
+    fn measure(&self, batch: &Batch, _: Needs) -> Measured {
         let loss = |(&token, &target): (&u32, &u32)| match target {
             NO_TARGET => f32::NAN,
             target => -self.probabilities(token)[target as usize].ln(),
         };
-        batch.tokens.iter().zip(&batch.targets).map(loss).collect()
+        let losses = batch.tokens.iter().zip(&batch.targets).map(loss).collect();
+        Measured { losses, ..Measured::default() }
     }
 
-    fn step(
-        &mut self,
-        batch: &Batch,
-        learning_rate: f64,
-        select: &mut dyn FnMut(&[f32]) -> Vec<u32>,
-    ) -> StepOutcome {
-        let losses = self.losses(batch);
-        let kept = select(&losses);
-        let share = 1.0 / kept.len().max(1) as f32;
-        let mut gradient = vec![0.0; self.logits.len()];
+    fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>) {
+        let measured = self.measure(batch, needs);
+        let kept = select(&measured);
         for &index in &kept {
             let (token, target) = (batch.tokens[index as usize], batch.targets[index as usize]);
             let row = token as usize * self.vocabulary;
             for (column, probability) in self.probabilities(token).into_iter().enumerate() {
-                gradient[row + column] +=
-                    share * (probability - f32::from(u8::from(column == target as usize)));
+                self.gradient[row + column] += probability - f32::from(u8::from(column == target as usize));
             }
         }
-        let kept_loss = share * kept.iter().map(|&index| losses[index as usize]).sum::<f32>();
-        let gradient_norm = gradient.iter().map(|slope| slope * slope).sum::<f32>().sqrt();
+        self.loss_sum += kept.iter().map(|&index| measured.losses[index as usize]).sum::<f32>();
+        self.kept += kept.len();
+    }
+
+    fn update(&mut self, learning_rate: f64) -> StepOutcome {
+        let kept = std::mem::take(&mut self.kept);
+        let share = 1.0 / kept as f32;
+        let kept_loss = share * std::mem::take(&mut self.loss_sum);
+        let gradient = std::mem::replace(&mut self.gradient, vec![0.0; self.logits.len()]);
+        let gradient_norm = share * gradient.iter().map(|slope| slope * slope).sum::<f32>().sqrt();
         if kept_loss.is_finite() && gradient_norm.is_finite() {
             for (logit, slope) in self.logits.iter_mut().zip(&gradient) {
-                *logit -= learning_rate as f32 * slope;
+                *logit -= learning_rate as f32 * share * slope;
             }
         }
-        StepOutcome { kept_loss, kept: kept.len(), gradient_norm }
+        StepOutcome { kept_loss, kept, gradient_norm }
     }
 
     fn save(&self, folder: &Path) -> anyhow::Result<()> {

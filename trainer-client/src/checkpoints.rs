@@ -1,0 +1,133 @@
+//! Checkpoints of a run: the model and its optimizer, how far the run has come, and where its data stands.
+//!
+//! A checkpoint is written under another name, put on the disk, and renamed; one that has its name is whole.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::files::{read_json, recreate, sync_folder, write_json, write_synced};
+use crate::learner::Learner;
+use crate::select::Thresholds;
+use crate::snapshot::{DOCUMENTS_FILE, Outline, Snapshot};
+use crate::text::TextTokenizer;
+
+/// Checkpoints of a run folder, a folder each.
+pub const CHECKPOINTS: &str = "checkpoints";
+/// The tokenizer in each checkpoint.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+/// How far the run had come, in each checkpoint.
+pub const STATE_FILE: &str = "state.json";
+
+/// Name of a checkpoint that is being written.
+const PARTIAL: &str = ".partial";
+/// Name of a checkpoint that is being removed.
+const REMOVED: &str = ".removed";
+
+/// How far a run has come. Random draws are named by seed and step, and learning rates by the step, so this is all
+/// there is to know of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Reached {
+    /// Steps done.
+    pub step: u64,
+    /// Predictions seen.
+    pub tokens: u64,
+    /// Predictions kept.
+    pub tokens_kept: u64,
+    /// Lowest score that the last step kept, where a score decided.
+    pub threshold: Option<f32>,
+    /// Running thresholds of the selection.
+    pub thresholds: Thresholds,
+}
+
+/// The content of a checkpoint's `state.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// How far the run had come.
+    #[serde(flatten)]
+    pub reached: Reached,
+    /// Where its data stands.
+    pub data: Outline,
+}
+
+impl Reached {
+    /// How far the run of a checkpoint had come.
+    pub fn read(checkpoint: &Path) -> anyhow::Result<Self> {
+        Ok(read_json::<State>(&checkpoint.join(STATE_FILE))?.reached)
+    }
+}
+
+impl State {
+    /// Reads a checkpoint's state, and the documents that belong to it.
+    pub fn read(checkpoint: &Path) -> anyhow::Result<(Self, Snapshot)> {
+        let state: Self = read_json(&checkpoint.join(STATE_FILE))?;
+        let snapshot = Snapshot::from_files(&state.data, &checkpoint.join(DOCUMENTS_FILE))?;
+        Ok((state, snapshot))
+    }
+}
+
+/// Finished checkpoints of a run, oldest first.
+pub fn checkpoints(run: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let folder = run.join(CHECKPOINTS);
+    let entries =
+        fs::read_dir(&folder).with_context(|| format!("cannot list checkpoints in {}", folder.display()))?;
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(|| format!("cannot list checkpoints in {}", folder.display()))?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-")) {
+            found.push(path);
+        }
+    }
+    // Step numbers are padded with zeros, so names sort as numbers do up to ten million steps; longer ones follow.
+    found.sort_by_key(|path| (path.as_os_str().len(), path.clone()));
+    Ok(found)
+}
+
+/// The last finished checkpoint of a run, if it has one.
+pub fn latest_checkpoint(run: &Path) -> anyhow::Result<Option<PathBuf>> {
+    Ok(checkpoints(run)?.pop())
+}
+
+/// Writes a checkpoint unless it `is_saved` already, and removes all but the last `kept`.
+pub(crate) fn write_checkpoint(
+    run: &Path,
+    kept: usize,
+    is_saved: bool,
+    (learner, tokenizer): (&dyn Learner, &TextTokenizer),
+    reached: &Reached,
+    snapshot: &Snapshot,
+) -> anyhow::Result<PathBuf> {
+    let parent = run.join(CHECKPOINTS);
+    let folder = parent.join(format!("step-{:07}", reached.step));
+    if is_saved {
+        return Ok(folder);
+    }
+    if folder.exists() {
+        bail!("{} is there already, but this run has not written it; remove it", folder.display());
+    }
+    let partial = parent.join(PARTIAL);
+    recreate(&partial)?;
+    learner.save(&partial)?;
+    write_synced(&partial.join(TOKENIZER_FILE), tokenizer.file())?;
+    let (data, documents) = snapshot.to_files()?;
+    write_synced(&partial.join(DOCUMENTS_FILE), &documents)?;
+    write_json(&partial.join(STATE_FILE), &State { reached: *reached, data })?;
+    sync_folder(&partial)?;
+    fs::rename(&partial, &folder)
+        .with_context(|| format!("cannot rename {} into place", partial.display()))?;
+    sync_folder(&parent)?;
+    let checkpoints = checkpoints(run)?;
+    for old in &checkpoints[..checkpoints.len().saturating_sub(kept)] {
+        remove(old, &parent.join(REMOVED))?;
+    }
+    Ok(folder)
+}
+
+/// Removes a checkpoint, which loses its name first: one that has its name is whole.
+fn remove(checkpoint: &Path, removed: &Path) -> anyhow::Result<()> {
+    recreate(removed)?;
+    let done = fs::rename(checkpoint, removed).and_then(|()| fs::remove_dir_all(removed));
+    done.with_context(|| format!("cannot remove old checkpoint {}", checkpoint.display()))
+}

@@ -1,0 +1,291 @@
+//! What a run minimises the loss of, and the choice of tokens that follows from it.
+
+use serde::{Deserialize, Serialize};
+
+use super::rank::Keys;
+use super::ratio::KeepRatio;
+use super::running::{RunningThreshold, Thresholds};
+use super::schedule::KeepSchedule;
+use super::score::{Needs, Score, Signals};
+
+/// What a run minimises the loss of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "lowercase")]
+pub enum Objective {
+    /// Causal language modeling: every token.
+    Clm,
+    /// Selective language modeling: some tokens, as a selection says.
+    Slm(Selection),
+}
+
+/// How tokens are chosen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Selection {
+    /// How they are ranked.
+    pub score: Score,
+    /// How many are kept, or from which score on.
+    pub rule: Rule,
+    /// Which of them compete.
+    pub scope: Scope,
+    /// First steps of the run, which keep every token.
+    pub warmup_steps: u64,
+}
+
+/// How many tokens are kept, or from which score on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rule {
+    /// A share of the eligible tokens.
+    Keep(KeepSchedule),
+    /// Every token whose score is at least this, in nats.
+    Threshold(f32),
+}
+
+/// Which tokens compete with one another for the share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scope {
+    /// Those of one packed sequence (the equation of Rho-1)
+    Sequence,
+    /// Those of one micro-batch
+    MicroBatch,
+    /// Those of all micro-batches of an optimizer step (the text of Rho-1); with several, each runs forward twice
+    #[default]
+    Batch,
+    /// None: a running mean of the micro-batches' thresholds decides, and the share is kept on average
+    RunningQuantile,
+}
+
+/// When a choice is made: names its random draws and its place in the schedules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Step, counted from 1.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub steps: u64,
+    /// Index of the first micro-batch given, within its step.
+    pub micro_batch: u64,
+}
+
+/// The tokens chosen from one micro-batch.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Choice {
+    /// Flat indices of the positions to learn from, ascending.
+    pub kept: Vec<u32>,
+    /// Score of each position in nats, higher first; NaN where it could not be chosen.
+    pub scores: Vec<f32>,
+}
+
+impl Objective {
+    /// A constant share of each step's tokens, ranked by `score`.
+    pub fn slm(score: Score, keep: KeepRatio) -> Self {
+        let rule = Rule::Keep(KeepSchedule::constant(keep));
+        Self::Slm(Selection { score, rule, scope: Scope::default(), warmup_steps: 0 })
+    }
+
+    /// The objective's short name, as the command line spells it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Clm => "clm",
+            Self::Slm(Selection { score: Score::Random, .. }) => "random",
+            Self::Slm(_) => "slm",
+        }
+    }
+
+    /// The selection; `None` where every token is kept.
+    pub fn selection(&self) -> Option<&Selection> {
+        match self {
+            Self::Clm => None,
+            Self::Slm(selection) => Some(selection),
+        }
+    }
+
+    /// What must be known beside the losses of both models.
+    pub fn needs(&self) -> Needs {
+        self.selection().map_or(Needs::default(), |selection| selection.score.needs())
+    }
+
+    /// Whether all micro-batches of a step must be known before any of them can be chosen from.
+    pub fn needs_whole_batch(&self, step: u64) -> bool {
+        self.selection().is_some_and(|selection| {
+            let shares = matches!(selection.rule, Rule::Keep(_));
+            selection.scope == Scope::Batch && shares && step > selection.warmup_steps
+        })
+    }
+
+    /// Whether the lowest score that was kept is a threshold.
+    pub fn has_threshold(&self) -> bool {
+        self.selection().is_some_and(|selection| selection.score.has_threshold())
+    }
+
+    /// Whether nothing at all may be kept of a batch that has tokens to choose from.
+    pub fn may_keep_nothing(&self) -> bool {
+        self.selection().is_some_and(|selection| {
+            matches!(selection.rule, Rule::Threshold(_))
+                || selection.scope == Scope::RunningQuantile
+                || matches!(selection.score, Score::Intersection { .. })
+        })
+    }
+
+    /// Chooses from micro-batches that compete as the scope says; `row_len` is the length of their sequences.
+    /// `thresholds` are read and moved where the scope is [`Scope::RunningQuantile`].
+    ///
+    /// # Panics
+    /// When a list that the score needs is not as long as the losses, or `row_len` is 0.
+    pub fn select(
+        &self,
+        batch: &[Signals<'_>],
+        row_len: usize,
+        turn: Turn,
+        thresholds: &mut Thresholds,
+    ) -> Vec<Choice> {
+        match self {
+            Self::Clm => batch.iter().map(|signals| all_of(signals.loss.to_vec())).collect(),
+            Self::Slm(selection) => selection.select(batch, row_len, turn, thresholds),
+        }
+    }
+}
+
+impl Selection {
+    /// The share that is kept at a step; `None` where a threshold decides.
+    pub fn keep_at(&self, step: u64, steps: u64) -> Option<KeepRatio> {
+        if step <= self.warmup_steps {
+            return Some(KeepRatio::ALL);
+        }
+        match &self.rule {
+            Rule::Keep(schedule) => Some(schedule.at(step, self.warmup_steps + 1, steps)),
+            Rule::Threshold(_) => None,
+        }
+    }
+
+    fn select(
+        &self,
+        batch: &[Signals<'_>],
+        row_len: usize,
+        turn: Turn,
+        thresholds: &mut Thresholds,
+    ) -> Vec<Choice> {
+        let keep = self.keep_at(turn.step, turn.steps);
+        let scores: Vec<Vec<f32>> = batch.iter().map(|signals| self.score.values(signals)).collect();
+        let entropy_keep = match self.score {
+            Score::Intersection { entropy_keep } | Score::Union { entropy_keep }
+                if turn.step > self.warmup_steps =>
+            {
+                entropy_keep.or(keep)
+            }
+            _ => keep,
+        };
+        let rank = |scores: &[Vec<f32>], keep: Option<KeepRatio>, running: &mut RunningThreshold| match keep {
+            None => scores.iter().map(|scores| at_least(scores, self.threshold())).collect(),
+            Some(KeepRatio::ALL) => scores.iter().map(|scores| at_least(scores, f32::NEG_INFINITY)).collect(),
+            Some(keep) if self.scope == Scope::RunningQuantile => {
+                scores.iter().map(|scores| running_choice(scores, keep, running)).collect()
+            }
+            Some(keep) => {
+                let keys = (turn.micro_batch..).zip(scores).map(|(micro_batch, scores)| match self.score {
+                    Score::Random => Keys::drawn(scores, turn.seed, turn.step, micro_batch),
+                    _ => Keys::of_scores(scores),
+                });
+                highest(&keys.collect::<Vec<_>>(), self.scope, row_len, keep)
+            }
+        };
+        let mut kept: Vec<Vec<u32>> = rank(&scores, keep, &mut thresholds.score);
+        if let Score::Intersection { .. } | Score::Union { .. } = self.score {
+            // Positions that lack a reference loss cannot be chosen for their entropy either.
+            let entropies: Vec<Vec<f32>> = batch
+                .iter()
+                .zip(&scores)
+                .map(|(signals, scores)| {
+                    let pairs = Score::ReferenceEntropy.values(signals).into_iter().zip(scores);
+                    pairs.map(|(entropy, score)| if score.is_nan() { f32::NAN } else { entropy }).collect()
+                })
+                .collect();
+            let by_entropy = rank(&entropies, entropy_keep, &mut thresholds.entropy);
+            let is_union = matches!(self.score, Score::Union { .. });
+            for (kept, other) in kept.iter_mut().zip(by_entropy) {
+                *kept = combine(kept, &other, is_union);
+            }
+        }
+        kept.into_iter().zip(scores).map(|(kept, scores)| Choice { kept, scores }).collect()
+    }
+
+    fn threshold(&self) -> f32 {
+        match self.rule {
+            Rule::Threshold(threshold) => threshold,
+            Rule::Keep(_) => f32::NEG_INFINITY,
+        }
+    }
+}
+
+/// Every position with a score.
+fn all_of(scores: Vec<f32>) -> Choice {
+    Choice { kept: at_least(&scores, f32::NEG_INFINITY), scores }
+}
+
+/// Positions whose score is `threshold` or higher.
+fn at_least(scores: &[f32], threshold: f32) -> Vec<u32> {
+    // A comparison with NaN is false, so positions without a score are left out.
+    (0..).zip(scores).filter(|&(_, &score)| score >= threshold).map(|(index, _)| index).collect()
+}
+
+/// Chooses by what earlier micro-batches have taught, then learns from this one. The first of a run has only itself.
+fn running_choice(scores: &[f32], keep: KeepRatio, running: &mut RunningThreshold) -> Vec<u32> {
+    let own = Keys::of_scores(scores).highest(keep);
+    let lowest = own.iter().map(|&index| scores[index as usize]).min_by(f32::total_cmp);
+    let kept = match running.get() {
+        Some(threshold) => at_least(scores, threshold),
+        None => own,
+    };
+    if let Some(lowest) = lowest {
+        running.update(lowest);
+    }
+    kept
+}
+
+/// The highest keys within each sequence, micro-batch or the whole batch.
+fn highest(keys: &[Keys], scope: Scope, row_len: usize, keep: KeepRatio) -> Vec<Vec<u32>> {
+    match scope {
+        Scope::Sequence => keys.iter().map(|keys| keys.highest_of_each(row_len, keep)).collect(),
+        Scope::Batch => {
+            let mut rest = &Keys::concat(keys).highest(keep)[..];
+            let mut start = 0;
+            let mut kept = Vec::with_capacity(keys.len());
+            for keys in keys {
+                let end = start + keys.len() as u32;
+                let (own, others) = rest.split_at(rest.partition_point(|&index| index < end));
+                kept.push(own.iter().map(|index| index - start).collect());
+                (start, rest) = (end, others);
+            }
+            kept
+        }
+        Scope::MicroBatch | Scope::RunningQuantile => keys.iter().map(|keys| keys.highest(keep)).collect(),
+    }
+}
+
+/// Union or intersection of two ascending lists, ascending.
+fn combine(left: &[u32], right: &[u32], is_union: bool) -> Vec<u32> {
+    let (mut left, mut right) = (left.iter().peekable(), right.iter().peekable());
+    let mut combined = Vec::new();
+    loop {
+        let order = match (left.peek(), right.peek()) {
+            (Some(a), Some(b)) => a.cmp(b),
+            (Some(_), None) => std::cmp::Ordering::Less,
+            (None, Some(_)) => std::cmp::Ordering::Greater,
+            (None, None) => break,
+        };
+        let taken = match order {
+            std::cmp::Ordering::Less => (left.next(), is_union),
+            std::cmp::Ordering::Greater => (right.next(), is_union),
+            std::cmp::Ordering::Equal => {
+                right.next();
+                (left.next(), true)
+            }
+        };
+        if let (Some(&index), true) = taken {
+            combined.push(index);
+        }
+    }
+    combined
+}

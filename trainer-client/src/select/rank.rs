@@ -1,0 +1,83 @@
+//! The top k of a list, in linear time, with ties broken by position.
+
+use super::ratio::KeepRatio;
+use crate::random::SplitMix64;
+
+/// One key a position, in the order of its score: a higher key is kept before a lower one, and a position without
+/// a key cannot be kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keys(Vec<Option<u64>>);
+
+impl Keys {
+    /// Keys of scores; NaN marks a position that cannot be kept, and both zeros are one score.
+    pub fn of_scores(scores: &[f32]) -> Self {
+        Self(scores.iter().map(|&score| (!score.is_nan()).then(|| order_preserving(score))).collect())
+    }
+
+    /// Keys drawn for the positions that have a score, named by `seed`, `step` and `micro_batch` alone: no two
+    /// positions are likelier than others, whatever their scores.
+    pub fn drawn(scores: &[f32], seed: u64, step: u64, micro_batch: u64) -> Self {
+        let mut generator = SplitMix64::keyed(SplitMix64::keyed(seed, step).next_u64(), micro_batch);
+        Self(scores.iter().map(|score| (!score.is_nan()).then(|| generator.next_u64())).collect())
+    }
+
+    /// Positions, with or without a key.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is no position.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The keys of several lists as one list.
+    pub fn concat(lists: &[Self]) -> Self {
+        Self(lists.iter().flat_map(|list| list.0.iter().copied()).collect())
+    }
+
+    /// Positions of the `keep` share with the highest keys, ascending; of equal keys the earlier position wins.
+    pub fn highest(&self, keep: KeepRatio) -> Vec<u32> {
+        highest(&self.0, keep)
+    }
+
+    /// As [`Keys::highest`], of each run of `row_len` positions by itself.
+    ///
+    /// # Panics
+    /// When `row_len` is 0.
+    pub fn highest_of_each(&self, row_len: usize, keep: KeepRatio) -> Vec<u32> {
+        let rows = (0..).step_by(row_len).zip(self.0.chunks(row_len));
+        rows.flat_map(|(start, row)| highest(row, keep).into_iter().map(move |index| start + index)).collect()
+    }
+}
+
+/// Indices of the `keep` share of the scores that are highest, ascending; NaN marks a position that is not
+/// eligible, and of equal scores the earlier position wins. Linear in the number of scores.
+pub fn top_k(scores: &[f32], keep: KeepRatio) -> Vec<u32> {
+    Keys::of_scores(scores).highest(keep)
+}
+
+fn highest(keys: &[Option<u64>], keep: KeepRatio) -> Vec<u32> {
+    let mut candidates: Vec<(u32, u64)> =
+        (0..).zip(keys).filter_map(|(index, key)| key.map(|key| (index, key))).collect();
+    let count = keep.count(candidates.len());
+    if count < candidates.len() {
+        candidates
+            .select_nth_unstable_by(count, |left, right| right.1.cmp(&left.1).then(left.0.cmp(&right.0)));
+        candidates.truncate(count);
+    }
+    // Marking and collecting keeps the whole linear, where a sort of the kept indices would not be.
+    let mut is_kept = vec![false; keys.len()];
+    for (index, _) in candidates {
+        is_kept[index as usize] = true;
+    }
+    (0..).zip(is_kept).filter(|&(_, kept)| kept).map(|(index, _)| index).collect()
+}
+
+/// The bits of a number, changed so that they order as integers do.
+fn order_preserving(score: f32) -> u64 {
+    // Adding zero turns -0.0 into 0.0, whose bits differ.
+    let bits = (score + 0.0).to_bits();
+    let negative = bits >> 31 == 1;
+    u64::from(if negative { !bits } else { bits | 1 << 31 })
+}

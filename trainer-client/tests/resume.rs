@@ -1,0 +1,257 @@
+//! Runs of the real program that are killed and go on: bit by bit what they would have been, and with another number of
+//! ranks every document once.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_trainer::random::SplitMix64;
+use support::{Cluster, cluster, mixture, produce_scored, write_tokenizer};
+
+const PARTITIONS: i32 = 6;
+const DOCUMENTS: usize = 240;
+const PATIENCE: Duration = Duration::from_mins(1);
+
+struct Place {
+    folder: tempfile::TempDir,
+    cluster: Cluster,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = Fingerprint::of_bytes(&std::fs::read(write_tokenizer(folder.path())).unwrap());
+        std::fs::write(folder.path().join("held-out.jsonl"), "{\"text\": \"one and two\"}\n").unwrap();
+        let cluster = cluster("scored", PARTITIONS);
+        let documents = mixture(DOCUMENTS, tokenizer, Fingerprint::of_bytes(b"model"));
+        produce_scored(&cluster, "scored", PARTITIONS, &documents);
+        Self { folder, cluster }
+    }
+
+    fn out(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A small run into `out` that resumes whatever is there.
+    fn run(&self, out: &Path, flags: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice-train"));
+        command.args(["run", "--resume", "--topic", "scored", "--bootstrap-servers"]);
+        command.arg(self.cluster.bootstrap_servers()).arg("--tokenizer").arg(self.out("tokenizer.json"));
+        command.args(["--hidden-size", "16", "--layers", "1", "--heads", "2", "--intermediate-size", "16"]);
+        command.args([
+            "--batch-size",
+            "4",
+            "--sequence-length",
+            "32",
+            "--log-documents",
+            "--eval-every",
+            "5",
+        ]);
+        command.arg("--eval").arg(format!("words={}", self.out("held-out.jsonl").display()));
+        command.arg("--out").arg(out).args(flags);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    }
+}
+
+/// Lines of a run's metrics, of any kind, whole ones alone.
+fn lines(out: &Path, file: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(out.join(file)).unwrap_or_default();
+    text.split_inclusive('\n').filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Everything a run wrote down of its steps but the time they took.
+fn story(out: &Path) -> (Vec<Value>, Vec<Value>) {
+    let mut metrics = lines(out, "metrics.jsonl");
+    for line in &mut metrics {
+        let line = line.as_object_mut().unwrap();
+        line.remove("seconds");
+        line.remove("data_wait_seconds");
+    }
+    (metrics, lines(out, "documents.jsonl"))
+}
+
+/// The files of the last checkpoint.
+fn last_checkpoint(out: &Path) -> BTreeMap<String, Vec<u8>> {
+    let folder = sluice_trainer::checkpoints::latest_checkpoint(out).unwrap().unwrap();
+    let file = |entry: std::io::Result<std::fs::DirEntry>| {
+        let path = entry.unwrap().path();
+        (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap())
+    };
+    std::fs::read_dir(folder).unwrap().map(file).collect()
+}
+
+/// Kills the child once its metrics hold `count` lines, `delay` later; whether it was alive until then.
+fn kill_after(child: &mut Child, out: &Path, count: usize, delay: Duration) -> bool {
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success(), "{status}");
+            return false;
+        }
+        if lines(out, "metrics.jsonl").len() >= count {
+            std::thread::sleep(delay);
+            child.kill().unwrap();
+            return !child.wait().unwrap().success();
+        }
+        assert!(begun.elapsed() < PATIENCE, "it has written {count} lines by now");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn finish(command: &mut Command) {
+    let output = command.stderr(Stdio::piped()).output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn runs_killed_at_any_moment_go_on_as_if_nothing_had_happened() {
+    // What has a state beside the model: a running threshold, an average of the weights, a shuffle buffer, a second epoch.
+    let flags = [
+        "--steps",
+        "30",
+        "--epochs",
+        "3",
+        "--accumulate",
+        "2",
+        "--shuffle-buffer",
+        "20",
+        "--checkpoint-every",
+        "4",
+        "--score",
+        "improvement",
+        "--history-decay",
+        "0.9",
+        "--scope",
+        "running-quantile",
+        "--world-size",
+        "2",
+    ];
+    let place = Place::new();
+    let whole = place.out("whole");
+    finish(&mut place.run(&whole, &flags));
+    let (expected, checkpoint) = (story(&whole), last_checkpoint(&whole));
+    assert_eq!(expected.0.iter().filter(|line| line["type"] == "step").count(), 30);
+    assert!(
+        checkpoint.contains_key("history.safetensors") && checkpoint.len() == 7,
+        "{:?}",
+        checkpoint.keys()
+    );
+
+    let mut generator = SplitMix64::keyed(20, 0);
+    let (mut killed, mut resumed_from) = (0, std::collections::BTreeSet::new());
+    for attempt in 0..40 {
+        let out = place.out(&format!("killed-{attempt}"));
+        let count = generator.below(expected.0.len());
+        let delay = Duration::from_micros(generator.below(30_000) as u64);
+        let mut child = place.run(&out, &flags).spawn().unwrap();
+        killed += usize::from(kill_after(&mut child, &out, count, delay));
+        let checkpoints = out.join("checkpoints");
+        let before =
+            checkpoints.is_dir().then(|| sluice_trainer::checkpoints::latest_checkpoint(&out).unwrap());
+        resumed_from.insert(before.flatten().map(|path| path.file_name().unwrap().to_owned()));
+        finish(&mut place.run(&out, &flags));
+        assert_eq!(story(&out), expected, "killed after {count} lines and {delay:?}");
+        for (file, bytes) in last_checkpoint(&out) {
+            assert!(checkpoint.get(&file) == Some(&bytes), "{file} of the last checkpoint has other bytes");
+        }
+        std::fs::remove_dir_all(out).unwrap();
+        if killed == 20 {
+            break;
+        }
+    }
+    assert_eq!(killed, 20, "a run was killed before its end");
+    assert!(resumed_from.len() > 3, "from the beginning and from several checkpoints: {resumed_from:?}");
+}
+
+/// How often each token of each document was predicted, by what a run wrote down.
+fn predicted(out: &Path) -> BTreeMap<(String, u64), u64> {
+    let mut counts = BTreeMap::new();
+    for line in lines(out, "documents.jsonl") {
+        for piece in line["pieces"].as_array().unwrap() {
+            let (start, tokens) = (piece["start"].as_u64().unwrap(), piece["tokens"].as_u64().unwrap());
+            // A piece's first token is read and not predicted.
+            for token in start + 1..start + tokens {
+                *counts.entry((piece["document"].as_str().unwrap().to_owned(), token)).or_default() += 1;
+            }
+        }
+    }
+    counts
+}
+
+#[test]
+fn with_another_number_of_ranks_every_document_is_learnt_from_as_often() {
+    let place = Place::new();
+    let flags = |world_size| {
+        let flags = ["--steps", "100000", "--epochs", "2", "--schedule", "constant", "--shuffle-buffer", "9"];
+        [&flags[..], &["--checkpoint-every", "3", "--world-size", world_size]].concat()
+    };
+    let fingerprint = Fingerprint::of_bytes(b"");
+    let expected: BTreeMap<(String, u64), u64> = mixture(DOCUMENTS, fingerprint, fingerprint)
+        .iter()
+        .flat_map(|scored| {
+            let id = scored.document.id.clone();
+            (1..scored.document.tokens.len() as u64).map(move |token| ((id.clone(), token), 2))
+        })
+        .collect();
+    for (name, world_sizes) in [("to-1", ["2", "1"]), ("to-3", ["2", "3"]), ("to-2", ["3", "2"])] {
+        let out = place.out(name);
+        let [before, after] = world_sizes;
+        let mut child = place.run(&out, &flags(before)).spawn().unwrap();
+        // Past the first checkpoint, with records in every buffer.
+        assert!(kill_after(&mut child, &out, 12, Duration::ZERO), "it was killed before its end");
+        finish(&mut place.run(&out, &flags(after)));
+        let found = predicted(&out);
+        assert_eq!(found.len(), expected.len(), "{name}: every token of every document");
+        let off: Vec<_> = found.iter().filter(|&(token, count)| expected.get(token) != Some(count)).collect();
+        assert!(off.is_empty(), "{name}: {} tokens not twice, such as {:?}", off.len(), off.first());
+        let ranks: std::collections::BTreeSet<String> =
+            lines(&out, "documents.jsonl").iter().map(|line| line["rank"].to_string()).collect();
+        assert_eq!(ranks.len().to_string(), *world_sizes.iter().max().unwrap());
+    }
+}
+
+#[test]
+fn a_run_goes_on_only_as_itself() {
+    let place = Place::new();
+    let out = place.out("run");
+    let flags = ["--steps", "6", "--until-end", "--checkpoints-keep", "3", "--checkpoint-every", "1"];
+    finish(&mut place.run(&out, &flags));
+    let kept = std::fs::read_dir(out.join("checkpoints")).unwrap().count();
+    assert_eq!(kept, 3);
+    let before = (story(&out), last_checkpoint(&out));
+    finish(&mut place.run(&out, &flags));
+    assert!((story(&out), last_checkpoint(&out)) == before, "a run that is done stays as it is");
+    for (other, expected) in [
+        (vec!["--seed", "2"], "--seed differs"),
+        (vec!["--keep", "0.5"], "the selection"),
+        (vec!["--learning-rate", "0.1"], "the learning rate"),
+        (vec!["--shuffle-buffer", "3"], "--shuffle-buffer differs"),
+        (vec!["--accumulate", "2"], "--accumulate differs"),
+        (vec!["--weight-decay", "0.2"], "the optimizer differs"),
+        (vec!["--world-size", "7"], "too few for 7 ranks"),
+    ] {
+        let output = place.run(&out, &[&flags[..], &other].concat()).stderr(Stdio::piped()).output().unwrap();
+        let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(64), "{shown}");
+        assert!(shown.contains(expected), "{expected:?} is missing in: {shown}");
+        assert!((story(&out), last_checkpoint(&out)) == before, "a refusal changes nothing");
+    }
+    // A checkpoint that lost bytes is not gone on from.
+    let folder = sluice_trainer::checkpoints::latest_checkpoint(&out).unwrap().unwrap();
+    for file in ["state.json", "documents.safetensors", "model.safetensors", "optimizer.safetensors"] {
+        let whole = std::fs::read(folder.join(file)).unwrap();
+        std::fs::write(folder.join(file), &whole[..whole.len() / 2]).unwrap();
+        let output = place.run(&out, &flags).stderr(Stdio::piped()).output().unwrap();
+        let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(65), "{shown}");
+        assert!(shown.contains(file), "{shown}");
+        std::fs::write(folder.join(file), whole).unwrap();
+    }
+}
