@@ -23,6 +23,7 @@ struct Inner {
     /// Milliseconds after `started` of each loop's last turn.
     beats: [AtomicU64; 3],
     warm: AtomicBool,
+    joined: AtomicBool,
     assigned: AtomicBool,
     broker_down: AtomicBool,
     stopping: AtomicBool,
@@ -39,6 +40,7 @@ impl Default for Health {
             started: Instant::now(),
             beats: Default::default(),
             warm: AtomicBool::new(false),
+            joined: AtomicBool::new(false),
             assigned: AtomicBool::new(false),
             broker_down: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -62,9 +64,36 @@ impl Health {
         self.0.warm.store(true, Ordering::Relaxed);
     }
 
-    /// Notes whether partitions are assigned.
+    /// Notes an assignment of the group, and whether there are partitions in it.
     pub fn set_assigned(&self, assigned: bool) {
         self.0.assigned.store(assigned, Ordering::Relaxed);
+        self.0.joined.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the start is over: the model is warm and the group's first assignment is in. A daemon beyond the number
+    /// of partitions stands by with an empty one.
+    pub fn has_started(&self) -> bool {
+        self.0.warm.load(Ordering::Relaxed) && self.0.joined.load(Ordering::Relaxed)
+    }
+
+    /// Time since the daemon began: what [`Self::progressed_since`] counts in.
+    pub fn now(&self) -> Duration {
+        self.0.started.elapsed()
+    }
+
+    /// Whether every loop has turned since `then`.
+    pub fn progressed_since(&self, then: Duration) -> bool {
+        LOOPS.iter().all(|(of, _)| self.last_turn(*of) > then)
+    }
+
+    /// Time since the last turn of each loop, by name.
+    pub fn ages(&self) -> impl Iterator<Item = (&'static str, Duration)> {
+        let now = self.now();
+        LOOPS.map(|(of, name)| (name, now.saturating_sub(self.last_turn(of)))).into_iter()
+    }
+
+    fn last_turn(&self, of: Loop) -> Duration {
+        Duration::from_millis(self.0.beats[of as usize].load(Ordering::Relaxed))
     }
 
     /// Notes whether the brokers answer; true where that is news.
@@ -103,11 +132,7 @@ impl Health {
         if !self.0.warm.load(Ordering::Relaxed) {
             return Vec::new();
         }
-        let now = self.0.started.elapsed();
-        let age = |of: Loop| {
-            now.saturating_sub(Duration::from_millis(self.0.beats[of as usize].load(Ordering::Relaxed)))
-        };
-        LOOPS.iter().filter(|(of, _)| age(*of) >= stalled).map(|(_, name)| *name).collect()
+        self.ages().filter(|(_, age)| *age >= stalled).map(|(name, _)| name).collect()
     }
 
     /// Why no work can be taken; nothing where it can.
@@ -138,6 +163,31 @@ mod tests {
         health.set_warm();
         assert_eq!(health.stalled(Duration::ZERO), ["source", "score", "sink"]);
         assert!(health.stalled(Duration::from_mins(1)).is_empty());
+    }
+
+    #[test]
+    fn progress_is_that_of_every_loop() {
+        let health = Health::default();
+        std::thread::sleep(Duration::from_millis(2));
+        health.set_warm();
+        assert!(health.progressed_since(Duration::ZERO));
+        let then = health.now();
+        std::thread::sleep(Duration::from_millis(2));
+        health.beat(Loop::Source);
+        health.beat(Loop::Score);
+        assert!(!health.progressed_since(then), "the sink has not turned");
+        health.beat(Loop::Sink);
+        assert!(health.progressed_since(then));
+    }
+
+    #[test]
+    fn a_daemon_without_partitions_has_started_and_is_not_ready() {
+        let health = Health::default();
+        health.set_warm();
+        assert!(!health.has_started());
+        health.set_assigned(false);
+        assert!(health.has_started());
+        assert_eq!(health.not_ready(), Some("no partition is assigned yet"));
     }
 
     #[test]

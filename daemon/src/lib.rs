@@ -19,5 +19,6 @@ pub mod score;
 pub mod serve;
 pub mod sink;
 pub mod source;
+pub mod systemd;
 pub mod tokenizer;
 pub mod topics;

@@ -161,6 +161,8 @@ fn score_loop(
                     failures = 0;
                     metrics.model_tokens.inc_by(batch.real_tokens() as u64);
                     metrics.padded_tokens.inc_by(batch.padded_tokens() as u64);
+                    metrics.batch_rows.observe(batch.rows() as f64);
+                    metrics.row_tokens.observe(batch.padded_len as f64);
                     scatter(&batch, &scores, &mut assemblies);
                 }
                 Err(error) if batch.rows() > 1 => {

@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 use crate::score::Scorer;
 use crate::score::model::Model;
 use crate::score::runtime::{Device, SessionOptions};
-use crate::{http, kafka, pipeline};
+use crate::{http, kafka, pipeline, systemd};
 
 /// How long the other loops may take to end once one has failed.
 const GIVE_UP_WITHIN: Duration = Duration::from_secs(10);
@@ -74,7 +74,7 @@ fn start_edge(
     tracing::info!(address = %bound, "serving /metrics, /live and /ready");
     let router =
         http::router(metrics.clone(), health.clone(), Duration::from_secs(config.limits.stalled_seconds));
-    let health = health.clone();
+    let (health, metrics) = (health.clone(), metrics.clone());
     let (mut terminate, mut interrupt) = {
         let _guard = runtime.enter();
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
@@ -82,6 +82,7 @@ fn start_edge(
     std::thread::Builder::new().name("edge".to_owned()).spawn(move || {
         runtime.block_on(async move {
             tokio::spawn(exit_when_stuck(health.clone()));
+            tokio::spawn(systemd::keep_informed(health.clone(), metrics));
             tokio::spawn(async move {
                 if let Err(error) = axum::serve(listener, router).await {
                     tracing::error!(%error, "the HTTP endpoint ended");

@@ -83,6 +83,8 @@ impl ClientContext for Context {
             .filter_map(|p| self.ledger.lag(p.partition, p.committed_offset, p.ls_offset.max(0)))
             .sum();
         self.metrics.consumer_lag.set(lag as i64);
+        let queued = self.ledger.queued();
+        self.metrics.set_queued(queued.unscored, queued.unpublished);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {

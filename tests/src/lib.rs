@@ -3,7 +3,9 @@
 
 mod broker;
 mod daemon;
+mod hanging_model;
 mod kafka;
+mod machine;
 pub mod oracle;
 mod topic;
 
@@ -11,7 +13,9 @@ use std::path::{Path, PathBuf};
 
 pub use broker::Broker;
 pub use daemon::Daemon;
+pub use hanging_model::{HANGS, write_hanging_model};
 pub use kafka::{Kafka, Shape};
+pub use machine::Machine;
 pub use topic::{Record, produce, read_all};
 
 /// The repository's root.

@@ -132,8 +132,11 @@ impl<'a> Sink<'a> {
 
     fn count(&self, group: &Group<Outcome>) {
         for taken in group {
+            self.metrics.committed_seconds.observe(taken.opened.elapsed().as_secs_f64());
             match &taken.outcome {
                 Outcome::Scored(scored) => {
+                    let scored_after = taken.completed.duration_since(taken.opened);
+                    self.metrics.scored_seconds.observe(scored_after.as_secs_f64());
                     self.metrics.documents_scored.inc();
                     self.metrics.tokens_scored.inc_by(scored.tokens as u64);
                 }
