@@ -183,7 +183,12 @@ pub fn run() -> anyhow::Result<()> {
         Ok(config)
     };
     match &cli.command {
-        Command::Serve(file) => return serve::serve(&configured(file)?),
+        Command::Serve(file) => {
+            let config = configured(file)?;
+            let (_, flags) = matches.subcommand().unwrap_or(("", &matches));
+            let (path, flags) = (file.config.clone(), flags.clone());
+            return serve::serve(&config, Box::new(move || config::load(path.as_deref(), &flags)));
+        }
         Command::Validate(file) => return serve::validate(&configured(file)?),
         _ => logging::start(&config::Log::default()).exit_code(USAGE)?,
     }

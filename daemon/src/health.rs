@@ -26,7 +26,8 @@ struct Inner {
     joined: AtomicBool,
     assigned: AtomicBool,
     broker_down: AtomicBool,
-    stopping: AtomicBool,
+    leaving: AtomicBool,
+    switching: AtomicBool,
     aborted: AtomicBool,
 }
 
@@ -43,7 +44,8 @@ impl Default for Health {
             joined: AtomicBool::new(false),
             assigned: AtomicBool::new(false),
             broker_down: AtomicBool::new(false),
-            stopping: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
+            switching: AtomicBool::new(false),
             aborted: AtomicBool::new(false),
         }))
     }
@@ -86,10 +88,11 @@ impl Health {
         LOOPS.iter().all(|(of, _)| self.last_turn(*of) > then)
     }
 
-    /// Time since the last turn of each loop, by name.
-    pub fn ages(&self) -> impl Iterator<Item = (&'static str, Duration)> {
-        let now = self.now();
-        LOOPS.map(|(of, name)| (name, now.saturating_sub(self.last_turn(of)))).into_iter()
+    /// Time since the last turn of each loop, by name; none while the model loads, which may take minutes.
+    pub fn ages(&self) -> [(&'static str, Duration); 3] {
+        let (now, warm) = (self.now(), self.0.warm.load(Ordering::Relaxed));
+        let age = |of| if warm { now.saturating_sub(self.last_turn(of)) } else { Duration::ZERO };
+        LOOPS.map(|(of, name)| (name, age(of)))
     }
 
     fn last_turn(&self, of: Loop) -> Duration {
@@ -106,14 +109,30 @@ impl Health {
         self.0.broker_down.load(Ordering::Relaxed)
     }
 
-    /// Asks every loop to finish what it has and stop.
+    /// Asks every loop to finish what it has and stop, for good.
     pub fn stop(&self) {
-        self.0.stopping.store(true, Ordering::Relaxed);
+        self.0.leaving.store(true, Ordering::Relaxed);
     }
 
-    /// Whether [`Self::stop`] was called.
+    /// Asks every loop to finish what it has and stop, so that others can begin with new settings.
+    pub fn switch(&self) {
+        self.0.switching.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes that the loops have stopped and others may begin.
+    pub fn set_switched(&self) {
+        self.0.switching.store(false, Ordering::Relaxed);
+        self.set_warm();
+    }
+
+    /// Whether the loops should finish what they have and stop.
     pub fn is_stopping(&self) -> bool {
-        self.0.stopping.load(Ordering::Relaxed)
+        self.is_leaving() || self.0.switching.load(Ordering::Relaxed)
+    }
+
+    /// Whether the process is about to end: [`Self::stop`] was called.
+    pub fn is_leaving(&self) -> bool {
+        self.0.leaving.load(Ordering::Relaxed)
     }
 
     /// Asks every loop to give up at once: one of them has failed.
@@ -132,14 +151,16 @@ impl Health {
         if !self.0.warm.load(Ordering::Relaxed) {
             return Vec::new();
         }
-        self.ages().filter(|(_, age)| *age >= stalled).map(|(name, _)| name).collect()
+        self.ages().iter().filter(|(_, age)| *age >= stalled).map(|(name, _)| *name).collect()
     }
 
     /// Why no work can be taken; nothing where it can.
     pub fn not_ready(&self) -> Option<&'static str> {
         let inner = &self.0;
-        if inner.stopping.load(Ordering::Relaxed) {
+        if self.is_leaving() {
             Some("stopping")
+        } else if inner.switching.load(Ordering::Relaxed) {
+            Some("going over to new settings")
         } else if !inner.warm.load(Ordering::Relaxed) {
             Some("the model is loading")
         } else if inner.broker_down.load(Ordering::Relaxed) {
@@ -200,6 +221,12 @@ mod tests {
         assert_eq!(health.not_ready(), None);
         assert!(health.set_broker_down(true) && !health.set_broker_down(true), "news only once");
         assert_eq!(health.not_ready(), Some("no broker answers"));
+        assert!(health.set_broker_down(false));
+        health.switch();
+        assert_eq!(health.not_ready(), Some("going over to new settings"));
+        assert!(health.is_stopping() && !health.is_leaving());
+        health.set_switched();
+        assert_eq!(health.not_ready(), None);
         health.stop();
         assert_eq!(health.not_ready(), Some("stopping"));
     }

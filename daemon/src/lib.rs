@@ -15,6 +15,7 @@ pub mod ledger;
 pub mod logging;
 pub mod metrics;
 pub mod pipeline;
+pub mod reload;
 pub mod score;
 pub mod serve;
 pub mod sink;

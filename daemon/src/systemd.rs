@@ -27,7 +27,7 @@ pub async fn keep_informed(health: Health, metrics: Metrics) {
             ready = true;
             send(&[NotifyState::Ready]);
         }
-        if !stopping && health.is_stopping() {
+        if !stopping && health.is_leaving() {
             stopping = true;
             send(&[NotifyState::Stopping]);
         }
@@ -62,7 +62,7 @@ fn send(states: &[NotifyState<'_>]) {
 /// One line for `systemctl status`.
 fn status(health: &Health, metrics: &Metrics) -> String {
     let in_flight = metrics.in_flight_tokens.get();
-    if health.is_stopping() {
+    if health.is_leaving() {
         return format!("finishing {in_flight} tokens in flight");
     }
     match health.not_ready() {
