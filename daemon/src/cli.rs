@@ -165,12 +165,14 @@ struct DevBrokerArgs {
     until_stdin_closes: bool,
 }
 
+/// The whole command line, with a flag for every setting.
+pub fn command() -> clap::Command {
+    Cli::command().mut_subcommand("serve", config::add_flags).mut_subcommand("validate", config::add_flags)
+}
+
 /// Does what the process's arguments say.
 pub fn run() -> anyhow::Result<()> {
-    let command = Cli::command()
-        .mut_subcommand("serve", config::add_flags)
-        .mut_subcommand("validate", config::add_flags);
-    let matches = command.try_get_matches().unwrap_or_else(|error| {
+    let matches = command().try_get_matches().unwrap_or_else(|error| {
         let _ = error.print();
         // `--help` and `--version` come this way too.
         std::process::exit(if error.use_stderr() { i32::from(USAGE) } else { 0 })
