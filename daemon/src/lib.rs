@@ -14,6 +14,7 @@ pub mod kafka;
 pub mod ledger;
 pub mod logging;
 pub mod metrics;
+pub mod notice;
 pub mod pipeline;
 pub mod reload;
 pub mod score;

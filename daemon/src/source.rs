@@ -22,6 +22,7 @@ use crate::health::{Health, Loop};
 use crate::kafka::{self, Complaints};
 use crate::ledger::{Ledger, Ticket};
 use crate::metrics::Metrics;
+use crate::notice::Notices;
 use crate::score::ModelIdentity;
 use crate::sink::{DeadLetter, Outcome};
 
@@ -171,6 +172,7 @@ pub fn run(
     health: &Health,
 ) -> anyhow::Result<()> {
     let budget = config.limits.in_flight_tokens;
+    let notices = Notices::default();
     let mut paused = false;
     let mut stopping: Option<Instant> = None;
     let mut last_answer = Instant::now();
@@ -216,7 +218,7 @@ pub fn run(
         }
         match consumer.poll(if paused { POLL_PAUSED } else { POLL }) {
             None => {}
-            Some(Err(error)) => consumer_error(&error, health, metrics)?,
+            Some(Err(error)) => consumer_error(&error, health, metrics, &notices)?,
             // A record that was fetched before the drain began is left for the next reader.
             Some(Ok(_)) if stopping.is_some() => {}
             Some(Ok(message)) => {
@@ -254,14 +256,27 @@ fn set_paused(consumer: &DocumentsConsumer, pause: bool) {
 }
 
 /// Errors that the client recovers from are counted; the others end the daemon.
-fn consumer_error(error: &KafkaError, health: &Health, metrics: &Metrics) -> anyhow::Result<()> {
+fn consumer_error(
+    error: &KafkaError,
+    health: &Health,
+    metrics: &Metrics,
+    notices: &Notices,
+) -> anyhow::Result<()> {
     metrics.kafka_errors.inc();
     match error.rdkafka_error_code() {
         Some(RDKafkaErrorCode::Fatal) => bail!("the consumer failed for good: {error}"),
         Some(RDKafkaErrorCode::AllBrokersDown) => {
             broker_is_down(health, "all brokers are down");
         }
-        _ => tracing::warn!(%error, "kafka consumer error; the client tries again"),
+        _ => {
+            if let Some(others) = notices.due("consumer error") {
+                tracing::warn!(
+                    %error,
+                    others_since_last_warning = others,
+                    "kafka consumer error; the client tries again"
+                );
+            }
+        }
     }
     Ok(())
 }

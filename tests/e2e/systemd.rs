@@ -49,7 +49,11 @@ fn a_start_is_over_when_work_can_be_taken_and_a_killed_daemon_comes_back() {
     let machine = Machine::with_sluiced();
     // So that the group soon notices that the killed daemon is gone.
     let settings = "[kafka.properties]\n\"session.timeout.ms\" = \"6000\"";
-    machine.configure(&broker.bootstrap_servers, &golden("tiny-llama"), settings, "");
+    // A setting that root alone can read comes to the daemon as a credential.
+    let credential = "Environment=SLUICED_KAFKA_PROPERTIES=client.id.from_file=%d/kafka_name";
+    machine.configure(&broker.bootstrap_servers, &golden("tiny-llama"), settings, credential);
+    machine.write("/etc/sluice/credentials/name", b"sluiced");
+    machine.run(&["chmod", "600", "/etc/sluice/credentials/name"]);
     machine.run(&["systemctl", "start", UNIT]);
     assert_eq!(machine.property(UNIT, "ActiveState"), "active");
     let status = machine.wait_for(UNIT, "StatusText", |status| status.starts_with("scoring 4 partitions"));
@@ -69,6 +73,10 @@ fn a_start_is_over_when_work_can_be_taken_and_a_killed_daemon_comes_back() {
     assert_ne!(machine.property(UNIT, "MainPID"), first);
     send(&broker, "second", &[1, 2, 3]);
     wait_for_scored(&broker, 2);
+
+    machine.run(&["systemctl", "reload", UNIT]);
+    machine.wait_for_log("configuration reloaded");
+    machine.wait_for(UNIT, "ActiveState", |state| state == "active");
 
     machine.run(&["systemctl", "stop", UNIT]);
     assert_eq!(machine.property(UNIT, "ActiveState"), "inactive", "{}", machine.log());

@@ -112,6 +112,15 @@ impl Machine {
         }
     }
 
+    /// Waits until a daemon has logged `text`.
+    pub fn wait_for_log(&self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(text) {
+            assert!(Instant::now() < deadline, "waited a minute for {text:?} in\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// What the daemons have logged; [`Self::configure`] says where to.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&self.try_run(&["cat", LOG]).stdout).into_owned()
@@ -134,15 +143,6 @@ impl Machine {
         let unit = format!("[Service]\nStandardError=append:{LOG}\nRestartSec=200ms\n{unit}\n");
         self.write("/etc/systemd/system/sluiced@.service.d/test.conf", unit.as_bytes());
         self.run(&["systemctl", "daemon-reload"]);
-    }
-
-    /// The address that the latest daemon listens on.
-    pub fn http_address(&self) -> String {
-        let fields = self.log().lines().rev().find_map(|line| {
-            let fields: serde_json::Value = serde_json::from_str(line).ok()?;
-            Some(fields["address"].as_str()?.to_owned())
-        });
-        fields.expect("the log has the address")
     }
 }
 
