@@ -45,14 +45,8 @@ ROWS: dict[str, list[Panel]] = {
     "Work": [
         Panel("Documents scored", "docs/s", {"{{instance}}": rate("sluiced_documents_scored_total")}),
         Panel("Tokens scored", "tokens/s", {"{{instance}}": rate("sluiced_tokens_scored_total")}),
-        Panel(
-            "Tokens and documents read",
-            "short",
-            {
-                "tokens/s": rate("sluiced_tokens_read_total", by="job"),
-                "records/s": rate("sluiced_documents_read_total", by="job"),
-            },
-        ),
+        Panel("Records read", "records/s", {"{{instance}}": rate("sluiced_documents_read_total")}),
+        Panel("Tokens read", "tokens/s", {"{{instance}}": rate("sluiced_tokens_read_total")}),
         Panel(
             "Records behind",
             "short",
