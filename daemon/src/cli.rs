@@ -165,12 +165,14 @@ struct DevBrokerArgs {
     until_stdin_closes: bool,
 }
 
+/// The whole command line, with a flag for every setting.
+pub fn command() -> clap::Command {
+    Cli::command().mut_subcommand("serve", config::add_flags).mut_subcommand("validate", config::add_flags)
+}
+
 /// Does what the process's arguments say.
 pub fn run() -> anyhow::Result<()> {
-    let command = Cli::command()
-        .mut_subcommand("serve", config::add_flags)
-        .mut_subcommand("validate", config::add_flags);
-    let matches = command.try_get_matches().unwrap_or_else(|error| {
+    let matches = command().try_get_matches().unwrap_or_else(|error| {
         let _ = error.print();
         // `--help` and `--version` come this way too.
         std::process::exit(if error.use_stderr() { i32::from(USAGE) } else { 0 })
@@ -183,7 +185,12 @@ pub fn run() -> anyhow::Result<()> {
         Ok(config)
     };
     match &cli.command {
-        Command::Serve(file) => return serve::serve(&configured(file)?),
+        Command::Serve(file) => {
+            let config = configured(file)?;
+            let (_, flags) = matches.subcommand().unwrap_or(("", &matches));
+            let (path, flags) = (file.config.clone(), flags.clone());
+            return serve::serve(&config, Box::new(move || config::load(path.as_deref(), &flags)));
+        }
         Command::Validate(file) => return serve::validate(&configured(file)?),
         _ => logging::start(&config::Log::default()).exit_code(USAGE)?,
     }

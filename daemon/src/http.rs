@@ -28,7 +28,7 @@ pub fn router(metrics: Metrics, health: Health, stalled: Duration) -> Router {
 }
 
 async fn metrics_text(State(shared): State<Shared>) -> Response {
-    match shared.metrics.render() {
+    match shared.metrics.render(&shared.health) {
         Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }

@@ -25,7 +25,8 @@ pub struct Ticket {
 enum Stage<T> {
     Opened,
     Begun,
-    Complete(T),
+    /// What became of it, and when that was known.
+    Complete(T, Instant),
 }
 
 #[derive(Debug)]
@@ -38,7 +39,7 @@ struct Entry<T> {
 
 impl<T> Entry<T> {
     fn is_complete(&self) -> bool {
-        matches!(self.stage, Stage::Complete(_))
+        matches!(self.stage, Stage::Complete(..))
     }
 }
 
@@ -111,7 +112,20 @@ pub struct Taken<T> {
     pub ticket: Ticket,
     /// What became of the record.
     pub outcome: T,
+    /// When it was read.
+    pub opened: Instant,
+    /// When its outcome was known.
+    pub completed: Instant,
     tokens: usize,
+}
+
+/// Tokens of the records that are not taken yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Queued {
+    /// Those without an outcome.
+    pub unscored: usize,
+    /// Those with one.
+    pub unpublished: usize,
 }
 
 /// Outcomes that may be published now, in order within each partition.
@@ -201,7 +215,7 @@ impl<T> Ledger<T> {
     pub fn complete(&self, ticket: Ticket, outcome: T) {
         let mut state = self.lock();
         let Some(entry) = state.entry(ticket) else { return };
-        entry.stage = Stage::Complete(outcome);
+        entry.stage = Stage::Complete(outcome, Instant::now());
         let tokens = entry.tokens;
         state.complete_tokens += tokens;
         state.incomplete -= 1;
@@ -231,7 +245,7 @@ impl<T> Ledger<T> {
         let mut oldest = Instant::now();
         for books in state.partitions.values_mut() {
             while tokens < tokens_max && books.waiting.front().is_some_and(Entry::is_complete) {
-                let Some(Entry { ticket, tokens: size, opened, stage: Stage::Complete(outcome) }) =
+                let Some(Entry { ticket, tokens: size, opened, stage: Stage::Complete(outcome, completed) }) =
                     books.waiting.pop_front()
                 else {
                     break;
@@ -239,7 +253,7 @@ impl<T> Ledger<T> {
                 books.publishing += 1;
                 tokens += size;
                 oldest = oldest.min(opened);
-                group.push(Taken { ticket, outcome, tokens: size });
+                group.push(Taken { ticket, outcome, opened, completed, tokens: size });
             }
         }
         state.complete_tokens -= tokens;
@@ -286,6 +300,16 @@ impl<T> Ledger<T> {
     /// Tokens in flight.
     pub fn tokens(&self) -> usize {
         self.lock().tokens
+    }
+
+    /// Tokens that wait for the model, and those that wait to be published.
+    pub fn queued(&self) -> Queued {
+        let mut queued = Queued::default();
+        for entry in self.lock().partitions.values().flat_map(|books| &books.waiting) {
+            let queue = if entry.is_complete() { &mut queued.unpublished } else { &mut queued.unscored };
+            *queue += entry.tokens;
+        }
+        queued
     }
 
     /// Waits until fewer than `tokens_max` tokens are in flight; false where `timeout` passed first.

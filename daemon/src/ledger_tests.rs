@@ -20,6 +20,7 @@ fn only_contiguous_outcomes_are_published() {
     let other = ledger.open(1, 3, 10).unwrap();
     ledger.complete(tickets[2], "late");
     ledger.complete(tickets[1], "middle");
+    assert_eq!(ledger.queued(), Queued { unscored: 20, unpublished: 20 });
     assert!(ledger.take(1000, NOW, NOW).is_empty());
     ledger.complete(other, "other");
     ledger.complete(tickets[0], "first");
@@ -27,6 +28,7 @@ fn only_contiguous_outcomes_are_published() {
     assert_eq!(offsets(&group), [(0, 5), (0, 6), (0, 9), (1, 3)]);
     assert_eq!(Ledger::commit_points(&group), HashMap::from([(0, 10), (1, 4)]));
     assert_eq!(ledger.tokens(), 40);
+    assert_eq!(ledger.queued(), Queued::default());
     assert!(!ledger.is_drained());
     ledger.release(&group);
     assert_eq!(ledger.tokens(), 0);

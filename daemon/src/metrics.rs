@@ -1,10 +1,12 @@
 //! Every metric of the daemon, in one place.
 
 use prometheus::{
-    Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder, core::Collector,
+    Encoder as _, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder, core::Collector, process_collector::ProcessCollector,
 };
 use sluice_schemas::record::RecordError;
+
+use crate::health::Health;
 
 /// Reasons for a dead letter that are not a [`RecordError`].
 pub const RECORD_TOO_LARGE: &str = "record_too_large";
@@ -15,6 +17,10 @@ pub const MODEL_FAILED: &str = "model_failed";
 pub const FENCED_BY_GROUP: &str = "group";
 /// A fence: another daemon uses the same transactional id.
 pub const FENCED_BY_PRODUCER: &str = "producer";
+/// What became of a reload.
+pub const RELOAD_APPLIED: &str = "applied";
+/// The new configuration was not taken; the old one is in force.
+pub const RELOAD_REFUSED: &str = "refused";
 
 /// The daemon's metrics. Cloning shares them.
 #[derive(Clone, Debug)]
@@ -36,10 +42,18 @@ pub struct Metrics {
     pub padded_tokens: IntCounter,
     /// Time of one run of the model.
     pub batch_seconds: Histogram,
+    /// Windows in one run of the model.
+    pub batch_rows: Histogram,
+    /// Length to which the windows of one run are padded.
+    pub row_tokens: Histogram,
     /// Batches that failed and were split.
     pub batches_split: IntCounter,
     /// Time from the first record of a group to its commit.
     pub publish_seconds: Histogram,
+    /// Time from reading a document to knowing its losses.
+    pub scored_seconds: Histogram,
+    /// Time from reading a record to its commit.
+    pub committed_seconds: Histogram,
     /// Groups of records whose offsets were committed.
     pub commits: IntCounter,
     /// Transactions that were aborted and tried again.
@@ -64,12 +78,19 @@ pub struct Metrics {
     pub in_flight_tokens: IntGauge,
     /// Age of the oldest record in flight.
     pub oldest_in_flight_seconds: IntGauge,
+    /// Reloads of the configuration, by outcome.
+    pub reloads: IntCounterVec,
+    queued_tokens: IntGaugeVec,
+    ready: IntGauge,
+    broker_up: IntGauge,
+    loop_idle_seconds: GaugeVec,
     build_info: IntGaugeVec,
     model_info: IntGaugeVec,
 }
 
 impl Metrics {
     /// Registers every metric, each at zero.
+    #[allow(clippy::too_many_lines, reason = "a list, and nothing else")]
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         let counter = |name: &str, help: &str| register(&registry, IntCounter::new(name, help)?);
@@ -78,6 +99,14 @@ impl Metrics {
             let buckets = prometheus::exponential_buckets(0.001, 2.0, 16)?;
             register(&registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?)
         };
+        let powers_of_two = |name: &str, help: &str| {
+            let buckets = prometheus::exponential_buckets(1.0, 2.0, 16)?;
+            register(&registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?)
+        };
+        let gauges = |name: &str, help: &str, label: &str| {
+            register(&registry, IntGaugeVec::new(Opts::new(name, help), &[label])?)
+        };
+        registry.register(Box::new(ProcessCollector::for_self()))?;
         let metrics = Self {
             documents_read: counter(
                 "sluiced_documents_read_total",
@@ -105,10 +134,23 @@ impl Metrics {
                 "Tokens the model computed, with padding.",
             )?,
             batch_seconds: seconds("sluiced_batch_seconds", "Time of one run of the model.")?,
+            batch_rows: powers_of_two("sluiced_batch_rows", "Windows in one run of the model.")?,
+            row_tokens: powers_of_two(
+                "sluiced_batch_row_tokens",
+                "Length to which the windows of one run of the model are padded.",
+            )?,
             batches_split: counter("sluiced_batches_split_total", "Batches that failed and were split.")?,
             publish_seconds: seconds(
                 "sluiced_publish_seconds",
                 "Time to publish and commit a group of records.",
+            )?,
+            scored_seconds: seconds(
+                "sluiced_read_to_scored_seconds",
+                "Time from reading a document to knowing its losses.",
+            )?,
+            committed_seconds: seconds(
+                "sluiced_read_to_committed_seconds",
+                "Time from reading a record to committing its offset.",
             )?,
             commits: counter("sluiced_commits_total", "Groups of records whose offsets were committed.")?,
             aborts: counter("sluiced_aborts_total", "Transactions that were aborted and tried again.")?,
@@ -147,10 +189,28 @@ impl Metrics {
                 "sluiced_oldest_in_flight_seconds",
                 "Age of the oldest record that is not yet published.",
             )?,
-            build_info: register(
+            reloads: register(
                 &registry,
-                IntGaugeVec::new(Opts::new("sluiced_build_info", "Always 1; the build."), &["version"])?,
+                IntCounterVec::new(
+                    Opts::new("sluiced_config_reloads_total", "Reloads of the configuration, by outcome."),
+                    &["outcome"],
+                )?,
             )?,
+            queued_tokens: gauges(
+                "sluiced_queued_tokens",
+                "Tokens that wait to be scored, and those that wait to be published.",
+                "queue",
+            )?,
+            ready: gauge("sluiced_ready", "1 while work can be taken, as /ready says.")?,
+            broker_up: gauge("sluiced_broker_up", "1 while a broker answers.")?,
+            loop_idle_seconds: register(
+                &registry,
+                GaugeVec::new(
+                    Opts::new("sluiced_loop_idle_seconds", "Time since a loop has turned."),
+                    &["loop"],
+                )?,
+            )?,
+            build_info: gauges("sluiced_build_info", "Always 1; the build.", "version")?,
             model_info: register(
                 &registry,
                 IntGaugeVec::new(
@@ -166,6 +226,10 @@ impl Metrics {
         for by in [FENCED_BY_GROUP, FENCED_BY_PRODUCER] {
             metrics.fences.with_label_values(&[by]);
         }
+        for outcome in [RELOAD_APPLIED, RELOAD_REFUSED] {
+            metrics.reloads.with_label_values(&[outcome]);
+        }
+        metrics.set_queued(0, 0);
         metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Ok(metrics)
     }
@@ -176,8 +240,19 @@ impl Metrics {
         self.model_info.with_label_values(&[fingerprint, tokenizer, precision, device]).set(1);
     }
 
-    /// The metrics in Prometheus' text format.
-    pub fn render(&self) -> prometheus::Result<Vec<u8>> {
+    /// Tokens that wait to be scored, and those that wait to be published.
+    pub fn set_queued(&self, unscored: usize, unpublished: usize) {
+        self.queued_tokens.with_label_values(&["score"]).set(unscored as i64);
+        self.queued_tokens.with_label_values(&["publish"]).set(unpublished as i64);
+    }
+
+    /// The metrics in Prometheus' text format, with what `health` says at this moment.
+    pub fn render(&self, health: &Health) -> prometheus::Result<Vec<u8>> {
+        self.ready.set(i64::from(health.not_ready().is_none()));
+        self.broker_up.set(i64::from(!health.is_broker_down()));
+        for (name, age) in health.ages() {
+            self.loop_idle_seconds.with_label_values(&[name]).set(age.as_secs_f64());
+        }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)

@@ -17,6 +17,7 @@ use crate::config::{BatchSettings, Config};
 use crate::health::{Health, Loop};
 use crate::ledger::Ledger;
 use crate::metrics::{MODEL_FAILED, Metrics};
+use crate::notice::Notices;
 use crate::score::model::Model;
 use crate::score::{ModelIdentity, Score};
 use crate::sink::{Outcome, Sink};
@@ -134,6 +135,7 @@ fn score_loop(
     metrics: &Metrics,
     health: &Health,
 ) -> anyhow::Result<()> {
+    let notices = Notices::default();
     let mut failures = 0;
     while let Some(gathered) = gather(jobs, ledger, settings, health) {
         let mut pending = Vec::new();
@@ -161,10 +163,19 @@ fn score_loop(
                     failures = 0;
                     metrics.model_tokens.inc_by(batch.real_tokens() as u64);
                     metrics.padded_tokens.inc_by(batch.padded_tokens() as u64);
+                    metrics.batch_rows.observe(batch.rows() as f64);
+                    metrics.row_tokens.observe(batch.padded_len as f64);
                     scatter(&batch, &scores, &mut assemblies);
                 }
                 Err(error) if batch.rows() > 1 => {
-                    tracing::warn!(%error, rows = batch.rows(), "a batch failed; trying its halves");
+                    if let Some(others) = notices.due("batch") {
+                        tracing::warn!(
+                            %error,
+                            rows = batch.rows(),
+                            others_since_last_warning = others,
+                            "a batch failed; trying its halves"
+                        );
+                    }
                     metrics.batches_split.inc();
                     let mut first = batch.windows;
                     let second = first.split_off(first.len() / 2);

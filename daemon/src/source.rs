@@ -24,6 +24,7 @@ use crate::health::{Health, Loop};
 use crate::kafka::{self, Complaints};
 use crate::ledger::{Ledger, Ticket};
 use crate::metrics::Metrics;
+use crate::notice::Notices;
 use crate::score::ModelIdentity;
 use crate::sink::{DeadLetter, Outcome};
 
@@ -90,6 +91,8 @@ impl ClientContext for Context {
             .filter_map(|p| self.ledger.lag(p.partition, p.committed_offset, p.ls_offset.max(0)))
             .sum();
         self.metrics.consumer_lag.set(lag as i64);
+        let queued = self.ledger.queued();
+        self.metrics.set_queued(queued.unscored, queued.unpublished);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
@@ -271,6 +274,7 @@ pub fn run(
     health: &Health,
 ) -> anyhow::Result<()> {
     let budget = config.limits.in_flight_tokens;
+    let notices = Notices::default();
     let mut paused = false;
     let mut stopping: Option<Instant> = None;
     let mut last_answer = Instant::now();
@@ -319,7 +323,7 @@ pub fn run(
         }
         match consumer.poll(if paused { POLL_PAUSED } else { POLL }) {
             None => {}
-            Some(Err(error)) => consumer_error(&error, health, metrics)?,
+            Some(Err(error)) => consumer_error(&error, health, metrics, &notices)?,
             // A record that was fetched before the drain began is left for the next reader.
             Some(Ok(_)) if stopping.is_some() => {}
             Some(Ok(message)) => {
@@ -357,7 +361,12 @@ fn set_paused(consumer: &DocumentsConsumer, pause: bool) {
 }
 
 /// Errors that the client recovers from are counted; the others end the daemon.
-fn consumer_error(error: &KafkaError, health: &Health, metrics: &Metrics) -> anyhow::Result<()> {
+fn consumer_error(
+    error: &KafkaError,
+    health: &Health,
+    metrics: &Metrics,
+    notices: &Notices,
+) -> anyhow::Result<()> {
     metrics.kafka_errors.inc();
     match error.rdkafka_error_code() {
         Some(RDKafkaErrorCode::AutoOffsetReset) => bail!(
@@ -370,7 +379,15 @@ fn consumer_error(error: &KafkaError, health: &Health, metrics: &Metrics) -> any
         }
         // Said once, and it comes again with every try.
         Some(RDKafkaErrorCode::BrokerTransportFailure) if health.is_broker_down() => {}
-        _ => tracing::warn!(%error, "kafka consumer error; the client tries again"),
+        _ => {
+            if let Some(others) = notices.due("consumer error") {
+                tracing::warn!(
+                    %error,
+                    others_since_last_warning = others,
+                    "kafka consumer error; the client tries again"
+                );
+            }
+        }
     }
     Ok(())
 }

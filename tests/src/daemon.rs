@@ -22,10 +22,14 @@ impl Daemon {
 
     /// Starts `sluiced serve` for `model` with further flags, and waits for its HTTP endpoint.
     pub fn start_with(bootstrap_servers: &str, model: &Path, flags: &[&str]) -> Self {
+        let model = model.to_str().unwrap();
+        Self::start_configured(bootstrap_servers, &[&["--model-path", model], flags].concat())
+    }
+
+    /// Starts `sluiced serve` with whatever `flags` say, and waits for its HTTP endpoint.
+    pub fn start_configured(bootstrap_servers: &str, flags: &[&str]) -> Self {
         let mut process = Command::new(binary("sluiced"))
             .args(["serve", "--http-listen", "127.0.0.1:0", "--kafka-bootstrap-servers", bootstrap_servers])
-            .arg("--model-path")
-            .arg(model)
             .args(flags)
             .env("ORT_DYLIB_PATH", onnxruntime())
             .env("SLUICED_LOG_FORMAT", "json")
@@ -48,15 +52,14 @@ impl Daemon {
         Self { process, address }
     }
 
+    /// The address of its HTTP endpoint.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// Status code and body of `GET path`.
     pub fn get(&self, path: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        (status, body.to_owned())
+        http_get(&self.address, path)
     }
 
     /// The value of a metric, labels and all, such as `sluiced_dead_letters_total{reason="malformed"}`.
@@ -125,4 +128,15 @@ impl Drop for Daemon {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Status code and body of `GET path` at `address`.
+pub fn http_get(address: &str, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, body.to_owned())
 }

@@ -4,16 +4,22 @@
 mod broker;
 mod cluster;
 mod daemon;
+mod hanging_model;
 mod kafka;
+mod machine;
 pub mod oracle;
+mod prometheus;
 mod topic;
 
 use std::path::{Path, PathBuf};
 
 pub use broker::Broker;
 pub use cluster::Cluster;
-pub use daemon::Daemon;
+pub use daemon::{Daemon, http_get};
+pub use hanging_model::{HANGS, write_hanging_model};
 pub use kafka::{Kafka, Shape};
+pub use machine::Machine;
+pub use prometheus::{Prometheus, promtool};
 pub use topic::{Record, produce, read_all};
 
 /// The repository's root.

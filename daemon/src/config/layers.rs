@@ -36,16 +36,18 @@ pub enum ConfigError {
 }
 
 /// A key of the configuration, as the schema describes it.
-struct Key {
+pub(super) struct Key {
     /// Such as `["kafka", "group_id"]`.
-    path: Vec<String>,
-    help: String,
-    kind: Kind,
-    default: String,
+    pub path: Vec<String>,
+    /// What the table that it is in is about.
+    pub section_help: String,
+    pub help: String,
+    pub kind: Kind,
+    pub default: String,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Kind {
+pub(super) enum Kind {
     Text,
     Integer,
     Boolean,
@@ -54,6 +56,11 @@ enum Kind {
 }
 
 impl Key {
+    /// Its name within its table.
+    pub fn name(&self) -> &str {
+        self.path.last().map_or("", String::as_str)
+    }
+
     fn id(&self) -> String {
         self.path.join(".")
     }
@@ -67,20 +74,25 @@ impl Key {
     }
 }
 
-fn keys() -> Vec<Key> {
+pub(super) fn keys() -> Vec<Key> {
     let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
     let schema = settings.into_generator().into_root_schema_for::<Config>().to_value();
     let defaults = serde_json::to_value(Config::default()).unwrap_or_default();
     let mut keys = Vec::new();
-    collect(&schema, &defaults, &mut Vec::new(), &mut keys);
+    collect(&schema, &defaults, "", &mut Vec::new(), &mut keys);
     keys
 }
 
-fn collect(schema: &Value, default: &Value, path: &mut Vec<String>, keys: &mut Vec<Key>) {
+fn help_of(schema: &Value) -> String {
+    schema["description"].as_str().unwrap_or_default().replace('\n', " ")
+}
+
+fn collect(schema: &Value, default: &Value, section_help: &str, path: &mut Vec<String>, keys: &mut Vec<Key>) {
     if let Some(properties) = schema["properties"].as_object() {
+        let help = help_of(schema);
         for (name, schema) in properties {
             path.push(name.clone());
-            collect(schema, &default[name], path, keys);
+            collect(schema, &default[name], &help, path, keys);
             path.pop();
         }
         return;
@@ -93,7 +105,8 @@ fn collect(schema: &Value, default: &Value, path: &mut Vec<String>, keys: &mut V
     };
     keys.push(Key {
         path: path.clone(),
-        help: schema["description"].as_str().unwrap_or_default().replace('\n', " "),
+        section_help: section_help.to_owned(),
+        help: help_of(schema),
         kind,
         default: match default {
             Value::String(text) => text.clone(),

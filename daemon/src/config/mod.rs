@@ -4,6 +4,7 @@
 //! (`--kafka-group-id`); the later of these wins. The flags and their help are made from these types.
 
 mod layers;
+mod reference;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use sluice_schemas::{names, record::LossFormat};
 
 pub use layers::{ConfigError, add_flags, load};
+pub use reference::{example, reference};
 
 use crate::score::runtime::Device;
 

@@ -5,7 +5,6 @@
 //! records, and what lies between the two is published again by the next daemon.
 
 mod error;
-mod notice;
 mod producer;
 mod record;
 
@@ -24,9 +23,9 @@ use crate::health::{Health, Loop};
 use crate::kafka;
 use crate::ledger::{Group, Ledger, Ticket};
 use crate::metrics::{FENCED_BY_GROUP, FENCED_BY_PRODUCER, Metrics};
+use crate::notice::Notices;
 use crate::source::DocumentsConsumer;
 use error::{Verdict, classify, is_fenced_by_group, is_too_large};
-use notice::Notices;
 use producer::{RecordProducer, Stuck};
 pub use record::{DeadLetter, Outcome, Scored};
 
@@ -130,16 +129,33 @@ impl<'a> Sink<'a> {
         }
     }
 
+    /// Warns of the first dead letter of its reason at once, and of later ones together.
+    fn warn_of_dead_letter(&self, letter: &DeadLetter, ticket: Ticket) {
+        if let Some(others) = self.notices.due(letter.reason) {
+            tracing::warn!(
+                reason = letter.reason,
+                detail = letter.detail,
+                partition = ticket.partition,
+                offset = ticket.offset,
+                others_since_last_warning = others,
+                "dead letter"
+            );
+        }
+    }
+
     fn count(&self, group: &Group<Outcome>) {
         for taken in group {
+            self.metrics.committed_seconds.observe(taken.opened.elapsed().as_secs_f64());
             match &taken.outcome {
                 Outcome::Scored(scored) => {
+                    let scored_after = taken.completed.duration_since(taken.opened);
+                    self.metrics.scored_seconds.observe(scored_after.as_secs_f64());
                     self.metrics.documents_scored.inc();
                     self.metrics.tokens_scored.inc_by(scored.tokens as u64);
                 }
                 Outcome::DeadLetter(letter) => {
                     self.metrics.dead_letters.with_label_values(&[letter.reason]).inc();
-                    self.notices.dead_letter(letter, taken.ticket);
+                    self.warn_of_dead_letter(letter, taken.ticket);
                 }
             }
         }
@@ -267,7 +283,13 @@ impl<'a> Sink<'a> {
             // At worst a repetition: the next commit covers it, or whoever has the partitions now repeats it.
             Err(error) => {
                 self.metrics.commit_failures.inc();
-                tracing::warn!(%error, "cannot commit offsets; what was published may be published again");
+                if let Some(others) = self.notices.due("commit") {
+                    tracing::warn!(
+                        %error,
+                        others_since_last_warning = others,
+                        "cannot commit offsets; what was published may be published again"
+                    );
+                }
             }
         }
         Ok(())

@@ -1,0 +1,159 @@
+//! SIGHUP: new settings and another model while documents keep coming.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::{ScoredDocument, TokenIds, TokenizedDocument};
+use sluice_tests::{Broker, Daemon, Kafka, golden, produce, read_all};
+
+const APPLIED: &str = "sluiced_config_reloads_total{outcome=\"applied\"}";
+const REFUSED: &str = "sluiced_config_reloads_total{outcome=\"refused\"}";
+
+/// A configuration file that names a folder of its own for the model.
+struct Settings {
+    folder: tempfile::TempDir,
+}
+
+impl Settings {
+    fn new(model: &Path, further: &str) -> Self {
+        let settings = Self { folder: tempfile::tempdir().unwrap() };
+        settings.write("model", model, further);
+        settings
+    }
+
+    fn file(&self) -> PathBuf {
+        self.folder.path().join("sluiced.toml")
+    }
+
+    /// Points the configuration at a copy of `model` in the folder `name`.
+    fn write(&self, name: &str, model: &Path, further: &str) {
+        let copy = self.folder.path().join(name);
+        std::fs::create_dir_all(&copy).unwrap();
+        for file in ["model.onnx", "tokenizer.json", "config.json"] {
+            std::fs::copy(model.join(file), copy.join(file)).unwrap();
+        }
+        let text = format!("{further}\n[model]\npath = \"{}\"\n", copy.display());
+        std::fs::write(self.file(), text).unwrap();
+    }
+
+    fn daemon(&self, servers: &str, flags: &[&str]) -> Daemon {
+        let file = self.file();
+        Daemon::start_configured(servers, &[&["--config", file.to_str().unwrap()], flags].concat())
+    }
+}
+
+fn send(servers: &str, ids: std::ops::Range<usize>) {
+    let tokenizer = std::fs::read(golden("tiny-llama/tokenizer.json")).unwrap();
+    let records: Vec<_> = ids
+        .map(|number| {
+            let document = TokenizedDocument {
+                id: format!("document-{number}"),
+                tokens: TokenIds::new(&vec![number as u32 % 500; 20 + number % 50]),
+                tokenizer: Fingerprint::of_bytes(&tokenizer),
+                source: String::new(),
+                attributes: BTreeMap::new(),
+            };
+            (document.id.clone(), Some(document.encode()))
+        })
+        .collect();
+    let borrowed: Vec<_> = records.iter().map(|(id, payload)| (id.as_str(), payload.clone())).collect();
+    produce(servers, "sluice.documents", &borrowed);
+}
+
+fn model_info(daemon: &Daemon) -> String {
+    let (_, text) = daemon.get("/metrics");
+    let line = text.lines().find(|line| line.starts_with("sluiced_model_info{")).unwrap();
+    line.split("fingerprint=\"").nth(1).unwrap().split('"').next().unwrap().to_owned()
+}
+
+#[test]
+fn another_model_takes_over_and_every_document_is_scored_once() {
+    let data = tempfile::tempdir().unwrap();
+    let kafka = Kafka::start(&data.path().join("kafka"));
+    for topic in ["sluice.documents", "sluice.scored", "sluice.dead-letters"] {
+        kafka.create_topic(topic, 2);
+    }
+    let servers = &kafka.bootstrap_servers;
+    let settings = Settings::new(&golden("tiny-llama"), "");
+    let daemon = settings.daemon(servers, &[]);
+    daemon.wait("the start", |daemon| daemon.get("/ready").0 == 200);
+    let first = model_info(&daemon);
+    send(servers, 0..200);
+    daemon.wait("the first documents", |daemon| daemon.finished() >= 200);
+
+    settings.write("other", &golden("tiny-llama-mask"), "");
+    daemon.signal("HUP");
+    // Documents keep coming while one model makes way for the other.
+    let mut sent = 200;
+    while sent < 1000 || daemon.metric(APPLIED) == 0 || model_info(&daemon) == first {
+        assert!(sent < 20_000, "the model is never switched");
+        send(servers, sent..sent + 40);
+        sent += 40;
+    }
+    daemon.wait("all documents", |daemon| daemon.finished() >= sent);
+    let second = model_info(&daemon);
+    assert_eq!(daemon.stop().code(), Some(0));
+
+    let documents: Vec<_> = read_all(servers, "sluice.scored")
+        .into_iter()
+        .map(|record| ScoredDocument::decode(record.payload.unwrap()).unwrap())
+        .collect();
+    let ids: BTreeSet<_> = documents.iter().map(|document| document.document.id.clone()).collect();
+    assert_eq!((documents.len(), ids.len()), (sent, sent), "every document once");
+    let count = |model: &str| {
+        documents.iter().filter(|document| document.reference_model.to_string() == model).count()
+    };
+    assert_eq!(count(&first) + count(&second), sent);
+    assert!(count(&first) >= 200 && count(&second) > 0, "{} and {}", count(&first), count(&second));
+}
+
+#[test]
+fn what_cannot_be_used_leaves_the_old_settings_in_force() {
+    let broker = Broker::with_sluice_topics();
+    let servers = &broker.bootstrap_servers;
+    let settings = Settings::new(&golden("tiny-llama"), "");
+    // The broker in memory forgets members of a group only after their time.
+    let flags = ["--kafka-delivery", "at-least-once", "--kafka-properties", "session.timeout.ms=6000"];
+    let daemon = settings.daemon(servers, &flags);
+    daemon.wait("the start", |daemon| daemon.get("/ready").0 == 200);
+    let model = model_info(&daemon);
+    let other_tokenizer = tempfile::tempdir().unwrap();
+    for file in ["model.onnx", "config.json"] {
+        std::fs::copy(golden("tiny-llama").join(file), other_tokenizer.path().join(file)).unwrap();
+    }
+    let mut tokenizer = std::fs::read(golden("tiny-llama/tokenizer.json")).unwrap();
+    tokenizer.push(b'\n');
+    std::fs::write(other_tokenizer.path().join("tokenizer.json"), tokenizer).unwrap();
+    let no_model = tempfile::tempdir().unwrap();
+    for (name, bytes) in [("model.onnx", &b"no model"[..]), ("config.json", b"{}"), ("tokenizer.json", b"{}")]
+    {
+        std::fs::write(no_model.path().join(name), bytes).unwrap();
+    }
+    let bad: [(&str, &Path, &str); 4] = [
+        ("a value", &golden("tiny-llama"), "[batch]\ntokens_max = 0"),
+        ("a key that takes a restart", &golden("tiny-llama"), "[kafka]\ngroup_id = \"other\""),
+        ("a foreign tokenizer", other_tokenizer.path(), ""),
+        ("a broken model", no_model.path(), ""),
+    ];
+    for (index, (what, model, further)) in bad.into_iter().enumerate() {
+        settings.write(&format!("bad-{index}"), model, further);
+        daemon.signal("HUP");
+        daemon.wait(what, |daemon| daemon.metric(REFUSED) == index + 1);
+    }
+    assert_eq!(daemon.metric(APPLIED), 0);
+    assert_eq!(model_info(&daemon), model);
+    send(servers, 0..20);
+    daemon.wait("documents after the refusals", |daemon| daemon.finished() >= 20);
+
+    settings.write("good", &golden("tiny-llama"), "[batch]\ntokens_max = 256\n[log]\nlevel = \"debug\"");
+    daemon.signal("HUP");
+    daemon.wait("a good one", |daemon| daemon.metric(APPLIED) == 1);
+    send(servers, 20..40);
+    daemon.wait("documents after it", |daemon| daemon.finished() >= 40);
+    assert_eq!(model_info(&daemon), model, "a copy is the same model");
+    assert_eq!(daemon.stop().code(), Some(0));
+    let scored = read_all(servers, "sluice.scored");
+    assert_eq!(scored.len(), 40);
+}
