@@ -6,14 +6,14 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use sluice_daemon::batch::{plan, windows};
+use sluice_daemon::batch::{Ladder, plan, windows};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
-    ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
+    Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
 };
 
 const TOKENS: usize = 1000;
-const POLICY: ContextPolicy = ContextPolicy { window: 2048, stride: 1024 };
+const POLICY: ContextPolicy = ContextPolicy { window: 2048, stride: 1024, bos: Bos::None };
 
 fn document() -> TokenizedDocument {
     let ids: Vec<u32> = (0..TOKENS as u32).map(|index| index * 7919 % 32_000).collect();
@@ -73,9 +73,8 @@ fn batches(criterion: &mut Criterion) {
     group.throughput(Throughput::Elements(tokens as u64));
     group.bench_function("cut a look-ahead of 64 documents", |bencher| {
         bencher.iter(|| {
-            let all =
-                documents.iter().enumerate().flat_map(|(i, tokens)| windows(i, tokens, POLICY)).collect();
-            plan(black_box(all), 8192, 8)
+            let all = (0..).zip(&documents).flat_map(|(id, tokens)| windows(id, tokens, POLICY)).collect();
+            plan(black_box(all), 8192, Ladder::new(2048, 16))
         });
     });
     group.finish();

@@ -38,6 +38,8 @@ pub struct Metrics {
     pub batch_seconds: Histogram,
     /// Batches that failed and were split.
     pub batches_split: IntCounter,
+    /// Those of them that exhausted the device's memory.
+    pub batches_out_of_memory: IntCounter,
     /// Time from the first record of a group to its commit.
     pub publish_seconds: Histogram,
     /// Groups of records whose offsets were committed.
@@ -106,6 +108,10 @@ impl Metrics {
             )?,
             batch_seconds: seconds("sluiced_batch_seconds", "Time of one run of the model.")?,
             batches_split: counter("sluiced_batches_split_total", "Batches that failed and were split.")?,
+            batches_out_of_memory: counter(
+                "sluiced_batches_out_of_memory_total",
+                "Batches that exhausted the device's memory and were split.",
+            )?,
             publish_seconds: seconds(
                 "sluiced_publish_seconds",
                 "Time to publish and commit a group of records.",

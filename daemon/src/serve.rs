@@ -1,22 +1,18 @@
 //! `sluiced serve` and `sluiced validate`: from settings to a running pipeline, and what can be wrong on the way.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
-use sluice_schemas::record::ContextPolicy;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
-use crate::exit::{DATA, ExitCode as _, NO_INPUT, UNAVAILABLE, USAGE};
+use crate::exit::{ExitCode as _, UNAVAILABLE, USAGE};
 use crate::health::Health;
 use crate::kafka::PlainContext;
 use crate::metrics::Metrics;
-use crate::score::Scorer;
-use crate::score::model::Model;
-use crate::score::runtime::{Device, SessionOptions};
+use crate::reference::Reference;
 use crate::{http, kafka, pipeline};
 
 /// How long the other loops may take to end once one has failed.
@@ -30,7 +26,8 @@ pub fn serve(config: &Config) -> anyhow::Result<()> {
     let address: SocketAddr = config.http.listen.parse().exit_code(USAGE)?;
     start_edge(address, config, &metrics, &health)?;
 
-    let (model, mut scorer, policy) = open_model(config)?;
+    let mut reference = Reference::open(config)?;
+    let model = &reference.model;
     metrics.set_model(
         &model.identity.fingerprint.to_string(),
         &model.identity.tokenizer.to_string(),
@@ -41,7 +38,8 @@ pub fn serve(config: &Config) -> anyhow::Result<()> {
         tracing::info!("stopped before anything was read");
         return Ok(());
     }
-    pipeline::warm_up(&mut scorer, policy, &config.batch).exit_code(DATA)?;
+    let shapes = reference.warm_up(config)?;
+    let Reference { model, scorer, policy, .. } = reference;
     health.set_warm();
     tracing::info!(
         model = %model.identity.fingerprint.short(),
@@ -49,6 +47,8 @@ pub fn serve(config: &Config) -> anyhow::Result<()> {
         vocabulary = model.identity.vocabulary,
         window = policy.window,
         stride = policy.stride,
+        bos = ?policy.bos,
+        shapes,
         device = config.model.device,
         "reference model is warm"
     );
@@ -117,39 +117,23 @@ async fn exit_when_stuck(health: Health) {
     std::process::exit(1);
 }
 
-fn open_model(config: &Config) -> anyhow::Result<(Model, Scorer, ContextPolicy)> {
-    let model = Model::load(&config.model.path, config.score.entropies).exit_code(NO_INPUT)?;
-    let policy = pipeline::context_policy(config, &model).exit_code(USAGE)?;
-    let options = SessionOptions {
-        library: onnxruntime_library(config),
-        device: config.model.device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?,
-        threads: config.model.threads,
-        device_memory_bytes: config.model.device_memory_bytes,
-    };
-    let scorer = Scorer::new(&model, &options, config.score.entropies).exit_code(NO_INPUT)?;
-    Ok((model, scorer, policy))
-}
-
-fn onnxruntime_library(config: &Config) -> PathBuf {
-    if !config.model.onnxruntime.as_os_str().is_empty() {
-        return config.model.onnxruntime.clone();
-    }
-    std::env::var_os("ORT_DYLIB_PATH").map_or_else(|| PathBuf::from("libonnxruntime.so"), PathBuf::from)
-}
-
 /// Checks everything `serve` would need, and prints a line for each to standard output.
 #[allow(clippy::print_stdout)]
 pub fn validate(config: &Config) -> anyhow::Result<()> {
     kafka::check_properties(&config.kafka).exit_code(USAGE)?;
     println!("configuration: ok");
-    let (model, mut scorer, policy) = open_model(config)?;
-    pipeline::warm_up(&mut scorer, policy, &config.batch).exit_code(DATA)?;
+    let mut reference = Reference::open(config)?;
+    reference.warm_up(config)?;
+    let (model, policy) = (&reference.model, reference.policy);
     println!("model: ok, {} with {} logits", model.identity.fingerprint, model.identity.vocabulary);
     println!("  head: {}, then {:?}", model.report.head, model.report.after_head);
     println!(
         "  inputs: {}",
         model.inputs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
     );
+    for finding in &model.findings {
+        println!("  {}: {finding}", finding.code());
+    }
     println!(
         "  windows of {} tokens every {} tokens, on {}",
         policy.window, policy.stride, config.model.device
