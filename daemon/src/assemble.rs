@@ -60,6 +60,18 @@ impl Assembler {
         (windows, None)
     }
 
+    /// Notes that a window of `document` is about to be scored, for the first of them by asking `begin`; false where
+    /// the document was given up, now or before.
+    pub fn begin(&mut self, document: u64, begin: impl FnOnce(Ticket) -> bool) -> bool {
+        let Some(assembly) = self.documents.get_mut(&document) else { return false };
+        if !assembly.begun && !begin(assembly.job.ticket) {
+            self.documents.remove(&document);
+            return false;
+        }
+        assembly.begun = true;
+        true
+    }
+
     /// Hands the scores of `batch` to the documents they belong to, and gives out those that are finished.
     pub fn scored(&mut self, batch: &Batch, scores: &Scores) -> Vec<Finished> {
         let mut next = 0;
@@ -98,6 +110,8 @@ struct Assembly {
     losses: Vec<f32>,
     entropies: Vec<f32>,
     missing: usize,
+    /// Whether the first of its windows is on its way to the model.
+    begun: bool,
 }
 
 impl Assembly {
@@ -108,6 +122,7 @@ impl Assembly {
             losses: vec![f32::NAN; tokens],
             entropies: vec![f32::NAN; tokens],
             missing: windows.iter().map(|window| window.scored().len()).sum(),
+            begun: false,
         }
     }
 

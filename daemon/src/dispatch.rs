@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select};
 
 use crate::assemble::{Assembler, Finished, RecordPolicy};
-use crate::batch::{Batch, Ladder, LookAhead};
+use crate::batch::{Batch, Ladder, LookAhead, Window};
 use crate::config::BatchSettings;
 use crate::health::{Health, Loop};
 use crate::ledger::Ledger;
@@ -93,9 +93,24 @@ impl<'a> Dispatcher<'a> {
         self.complete(finished);
     }
 
-    /// The next batch, if there is anything to compute.
+    /// The next batch, if there is anything to compute. Documents that were given up meanwhile, because the model
+    /// failed on them or their partition went to another daemon, are left out.
     pub fn next_batch(&mut self) -> Option<Batch> {
-        self.retries.pop().or_else(|| self.lookahead.next_batch())
+        while let Some(batch) = self.retries.pop().or_else(|| self.lookahead.next_batch()) {
+            let rows = batch.rows();
+            let wanted: Vec<Window> = batch
+                .windows
+                .iter()
+                .filter(|window| self.assembler.begin(window.document, |ticket| self.ledger.begin(ticket)))
+                .cloned()
+                .collect();
+            match wanted.len() {
+                0 => {}
+                kept if kept == rows => return Some(batch),
+                _ => return Some(Batch::new(wanted, self.ladder)),
+            }
+        }
+        None
     }
 
     /// Takes in what the model made of a batch. Halves of one that failed come back from [`Self::next_batch`]; a
@@ -112,7 +127,7 @@ impl<'a> Dispatcher<'a> {
             Err(error) if batch.rows() > 1 => {
                 let out_of_memory = is_out_of_memory(&error);
                 if out_of_memory {
-                    self.metrics.batches_out_of_memory.inc();
+                    self.metrics.splits_for_memory.inc();
                 }
                 let advice =
                     if out_of_memory { "; batch.tokens_max is too large for this device" } else { "" };
@@ -158,9 +173,11 @@ impl<'a> Dispatcher<'a> {
         self.retries.is_empty() && self.lookahead.is_empty()
     }
 
-    /// Whether a batch put together now would be as full as one put together later.
-    fn has_full_batch(&self) -> bool {
-        !self.retries.is_empty() || self.lookahead.fills_a_batch()
+    /// Whether a batch put together now would be as good as one put together later. While the model works, a full one
+    /// is; a model that has nothing to do waits, until the deadline, for a look-ahead to choose from.
+    fn is_ready(&self, running: usize) -> bool {
+        let chosen_well = if running > 0 { self.lookahead.fills_a_batch() } else { !self.wants_more() };
+        chosen_well || !self.retries.is_empty()
     }
 
     /// When a model that has nothing to do takes what there is.
@@ -201,7 +218,7 @@ impl<'a> Dispatcher<'a> {
             }
             let now = Instant::now();
             let hurry = !source_is_open || health.is_stopping() || now >= self.deadline();
-            if waiting.is_none() && (self.has_full_batch() || (running == 0 && hurry)) {
+            if waiting.is_none() && (self.is_ready(running) || (running == 0 && hurry)) {
                 waiting = self.next_batch();
             }
             if !source_is_open && running == 0 && waiting.is_none() && self.is_idle() {
@@ -215,6 +232,7 @@ impl<'a> Dispatcher<'a> {
             };
             let takers = if waiting.is_some() { batches } else { &nobody_takes };
             let more = if source_is_open && self.wants_more() { jobs } else { &no_jobs };
+            // What is sent is taken out only once the model has asked for it.
             select! {
                 send(takers, waiting.take().context("no batch waits")?) -> sent => {
                     if sent.is_err() {

@@ -39,7 +39,7 @@ pub struct Metrics {
     /// Batches that failed and were split.
     pub batches_split: IntCounter,
     /// Those of them that exhausted the device's memory.
-    pub batches_out_of_memory: IntCounter,
+    pub splits_for_memory: IntCounter,
     /// Time from the first record of a group to its commit.
     pub publish_seconds: Histogram,
     /// Groups of records whose offsets were committed.
@@ -108,10 +108,7 @@ impl Metrics {
             )?,
             batch_seconds: seconds("sluiced_batch_seconds", "Time of one run of the model.")?,
             batches_split: counter("sluiced_batches_split_total", "Batches that failed and were split.")?,
-            batches_out_of_memory: counter(
-                "sluiced_batches_out_of_memory_total",
-                "Batches that exhausted the device's memory and were split.",
-            )?,
+            splits_for_memory: counter("sluiced_batches_out_of_memory_total", "Batches split for memory.")?,
             publish_seconds: seconds(
                 "sluiced_publish_seconds",
                 "Time to publish and commit a group of records.",

@@ -27,22 +27,25 @@ pub fn inspect(folder: &Path, device: &str, as_json: bool) -> anyhow::Result<()>
     let model = Model::load(folder, device, false).exit_code(NO_INPUT)?;
     let description = describe(&model);
     if as_json {
-        println!("{}", serde_json::to_string_pretty(&description)?);
+        let fields: serde_json::Map<_, _> =
+            description.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        println!("{}", serde_json::to_string_pretty(&fields)?);
         return Ok(());
     }
-    for (key, value) in description.as_object().into_iter().flatten() {
+    for (key, value) in &description {
         let lines = match value {
             Value::Array(values) if values.is_empty() => vec!["none".to_owned()],
             Value::Array(values) => values.iter().map(text).collect(),
             one => vec![text(one)],
         };
         for (index, line) in lines.iter().enumerate() {
-            println!("{:<18}{line}", if index == 0 { key.replace('_', " ") } else { String::new() });
+            println!("{:<16}{line}", if index == 0 { key.replace('_', " ") } else { String::new() });
         }
     }
     Ok(())
 }
 
+/// A value as people read it; of an object, its fields in the order of their names.
 fn text(value: &Value) -> String {
     match value {
         Value::Null => "unknown".to_owned(),
@@ -52,35 +55,35 @@ fn text(value: &Value) -> String {
     }
 }
 
-fn describe(model: &Model) -> Value {
+fn describe(model: &Model) -> Vec<(&'static str, Value)> {
     let report = &model.report;
     let fed = model
         .inputs
         .iter()
-        .map(|(name, element)| json!({"name": name, "how": format!("{element:?}, fed").to_lowercase()}));
-    let settled = report.settled_inputs.iter().map(|(name, what)| json!({"name": name, "how": what}));
+        .map(|(name, element)| json!({"input": name, "is": format!("fed, {element:?}").to_lowercase()}));
+    let settled = report.settled_inputs.iter().map(|(name, what)| json!({"input": name, "is": what}));
     let findings =
         model.findings.iter().map(|finding| json!({"code": finding.code(), "text": finding.to_string()}));
-    let mut description = json!({
-        "fingerprint": model.identity.fingerprint.to_string(),
-        "tokenizer": model.identity.tokenizer.to_string(),
-        "opset": report.opset,
-        "inputs": fed.chain(settled).collect::<Vec<_>>(),
-        "head": report.head,
-        "after_the_head": report.after_head,
-        "soft_cap": report.soft_cap.map_or_else(|| json!("none"), |cap| json!(cap)),
-        "vocabulary": model.identity.vocabulary,
-        "weights": format!("{:?}", model.identity.precision).to_lowercase(),
-        "computes_in": if model.widened { "f32, for the CPU has no bfloat16" } else { "as exported" },
-        "external_data": model.data_files,
-        "context": model.context_max,
-        "bos_token": model.bos_token,
-        "findings": findings.collect::<Vec<_>>(),
-    });
-    if let (true, Some(fields)) = (model.bos_token.is_none(), description.as_object_mut()) {
-        fields.insert("bos_token".to_owned(), json!("none"));
-    }
-    description
+    let or_none = |value: Option<Value>| value.unwrap_or_else(|| json!("none"));
+    vec![
+        ("fingerprint", json!(model.identity.fingerprint.to_string())),
+        ("tokenizer", json!(model.identity.tokenizer.to_string())),
+        ("opset", json!(report.opset)),
+        ("inputs", fed.chain(settled).collect()),
+        ("head", json!(report.head)),
+        ("after_the_head", json!(report.after_head)),
+        ("soft_cap", or_none(report.soft_cap.map(|cap| json!(cap)))),
+        ("vocabulary", json!(model.identity.vocabulary)),
+        ("weights", json!(format!("{:?}", model.identity.precision).to_lowercase())),
+        (
+            "computes",
+            json!(if model.widened { "in f32, for the CPU has no bfloat16" } else { "as exported" }),
+        ),
+        ("external_data", json!(model.data_files)),
+        ("context", json!(model.context_max)),
+        ("bos_token", or_none(model.bos_token.map(|token| json!(token)))),
+        ("findings", findings.collect()),
+    ]
 }
 
 /// What `sluiced model score` was asked to do.

@@ -139,7 +139,7 @@ fn stress(seed: u64, bos: Bos) -> u64 {
 
     let mut seen = 0;
     for _ in 0..documents.len() {
-        let group = ledger.take(usize::MAX, Duration::ZERO);
+        let group = ledger.take(usize::MAX, Duration::ZERO, Duration::ZERO);
         for taken in &group {
             seen += 1;
             let Outcome::Scored(scored) = &taken.outcome else {
@@ -167,7 +167,7 @@ fn stress(seed: u64, bos: Bos) -> u64 {
     }
     assert_eq!(seen, documents.len(), "every document comes out once");
     assert!(ledger.is_drained());
-    assert_eq!(metrics.batches_split.get(), metrics.batches_out_of_memory.get());
+    assert_eq!(metrics.batches_split.get(), metrics.splits_for_memory.get());
     metrics.batches_split.get()
 }
 

@@ -136,7 +136,7 @@ fn inspect_says_what_was_found_and_done() {
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(found["after_the_head"], serde_json::json!(["Mul"]));
     assert_eq!((&found["vocabulary"], &found["context"]), (&512.into(), &64.into()));
-    assert_eq!(found["inputs"][1], serde_json::json!({"name": "attention_mask", "how": "int64, fed"}));
+    assert_eq!(found["inputs"][1], serde_json::json!({"input": "attention_mask", "is": "fed, int64"}));
 
     let text = sluiced(&["model", "inspect", folder.to_str().unwrap()]).stdout;
     let text = String::from_utf8(text).unwrap();

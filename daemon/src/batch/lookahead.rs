@@ -163,6 +163,30 @@ mod tests {
     }
 
     #[test]
+    fn little_is_padded_of_a_long_stream() {
+        let mut random = fastrand::Rng::with_seed(5);
+        let policy = ContextPolicy { window: 2048, stride: 1024, bos: Bos::None };
+        let (mut waiting, mut real, mut padded) = (LookAhead::new(4096, Ladder::new(2048, 16)), 0, 0);
+        for id in 0..5000 {
+            // Lognormal, by Box and Muller: median 400 tokens, sigma 1.
+            let radius = (-2.0 * (1.0 - random.f64()).ln()).sqrt();
+            let len = 400.0 * (radius * (std::f64::consts::TAU * random.f64()).cos()).exp();
+            let document: Arc<[u32]> = vec![0; (len as usize).clamp(2, 2048)].into();
+            for window in windows(id, &document, policy) {
+                waiting.push(window);
+            }
+            while waiting.tokens() >= 65_536 {
+                if let Some(batch) = waiting.next_batch() {
+                    real += batch.real_tokens();
+                    padded += batch.padded_tokens();
+                }
+            }
+        }
+        let ratio = padded as f64 / real as f64;
+        assert!(ratio <= 1.08, "{ratio} padded tokens for each real one");
+    }
+
+    #[test]
     fn short_windows_do_not_go_alone_where_longer_ones_fit() {
         let mut waiting = LookAhead::new(TOKENS_MAX, ladder());
         let document: Arc<[u32]> = (0..8).collect();

@@ -1,6 +1,6 @@
 """Tiny models out of the exporters that people use, and their per-token losses from Hugging Face in float64.
 
-Run by tests/golden/remake. Writes a folder a model (`model.onnx`, its external data, `config.json`) and `losses.json`.
+Run by tests/golden/exports/remake. Writes a folder a model (`model.onnx`, its external data, `config.json`) and `losses.json`.
 """
 
 import json
