@@ -5,15 +5,21 @@ use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::Arc;
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use sluice_daemon::batch::{plan, windows};
+use bytes::Bytes;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use sluice_daemon::assemble::{Assembler, RecordPolicy};
+use sluice_daemon::batch::{Batch, Ladder, plan, windows};
+use sluice_daemon::ledger::Ledger;
+use sluice_daemon::score::{ModelIdentity, Scores};
+use sluice_daemon::sink::Outcome;
+use sluice_daemon::source::Job;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
-    ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
+    Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
 };
 
 const TOKENS: usize = 1000;
-const POLICY: ContextPolicy = ContextPolicy { window: 2048, stride: 1024 };
+const POLICY: ContextPolicy = ContextPolicy { window: 2048, stride: 1024, bos: Bos::None };
 
 fn document() -> TokenizedDocument {
     let ids: Vec<u32> = (0..TOKENS as u32).map(|index| index * 7919 % 32_000).collect();
@@ -73,13 +79,54 @@ fn batches(criterion: &mut Criterion) {
     group.throughput(Throughput::Elements(tokens as u64));
     group.bench_function("cut a look-ahead of 64 documents", |bencher| {
         bencher.iter(|| {
-            let all =
-                documents.iter().enumerate().flat_map(|(i, tokens)| windows(i, tokens, POLICY)).collect();
-            plan(black_box(all), 8192, 8)
+            let all = (0..).zip(&documents).flat_map(|(id, tokens)| windows(id, tokens, POLICY)).collect();
+            plan(black_box(all), 8192, Ladder::new(2048, 16))
         });
     });
     group.finish();
 }
 
-criterion_group!(benches, decode, batches);
+/// One batch's losses to records: what the dispatcher does for the model's thread.
+fn assemble(criterion: &mut Criterion) {
+    let ledger = Ledger::<Outcome>::default();
+    ledger.assign([0]);
+    let policy = RecordPolicy {
+        model: ModelIdentity {
+            fingerprint: Fingerprint::of_bytes(b"model"),
+            tokenizer: Fingerprint::of_bytes(b"tokenizer"),
+            vocabulary: 32_000,
+            precision: Precision::F32,
+        },
+        context: POLICY,
+        loss_format: LossFormat::F32,
+        entropies: false,
+    };
+    let mut offset = 0;
+    let mut batch = || {
+        let mut assembler = Assembler::new(policy);
+        let mut windows = Vec::new();
+        for _ in 0..8 {
+            let ticket = ledger.open(0, offset, TOKENS).unwrap();
+            offset += 1;
+            let document = document();
+            let job = Job { ticket, key: None, payload: Bytes::new(), document };
+            windows.extend(assembler.add(job).0);
+        }
+        let batch = Batch::new(windows, Ladder::new(2048, 16));
+        let scores = Scores { losses: vec![1.0; batch.targets.len()], entropies: Vec::new() };
+        (assembler, batch, scores)
+    };
+    let mut group = criterion.benchmark_group("assemble");
+    group.throughput(Throughput::Elements(8 * TOKENS as u64));
+    group.bench_function("losses of 8 documents to records", |bencher| {
+        bencher.iter_batched(
+            &mut batch,
+            |(mut assembler, batch, scores)| assembler.scored(&batch, &scores),
+            BatchSize::SmallInput,
+        );
+    });
+    group.finish();
+}
+
+criterion_group!(benches, decode, batches, assemble);
 criterion_main!(benches);

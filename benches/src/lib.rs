@@ -1,1 +1,4 @@
 //! Measurements of Sluice; see `README.md` beside this crate.
+
+pub mod process;
+pub mod workload;

@@ -1,9 +1,13 @@
-//! Rows back to documents: gathers the losses of a document's windows and makes its record when all are there.
+//! Rows back to documents: gathers the losses of a document's windows, in whatever order batches come back, and makes
+//! its record when all are there.
+
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use sluice_schemas::record::{ContextPolicy, LossFormat, Losses, RecordError, ScoredDocument};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Window, windows};
 use crate::ledger::Ticket;
 use crate::score::{ModelIdentity, Scores};
 use crate::sink::{DeadLetter, Outcome, Scored};
@@ -22,52 +26,115 @@ pub struct RecordPolicy {
     pub entropies: bool,
 }
 
+/// A document and what becomes of it.
+pub type Finished = (Ticket, Outcome);
+
+/// The documents whose losses are coming in.
+#[derive(Debug)]
+pub struct Assembler {
+    policy: RecordPolicy,
+    /// By the number that their windows carry. Numbers are never used twice, so a batch that comes back late cannot
+    /// meet another document.
+    documents: HashMap<u64, Assembly>,
+    numbers: u64,
+}
+
+impl Assembler {
+    /// An assembler without documents.
+    pub fn new(policy: RecordPolicy) -> Self {
+        Self { policy, documents: HashMap::new(), numbers: 0 }
+    }
+
+    /// Takes a document in and cuts it into windows. One without any, such as one of a single token, is finished
+    /// before the model has run.
+    pub fn add(&mut self, job: Job) -> (Vec<Window>, Option<Finished>) {
+        let number = self.numbers;
+        self.numbers += 1;
+        let tokens: Arc<[u32]> = job.document.tokens.iter().collect();
+        let windows = windows(number, &tokens, self.policy.context);
+        let assembly = Assembly::new(job, &windows);
+        if windows.is_empty() {
+            return (windows, Some(assembly.finish(&self.policy)));
+        }
+        self.documents.insert(number, assembly);
+        (windows, None)
+    }
+
+    /// Notes that a window of `document` is about to be scored, for the first of them by asking `begin`; false where
+    /// the document was given up, now or before.
+    pub fn begin(&mut self, document: u64, begin: impl FnOnce(Ticket) -> bool) -> bool {
+        let Some(assembly) = self.documents.get_mut(&document) else { return false };
+        if !assembly.begun && !begin(assembly.job.ticket) {
+            self.documents.remove(&document);
+            return false;
+        }
+        assembly.begun = true;
+        true
+    }
+
+    /// Hands the scores of `batch` to the documents they belong to, and gives out those that are finished.
+    pub fn scored(&mut self, batch: &Batch, scores: &Scores) -> Vec<Finished> {
+        let mut next = 0;
+        let mut finished = Vec::new();
+        for window in &batch.windows {
+            let scored = window.scored();
+            let from = next..next + scored.len();
+            next = from.end;
+            // A document that was given up is missing.
+            let Some(assembly) = self.documents.get_mut(&window.document) else { continue };
+            assembly.missing -= scored.len();
+            assembly.losses[scored.clone()].copy_from_slice(&scores.losses[from.clone()]);
+            if !scores.entropies.is_empty() {
+                assembly.entropies[scored].copy_from_slice(&scores.entropies[from]);
+            }
+            if assembly.missing == 0 {
+                let assembly = self.documents.remove(&window.document);
+                finished.extend(assembly.map(|assembly| assembly.finish(&self.policy)));
+            }
+        }
+        finished
+    }
+
+    /// Gives a document up that the model cannot score.
+    pub fn failed(&mut self, document: u64, reason: &'static str, detail: &str) -> Option<Finished> {
+        let Assembly { job, .. } = self.documents.remove(&document)?;
+        Some((job.ticket, Outcome::DeadLetter(DeadLetter::new(job.key, job.payload, reason, detail))))
+    }
+}
+
 /// A document whose losses are coming in.
 #[derive(Debug)]
-pub struct Assembly {
+struct Assembly {
     job: Job,
-    /// One for each token; NaN where none has come yet, and for ever at the first.
+    /// One for each token; NaN where none has come yet, and for ever at a first token without a prediction.
     losses: Vec<f32>,
     entropies: Vec<f32>,
     missing: usize,
-    failure: Option<(&'static str, String)>,
+    /// Whether the first of its windows is on its way to the model.
+    begun: bool,
 }
 
 impl Assembly {
-    /// A document of which no token is scored yet.
-    pub fn new(job: Job) -> Self {
+    fn new(job: Job, windows: &[Window]) -> Self {
         let tokens = job.document.tokens.len();
         Self {
             job,
             losses: vec![f32::NAN; tokens],
             entropies: vec![f32::NAN; tokens],
-            missing: tokens.saturating_sub(1),
-            failure: None,
+            missing: windows.iter().map(|window| window.scored().len()).sum(),
+            begun: false,
         }
     }
 
-    /// Whether nothing is missing any more.
-    pub fn is_complete(&self) -> bool {
-        self.missing == 0
-    }
-
-    /// Marks the document as one that the model cannot score.
-    pub fn fail(&mut self, reason: &'static str, detail: String) {
-        self.failure = Some((reason, detail));
-        self.missing = 0;
-    }
-
-    /// The document's ticket and what becomes of it.
-    pub fn finish(self, policy: &RecordPolicy) -> (Ticket, Outcome) {
+    fn finish(self, policy: &RecordPolicy) -> Finished {
         let ticket = self.job.ticket;
         let (key, origin) = (self.job.key.clone(), self.job.payload.clone());
-        let dead = |reason, detail: &str| Outcome::DeadLetter(DeadLetter::new(key, origin, reason, detail));
-        if let Some((reason, detail)) = self.failure {
-            return (ticket, dead(reason, &detail));
-        }
         match self.record(policy) {
             Ok(scored) => (ticket, Outcome::Scored(scored)),
-            Err(error) => (ticket, dead(error.code(), &error.to_string())),
+            Err(error) => {
+                let letter = DeadLetter::new(key, origin, error.code(), &error.to_string());
+                (ticket, Outcome::DeadLetter(letter))
+            }
         }
     }
 
@@ -87,22 +154,5 @@ impl Assembly {
             precision: policy.model.precision,
         };
         Ok(Scored { key, payload: record.encode(), origin: self.job.payload, tokens })
-    }
-}
-
-/// Hands the scores of `batch` to the documents they belong to; `Window::document` is an index into `assemblies`,
-/// where a document that was given up is missing.
-pub fn scatter(batch: &Batch, scores: &Scores, assemblies: &mut [Option<Assembly>]) {
-    let mut next = 0;
-    for window in &batch.windows {
-        let scored = window.first_scored..window.span.end;
-        let from = next..next + scored.len();
-        next = from.end;
-        let Some(assembly) = &mut assemblies[window.document] else { continue };
-        assembly.missing -= scored.len();
-        assembly.losses[scored.clone()].copy_from_slice(&scores.losses[from.clone()]);
-        if !scores.entropies.is_empty() {
-            assembly.entropies[scored].copy_from_slice(&scores.entropies[from]);
-        }
     }
 }

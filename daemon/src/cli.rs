@@ -7,10 +7,11 @@ use anyhow::anyhow;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use sluice_schemas::names;
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Scope};
 use crate::exit::{ExitCode as _, USAGE};
 use crate::ingest::{Fields, Format, Ingest};
 use crate::logging;
+use crate::model_tools::{self, ScoreText};
 use crate::{dev_broker, ingest, serve, tokenizer, topics};
 
 /// Scores a stream of tokenized documents with a reference model.
@@ -27,6 +28,9 @@ enum Command {
     Serve(ConfigFile),
     /// Check configuration, model, tokenizer and broker as `serve` would, and say what is wrong.
     Validate(ConfigFile),
+    /// Look into a model folder, or score text with it, without Kafka.
+    #[command(subcommand)]
+    Model(ModelCommand),
     /// Tokenize text and publish it to the documents topic.
     Ingest(IngestArgs),
     /// Train a tokenizer.
@@ -120,6 +124,41 @@ impl PropertyArgs {
 }
 
 #[derive(Debug, Subcommand)]
+enum ModelCommand {
+    /// Print what was found in a model folder and what Sluice does to it.
+    Inspect {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        /// The device that it is looked at for, as `model.device`.
+        #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+        device: String,
+        /// Folder with model.onnx, tokenizer.json and config.json.
+        #[arg(value_name = "FOLDER")]
+        folder: PathBuf,
+    },
+    /// Score text and print each document's losses as a line of JSON; null where a token has no prediction.
+    Score(ModelScoreArgs),
+}
+
+#[derive(Debug, Args)]
+struct ModelScoreArgs {
+    #[command(flatten)]
+    file: ConfigFile,
+    /// Print one line for all documents: their number, tokens, mean loss and perplexity.
+    #[arg(long)]
+    summary: bool,
+    #[command(flatten)]
+    fields: FieldArgs,
+    /// What the files are.
+    #[arg(long, value_enum, default_value_t = Format::Auto)]
+    format: Format,
+    /// JSON Lines or plain text, as they are or compressed with gzip or zstd; `-` is standard input.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
 enum TokenizerCommand {
     /// Train a byte-level BPE with single digits.
     Train {
@@ -167,7 +206,12 @@ struct DevBrokerArgs {
 
 /// The whole command line, with a flag for every setting.
 pub fn command() -> clap::Command {
-    Cli::command().mut_subcommand("serve", config::add_flags).mut_subcommand("validate", config::add_flags)
+    Cli::command()
+        .mut_subcommand("serve", config::add_flags)
+        .mut_subcommand("validate", config::add_flags)
+        .mut_subcommand("model", |model| {
+            model.mut_subcommand("score", |score| config::add_flags_of(score, Scope::Model))
+        })
 }
 
 /// Does what the process's arguments say.
@@ -178,20 +222,32 @@ pub fn run() -> anyhow::Result<()> {
         std::process::exit(if error.use_stderr() { i32::from(USAGE) } else { 0 })
     });
     let cli = Cli::from_arg_matches(&matches).exit_code(USAGE)?;
-    let configured = |file: &ConfigFile| -> anyhow::Result<Config> {
-        let (_, matches) = matches.subcommand().unwrap_or(("", &matches));
-        let config = config::load(file.config.as_deref(), matches).exit_code(USAGE)?;
+    let configured = |file: &ConfigFile, scope: Scope| -> anyhow::Result<Config> {
+        let mut of_command = &matches;
+        while let Some((_, inner)) = of_command.subcommand() {
+            of_command = inner;
+        }
+        let config = config::load_of(file.config.as_deref(), of_command, scope).exit_code(USAGE)?;
         logging::start(&config.log).exit_code(USAGE)?;
         Ok(config)
     };
     match &cli.command {
         Command::Serve(file) => {
-            let config = configured(file)?;
+            let config = configured(file, Scope::Daemon)?;
             let (_, flags) = matches.subcommand().unwrap_or(("", &matches));
             let (path, flags) = (file.config.clone(), flags.clone());
             return serve::serve(&config, Box::new(move || config::load(path.as_deref(), &flags)));
         }
-        Command::Validate(file) => return serve::validate(&configured(file)?),
+        Command::Validate(file) => return serve::validate(&configured(file, Scope::Daemon)?),
+        Command::Model(ModelCommand::Score(args)) => {
+            let asked = ScoreText {
+                fields: args.fields.fields(),
+                format: args.format,
+                summary: args.summary,
+                files: args.files.clone(),
+            };
+            return model_tools::score(&configured(&args.file, Scope::Model)?, &asked);
+        }
         _ => logging::start(&config::Log::default()).exit_code(USAGE)?,
     }
     match cli.command {
@@ -213,6 +269,9 @@ pub fn run() -> anyhow::Result<()> {
             topics::create(&bootstrap_servers, &kafka.resolve()?, &topics, replication)
         }
         Command::DevBroker(args) => dev_broker::run(&args.topics, args.until_stdin_closes),
-        Command::Serve(_) | Command::Validate(_) => Ok(()),
+        Command::Model(ModelCommand::Inspect { json, device, folder }) => {
+            model_tools::inspect(&folder, &device, json)
+        }
+        Command::Serve(_) | Command::Validate(_) | Command::Model(ModelCommand::Score(_)) => Ok(()),
     }
 }

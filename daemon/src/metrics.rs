@@ -48,6 +48,8 @@ pub struct Metrics {
     pub row_tokens: Histogram,
     /// Batches that failed and were split.
     pub batches_split: IntCounter,
+    /// Those of them that exhausted the device's memory.
+    pub splits_for_memory: IntCounter,
     /// Time from the first record of a group to its commit.
     pub publish_seconds: Histogram,
     /// Time from reading a document to knowing its losses.
@@ -140,6 +142,7 @@ impl Metrics {
                 "Length to which the windows of one run of the model are padded.",
             )?,
             batches_split: counter("sluiced_batches_split_total", "Batches that failed and were split.")?,
+            splits_for_memory: counter("sluiced_batches_out_of_memory_total", "Batches split for memory.")?,
             publish_seconds: seconds(
                 "sluiced_publish_seconds",
                 "Time to publish and commit a group of records.",

@@ -1,32 +1,30 @@
-//! Wires the rooms together: three threads, one ledger, and a way to stop.
+//! Wires the rooms together: four threads, one ledger, and a way to stop.
 //!
 //! ```text
-//! source (polls, checks) --jobs--> score (windows, batches, model, assemble) --ledger--> sink (publishes, commits)
+//! source (polls, checks) --jobs--> dispatch (windows, batches, assemble) --ledger--> sink (publishes, commits)
+//!                                    |  batches ^
+//!                                    v          | losses
+//!                                   model (runs, and does nothing else)
 //! ```
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
-use sluice_schemas::record::ContextPolicy;
+use crossbeam_channel::{bounded, unbounded};
+use sluice_schemas::record::{Bos, ContextPolicy};
 
-use crate::assemble::{Assembly, RecordPolicy, scatter};
-use crate::batch::{Batch, Window, plan, windows};
-use crate::config::{BatchSettings, Config};
-use crate::health::{Health, Loop};
+use crate::assemble::RecordPolicy;
+use crate::batch::{Batch, Window};
+use crate::config::{BatchSettings, BosChoice, Config};
+use crate::dispatch::{Dispatcher, Run, run_model};
+use crate::health::Health;
 use crate::ledger::Ledger;
-use crate::metrics::{MODEL_FAILED, Metrics};
-use crate::notice::Notices;
+use crate::metrics::Metrics;
 use crate::score::model::Model;
+use crate::score::runtime::Device;
 use crate::score::{ModelIdentity, Score};
 use crate::sink::{Outcome, Sink};
 use crate::source::{self, Job};
-
-/// Documents in a row that the model may fail on before the model itself is taken to be broken.
-const FAILURES_MAX: usize = 3;
-/// Longest wait before a loop looks whether it should stop.
-const TURN: Duration = Duration::from_millis(100);
 
 /// The windows that `config` asks for from `model`.
 pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextPolicy> {
@@ -53,22 +51,66 @@ pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextP
         }
         asked => asked,
     };
-    Ok(ContextPolicy { window, stride })
+    let bos = match (config.score.bos, model.bos_token) {
+        (BosChoice::None, _) => Bos::None,
+        (BosChoice::Document, Some(token)) => Bos::Document(token),
+        (BosChoice::Window, Some(token)) => Bos::Window(token),
+        (_, None) => {
+            bail!("score.bos asks for a BOS token, and config.json does not name one (bos_token_id)")
+        }
+    };
+    if let Bos::Document(token) | Bos::Window(token) = bos {
+        if token >= model.identity.vocabulary {
+            bail!(
+                "bos_token_id in config.json is {token}, beyond the vocabulary of {}",
+                model.identity.vocabulary
+            );
+        }
+        if stride + 1 >= window {
+            bail!(
+                "with score.bos, which takes a place in the window, score.stride_tokens ({stride}) must be at least \
+                 two less than the window ({window})"
+            );
+        }
+    }
+    Ok(ContextPolicy { window, stride, bos })
 }
 
-/// Runs every size of batch once that scoring will meet at its largest, so that memory is had and kernels are chosen.
-pub fn warm_up(scorer: &mut dyn Score, policy: ContextPolicy, batch: &BatchSettings) -> anyhow::Result<()> {
-    for (rows, len) in [(1, 2), (batch.tokens_max / policy.window as usize, policy.window as usize)] {
-        let tokens: Arc<[u32]> = vec![0; len].into();
-        let rows: Vec<Window> = (0..rows.max(1)).flat_map(|row| windows(row, &tokens, policy)).collect();
+/// Runs the shapes of batches that scoring will meet, so that memory is had and kernels are chosen before the daemon
+/// says that it is ready; says how many there were.
+///
+/// On a GPU, where kernels are chosen by shape, these are all lengths on the ladder, with a full batch of rows and with
+/// one. The CPU chooses none by shape: the smallest and the largest tell whether the model runs and the memory is there.
+pub fn warm_up(
+    scorer: &mut dyn Score,
+    device: Device,
+    policy: ContextPolicy,
+    batch: &BatchSettings,
+) -> anyhow::Result<usize> {
+    let shapes = warm_up_shapes(device, policy, batch);
+    for &(rows, len) in &shapes {
+        let window =
+            Window { document: 0, tokens: vec![0; len].into(), span: 0..len, bos: None, first_scored: 1 };
         let scores = scorer
-            .score(&Batch::new(rows, batch.padding_multiple))
-            .context("the model fails on a batch of padding; see the message of ONNX Runtime above")?;
+            .score(&Batch::new(vec![window; rows], batch.ladder(policy)))
+            .with_context(|| format!("the model fails on a batch of {rows} x {len} tokens of padding"))?;
         if let Some(loss) = scores.losses.iter().find(|loss| !loss.is_finite()) {
             bail!("the model gives a loss of {loss}; its weights or its arithmetic are broken");
         }
     }
-    Ok(())
+    Ok(shapes.len())
+}
+
+/// Rows and lengths, largest batch first, so that the memory it leaves behind serves the others.
+fn warm_up_shapes(device: Device, policy: ContextPolicy, batch: &BatchSettings) -> Vec<(usize, usize)> {
+    let mut lengths = batch.ladder(policy).lengths();
+    // One token alone predicts nothing.
+    lengths.retain(|&len| len >= 2);
+    let full = |len: usize| ((batch.tokens_max / len).max(1), len);
+    match (device, lengths.as_slice()) {
+        (Device::Cpu, [shortest, .., longest]) => vec![full(*longest), (1, *shortest)],
+        _ => lengths.iter().rev().flat_map(|&len| [full(len), (1, len)]).collect(),
+    }
 }
 
 /// Reads, scores and publishes until `health` is asked to stop; returns once everything read is committed.
@@ -90,19 +132,31 @@ pub fn run(
     };
 
     let (jobs_in, jobs_out) = unbounded::<Job>();
+    // Without room: a batch is handed over when the model asks for it, so that no more than one waits.
+    let (batches_in, batches_out) = bounded::<Batch>(0);
+    let (runs_in, runs_out) = bounded::<Run>(1);
     std::thread::scope(|scope| {
         let source = scope.spawn(|| {
             let jobs = jobs_in;
             guarded(health, || source::run(&consumer, &jobs, &ledger, model, config, metrics, health))
         });
-        let score = scope.spawn(|| {
+        let dispatch = scope.spawn(|| {
+            let batches = batches_in;
+            let dispatcher = Dispatcher::new(record, &ledger, &config.batch, metrics);
+            guarded(health, || dispatcher.run(&jobs_out, &batches, &runs_out, health))
+        });
+        let model = scope.spawn(|| {
+            let (batches, runs) = (batches_out, runs_in);
             guarded(health, || {
-                score_loop(scorer, &jobs_out, &ledger, &record, &config.batch, metrics, health)
+                run_model(scorer, &batches, &runs, metrics);
+                Ok(())
             })
         });
         let sink =
             scope.spawn(|| guarded(health, || Sink::new(config, &consumer, &ledger, metrics, health)?.run()));
-        for (what, thread) in [("scoring", score), ("publishing", sink), ("reading", source)] {
+        for (what, thread) in
+            [("running the model", model), ("scoring", dispatch), ("publishing", sink), ("reading", source)]
+        {
             match thread.join() {
                 Ok(result) => result.context(format!("{what} failed"))?,
                 Err(_) => bail!("{what} panicked; this is a defect of Sluice"),
@@ -124,127 +178,4 @@ fn guarded(health: &Health, run: impl FnOnce() -> anyhow::Result<()>) -> anyhow:
     }
     let _guard = AbortOnPanic(health);
     run().inspect_err(|_| health.abort())
-}
-
-fn score_loop(
-    mut scorer: Box<dyn Score>,
-    jobs: &Receiver<Job>,
-    ledger: &Ledger<Outcome>,
-    record: &RecordPolicy,
-    settings: &BatchSettings,
-    metrics: &Metrics,
-    health: &Health,
-) -> anyhow::Result<()> {
-    let notices = Notices::default();
-    let mut failures = 0;
-    while let Some(gathered) = gather(jobs, ledger, settings, health) {
-        let mut pending = Vec::new();
-        let mut assemblies = Vec::with_capacity(gathered.len());
-        for (index, job) in gathered.into_iter().enumerate() {
-            let tokens: Arc<[u32]> = job.document.tokens.iter().collect();
-            pending.extend(windows(index, &tokens, record.context));
-            assemblies.push(Some(Assembly::new(job)));
-        }
-        // Documents of one token are complete before the model has run.
-        complete(0..assemblies.len(), &mut assemblies, record, ledger);
-
-        let mut batches = plan(pending, settings.tokens_max, settings.padding_multiple);
-        batches.reverse();
-        while let Some(batch) = batches.pop() {
-            health.beat(Loop::Score);
-            if health.is_aborted() {
-                return Ok(());
-            }
-            let timer = metrics.batch_seconds.start_timer();
-            let scored = scorer.score(&batch);
-            timer.observe_duration();
-            match scored {
-                Ok(scores) => {
-                    failures = 0;
-                    metrics.model_tokens.inc_by(batch.real_tokens() as u64);
-                    metrics.padded_tokens.inc_by(batch.padded_tokens() as u64);
-                    metrics.batch_rows.observe(batch.rows() as f64);
-                    metrics.row_tokens.observe(batch.padded_len as f64);
-                    scatter(&batch, &scores, &mut assemblies);
-                }
-                Err(error) if batch.rows() > 1 => {
-                    if let Some(others) = notices.due("batch") {
-                        tracing::warn!(
-                            %error,
-                            rows = batch.rows(),
-                            others_since_last_warning = others,
-                            "a batch failed; trying its halves"
-                        );
-                    }
-                    metrics.batches_split.inc();
-                    let mut first = batch.windows;
-                    let second = first.split_off(first.len() / 2);
-                    batches.extend([second, first].map(|half| Batch::new(half, settings.padding_multiple)));
-                    continue;
-                }
-                Err(error) => {
-                    failures += 1;
-                    if failures >= FAILURES_MAX {
-                        return Err(error)
-                            .context(format!("the model failed on {failures} documents in a row"));
-                    }
-                    if let Some(assembly) = &mut assemblies[batch.windows[0].document] {
-                        assembly.fail(MODEL_FAILED, format!("{error:#}"));
-                    }
-                }
-            }
-            complete(batch.windows.iter().map(|window| window.document), &mut assemblies, record, ledger);
-        }
-    }
-    Ok(())
-}
-
-/// Enters into the ledger those of `documents` of which nothing is missing any more.
-fn complete(
-    documents: impl Iterator<Item = usize>,
-    assemblies: &mut [Option<Assembly>],
-    record: &RecordPolicy,
-    ledger: &Ledger<Outcome>,
-) {
-    for document in documents {
-        if let Some(assembly) = assemblies[document].take_if(|assembly| assembly.is_complete()) {
-            let (ticket, outcome) = assembly.finish(record);
-            ledger.complete(ticket, outcome);
-        }
-    }
-}
-
-/// Documents for the next look-ahead window: as many as fit it and have come, or come within the delay after the
-/// first. Nothing once the source is gone.
-fn gather(
-    jobs: &Receiver<Job>,
-    ledger: &Ledger<Outcome>,
-    settings: &BatchSettings,
-    health: &Health,
-) -> Option<Vec<Job>> {
-    let first = loop {
-        health.beat(Loop::Score);
-        match jobs.recv_timeout(TURN) {
-            Ok(job) if ledger.begin(job.ticket) => break job,
-            Err(RecvTimeoutError::Timeout) if health.is_aborted() => return None,
-            // A record whose partition has been given up meanwhile, or none.
-            Ok(_) | Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return None,
-        }
-    };
-    let deadline = Instant::now() + Duration::from_millis(settings.delay_ms_max);
-    let mut tokens = first.document.tokens.len();
-    let mut gathered = vec![first];
-    while tokens < settings.lookahead_tokens && !health.is_stopping() {
-        match jobs.recv_deadline(deadline.min(Instant::now() + TURN)) {
-            Ok(job) if ledger.begin(job.ticket) => {
-                tokens += job.document.tokens.len();
-                gathered.push(job);
-            }
-            Ok(_) => {}
-            Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => health.beat(Loop::Score),
-            Err(_) => break,
-        }
-    }
-    Some(gathered)
 }

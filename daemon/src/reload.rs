@@ -11,7 +11,7 @@ use crate::config::{Config, ConfigError};
 use crate::health::Health;
 use crate::logging;
 use crate::metrics::{Metrics, RELOAD_APPLIED, RELOAD_REFUSED};
-use crate::serve::Served;
+use crate::reference::Reference;
 use crate::systemd;
 
 /// Keys, or the beginnings of keys, that may change while the process runs.
@@ -29,19 +29,19 @@ pub struct Reload {
 }
 
 struct State {
-    in_force: (Config, Served),
+    in_force: (Config, Reference),
     /// Checked and warm; taken once the loops have stopped.
-    next: Option<(Config, Served)>,
+    next: Option<(Config, Reference)>,
 }
 
 impl Reload {
-    /// For a daemon that serves `served` as `config` says.
-    pub fn new(load: Load, config: Config, served: Served) -> Self {
-        Self { load, state: Mutex::new(State { in_force: (config, served), next: None }) }
+    /// For a daemon that serves `reference` as `config` says.
+    pub fn new(load: Load, config: Config, reference: Reference) -> Self {
+        Self { load, state: Mutex::new(State { in_force: (config, reference), next: None }) }
     }
 
     /// Settings and model in force.
-    pub fn in_force(&self) -> (Config, Served) {
+    pub fn in_force(&self) -> (Config, Reference) {
         self.lock().in_force.clone()
     }
 
@@ -78,11 +78,11 @@ impl Reload {
     /// Checks and warms up what is new; returns the keys that changed, `model` where the folder holds another model.
     fn prepare(&self, health: &Health) -> anyhow::Result<Vec<String>> {
         let config = (self.load)()?;
-        let (old, served) = self.in_force();
+        let (old, reference) = self.in_force();
         let mut changed = changed_keys(&old, &config);
         check_changeable(&changed)?;
-        let next = served.with_settings(&old, &config)?;
-        if next.model.identity.fingerprint != served.model.identity.fingerprint {
+        let next = reference.with_settings(&old, &config)?;
+        if next.model.identity.fingerprint != reference.model.identity.fingerprint {
             changed.push("model".to_owned());
         }
         if changed.iter().any(|key| key == "log.level") {
@@ -139,7 +139,7 @@ fn differences(old: &Value, new: &Value, key: &str, changed: &mut Vec<String>) {
 }
 
 /// Refuses a model for which what is on the topic was not made.
-pub fn check_same_tokens(old: &Served, new: &Served) -> anyhow::Result<()> {
+pub fn check_same_tokens(old: &Reference, new: &Reference) -> anyhow::Result<()> {
     let (old, new) = (&old.model.identity, &new.model.identity);
     if old.tokenizer != new.tokenizer {
         bail!(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Callable, NoReturn
 
 EX_UNAVAILABLE = 69
+# pip does not take one of these to mean the others.
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64")
 
 
 def say(message: str) -> None:
@@ -74,7 +76,8 @@ def download_wheels(requirements: str, folder: Path) -> None:
     listing.write_text(requirements)
     command = [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"),
-        *("--no-deps", "--require-hashes", "--only-binary=:all:", "--platform", "manylinux_2_28_x86_64"),
+        *("--no-deps", "--require-hashes", "--only-binary=:all:"),
+        *(part for tag in PLATFORMS for part in ("--platform", tag)),
         *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "none"),
         *("--dest", str(folder), "--requirement", str(listing)),
     ]

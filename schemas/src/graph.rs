@@ -111,6 +111,16 @@ pub fn ints_attribute(name: &str, values: &[i64]) -> AttributeProto {
     }
 }
 
+/// A tensor as an attribute, such as the value of a `ConstantOfShape`.
+pub fn tensor_attribute(name: &str, tensor: TensorProto) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Tensor.into()),
+        t: Some(tensor),
+        ..Default::default()
+    }
+}
+
 /// A graph as an attribute, such as the body of a Loop.
 pub fn graph_attribute(name: &str, graph: GraphProto) -> AttributeProto {
     AttributeProto {

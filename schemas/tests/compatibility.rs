@@ -11,7 +11,7 @@ use bytes::Bytes;
 use protox::prost_reflect::{DescriptorPool, Kind};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
-    ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
+    Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
 };
 
 /// One line for each field and value: what a reader built from this `.proto` depends on.
@@ -98,7 +98,7 @@ fn records_of_yesterday_are_read_today() {
         reference_losses: Losses::new(&[f32::NAN, 0.5, 11.25], LossFormat::F16).unwrap(),
         reference_entropies: Some(Losses::new(&[f32::NAN, 1.5, 2.25], LossFormat::F16).unwrap()),
         reference_model: Fingerprint::of_bytes(b"model"),
-        context: ContextPolicy { window: 2048, stride: 1024 },
+        context: ContextPolicy { window: 2048, stride: 1024, bos: Bos::None },
         precision: Precision::Bf16,
     };
     assert_eq!(scored, expected);

@@ -25,7 +25,12 @@ fn scored() -> wire::ScoredDocument {
         reference_loss: [f32::NAN, 2.5].iter().flat_map(|loss| loss.to_le_bytes()).collect::<Vec<_>>().into(),
         loss_format: wire::LossFormat::F32.into(),
         reference_model_fingerprint: vec![8; 32].into(),
-        context: Some(wire::ContextPolicy { window: 64, stride: 32, bos: wire::BosPolicy::None.into() }),
+        context: Some(wire::ContextPolicy {
+            window: 64,
+            stride: 32,
+            bos: wire::BosPolicy::None.into(),
+            bos_token: 0,
+        }),
         precision: wire::Precision::F32.into(),
         ..Default::default()
     }
@@ -86,6 +91,25 @@ fn a_scored_document_is_refused_for_the_right_reason() {
         spoil(&mut record);
         let error = ScoredDocument::decode(record.encode_to_vec().into()).unwrap_err();
         assert_eq!(error.code(), code, "{error}");
+    }
+}
+
+#[test]
+fn the_first_token_has_a_loss_only_after_a_bos_token() {
+    use sluice_schemas::record::{Bos, ContextPolicy};
+    for (bos, policy) in
+        [(Bos::Document(5), wire::BosPolicy::Document), (Bos::Window(5), wire::BosPolicy::Window)]
+    {
+        for first in [0.5, f32::NAN] {
+            let mut record = scored();
+            record.context =
+                Some(wire::ContextPolicy { window: 64, stride: 32, bos: policy.into(), bos_token: 5 });
+            record.reference_loss =
+                [first, 2.5].iter().flat_map(|loss: &f32| loss.to_le_bytes()).collect::<Vec<_>>().into();
+            let read = ScoredDocument::decode(record.encode_to_vec().into()).unwrap();
+            assert_eq!(read.context, ContextPolicy { window: 64, stride: 32, bos });
+            assert_eq!(read.encode(), Bytes::from(record.encode_to_vec()));
+        }
     }
 }
 

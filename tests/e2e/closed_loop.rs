@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use sluice_daemon::batch::{plan, windows};
+use sluice_daemon::batch::{Ladder, plan, windows};
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_daemon::score::{Score as _, Scorer};
-use sluice_schemas::record::{ContextPolicy, Precision};
+use sluice_schemas::record::{Bos, ContextPolicy, Precision};
 use sluice_tests::{golden, onnxruntime};
 use sluice_trainer::batch::{Batch, NO_TARGET};
 use sluice_trainer::export::export_onnx;
@@ -62,7 +62,7 @@ fn agrees(tied: bool) {
     std::fs::copy(golden("tiny-llama/tokenizer.json"), checkpoint.join("tokenizer.json")).unwrap();
     export_onnx(&checkpoint, &served).unwrap();
 
-    let model = Model::load(&served, false).unwrap();
+    let model = Model::load(&served, Device::Cpu, false).unwrap();
     assert_eq!(
         (model.identity.vocabulary, model.context_max, model.identity.precision),
         (512, Some(LEN as u32), Precision::F32)
@@ -71,8 +71,9 @@ fn agrees(tied: bool) {
         SessionOptions { library: onnxruntime(), device: Device::Cpu, threads: 1, device_memory_bytes: 0 };
     let mut scorer = Scorer::new(&model, &options, false).unwrap();
     let document: Arc<[u32]> = tokens.into();
-    let policy = ContextPolicy { window: LEN as u32, stride: LEN as u32 / 2 };
-    let served = scorer.score(&plan(windows(0, &document, policy), 4096, 8)[0]).unwrap().losses;
+    let policy = ContextPolicy { window: LEN as u32, stride: LEN as u32 / 2, bos: Bos::None };
+    let served =
+        scorer.score(&plan(windows(0, &document, policy), 4096, Ladder::new(LEN, 16))[0]).unwrap().losses;
     let trained = learner.losses(&batch);
     assert_eq!(served.len(), LEN - 1);
     for (position, (served, trained)) in served.iter().zip(&trained).enumerate() {

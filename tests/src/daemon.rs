@@ -57,6 +57,11 @@ impl Daemon {
         &self.address
     }
 
+    /// The process's id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Status code and body of `GET path`.
     pub fn get(&self, path: &str) -> (u16, String) {
         http_get(&self.address, path)

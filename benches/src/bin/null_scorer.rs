@@ -14,7 +14,7 @@ use sluice_daemon::metrics::Metrics;
 use sluice_daemon::pipeline;
 use sluice_daemon::score::{ModelIdentity, Score, Scores};
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::record::{ContextPolicy, Precision, TokenIds, TokenizedDocument};
+use sluice_schemas::record::{Bos, ContextPolicy, Precision, TokenIds, TokenizedDocument};
 use sluice_tests::{Kafka, produce, root};
 
 const VOCABULARY: u32 = 32_000;
@@ -162,7 +162,7 @@ fn measure(config: &Config, arguments: &Arguments, broker: u32) -> anyhow::Resul
         vocabulary: VOCABULARY,
         precision: Precision::F32,
     };
-    let policy = ContextPolicy { window: 2048, stride: 1024 };
+    let policy = ContextPolicy { window: 2048, stride: 1024, bos: Bos::None };
     let scorer = NullScorer { tokens_per_second: arguments.scorer_tokens_per_second };
     // The highest mark of resident memory begins anew (proc_pid_clear_refs(5)).
     std::fs::write("/proc/self/clear_refs", "5")?;

@@ -116,9 +116,29 @@ fn collect(schema: &Value, default: &Value, section_help: &str, path: &mut Vec<S
     });
 }
 
+/// Which settings a command has a use for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// All of them.
+    Daemon,
+    /// Those of the model and its batches, for commands without a broker.
+    Model,
+}
+
+impl Scope {
+    fn has(self, section: &str) -> bool {
+        self == Self::Daemon || matches!(section, "model" | "score" | "batch" | "log")
+    }
+}
+
 /// Adds a flag for every key of the configuration to `command`.
-pub fn add_flags(mut command: Command) -> Command {
-    for key in keys() {
+pub fn add_flags(command: Command) -> Command {
+    add_flags_of(command, Scope::Daemon)
+}
+
+/// Adds a flag for every key that `scope` has to `command`.
+pub fn add_flags_of(mut command: Command, scope: Scope) -> Command {
+    for key in keys().into_iter().filter(|key| scope.has(&key.path[0])) {
         let default =
             if key.default.is_empty() { String::new() } else { format!(" [default: {}]", key.default) };
         let arg = Arg::new(key.id())
@@ -142,6 +162,11 @@ pub fn add_flags(mut command: Command) -> Command {
 
 /// The settings of `file`, with those of the environment and the flags in `matches` laid over them, checked.
 pub fn load(file: Option<&Path>, matches: &ArgMatches) -> Result<Config, ConfigError> {
+    load_of(file, matches, Scope::Daemon)
+}
+
+/// As [`load`], for a command that has no use for the settings outside `scope`.
+pub fn load_of(file: Option<&Path>, matches: &ArgMatches, scope: Scope) -> Result<Config, ConfigError> {
     let mut table = toml::Table::new();
     if let Some(path) = file {
         let text = std::fs::read_to_string(path)
@@ -156,7 +181,7 @@ pub fn load(file: Option<&Path>, matches: &ArgMatches) -> Result<Config, ConfigE
     }
     let keys = keys();
     refuse_unknown_variables(&keys, std::env::vars_os().map(|(name, _)| name))?;
-    for key in &keys {
+    for key in keys.iter().filter(|key| scope.has(&key.path[0])) {
         let Some(values) = matches.get_many::<String>(&key.id()) else { continue };
         overlay(&mut table, key, &values.map(String::as_str).collect::<Vec<_>>())?;
     }
@@ -165,7 +190,9 @@ pub fn load(file: Option<&Path>, matches: &ArgMatches) -> Result<Config, ConfigE
     })?;
     config.kafka.properties = sluice_kafka::resolve(&config.kafka.properties)
         .map_err(|error| ConfigError::Problems(vec![format!("kafka.properties: {error}")]))?;
-    let problems = config.problems();
+    let mut problems = config.problems();
+    // Every problem begins with the key it is about.
+    problems.retain(|problem| problem.split('.').next().is_some_and(|section| scope.has(section)));
     if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems(problems)) }
 }
 

@@ -12,11 +12,13 @@ use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use sluice_schemas::{names, record::LossFormat};
+use sluice_schemas::names;
+use sluice_schemas::record::{ContextPolicy, LossFormat};
 
-pub use layers::{ConfigError, add_flags, load};
+pub use layers::{ConfigError, Scope, add_flags, add_flags_of, load, load_of};
 pub use reference::{example, reference};
 
+use crate::batch::Ladder;
 use crate::score::runtime::Device;
 
 /// Settings of `sluiced serve`.
@@ -100,7 +102,8 @@ pub struct ModelSettings {
     pub path: PathBuf,
     /// Path of libonnxruntime.so; empty for the environment variable `ORT_DYLIB_PATH`, else the system's library.
     pub onnxruntime: PathBuf,
-    /// Where the model runs: `cpu`, or `cuda:N` for the GPU with index N.
+    /// Where the model runs: `cpu`; `cuda:N` for the GPU with index N; `tensorrt:N` for that GPU through `TensorRT`, with
+    /// CUDA for what it does not take.
     pub device: String,
     /// Threads of one operator on the CPU; 0 for one a core.
     pub threads: usize,
@@ -128,6 +131,10 @@ pub struct Score {
     pub window_tokens: u32,
     /// Tokens between the starts of two windows of a longer document; 0 for half a window.
     pub stride_tokens: u32,
+    /// Where the model's BOS token (`bos_token_id` in `config.json`) stands: `none`, before each `document`, or before
+    /// each `window`. Use what the model was trained with.
+    #[schemars(with = "String")]
+    pub bos: BosChoice,
     /// Layout of a loss in the record: `f32`, or `f16` for half the bytes.
     #[schemars(with = "String")]
     pub loss_format: LossFormat,
@@ -137,8 +144,26 @@ pub struct Score {
 
 impl Default for Score {
     fn default() -> Self {
-        Self { window_tokens: 0, stride_tokens: 0, loss_format: LossFormat::F32, entropies: false }
+        Self {
+            window_tokens: 0,
+            stride_tokens: 0,
+            bos: BosChoice::None,
+            loss_format: LossFormat::F32,
+            entropies: false,
+        }
     }
+}
+
+/// Where the model's BOS token stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BosChoice {
+    /// Nowhere: the first token of a document has no prediction.
+    None,
+    /// Before the first token of a document.
+    Document,
+    /// Before the first token of every window.
+    Window,
 }
 
 /// How documents are put together for the model.
@@ -151,13 +176,20 @@ pub struct BatchSettings {
     pub lookahead_tokens: usize,
     /// Longest wait for more documents while the look-ahead is not full, in milliseconds.
     pub delay_ms_max: u64,
-    /// Rows are padded to a multiple of this many tokens.
-    pub padding_multiple: usize,
+    /// Row lengths from one power of two to the next; more means less padding, and more shapes for a GPU to warm.
+    pub length_steps: usize,
 }
 
 impl Default for BatchSettings {
     fn default() -> Self {
-        Self { tokens_max: 4096, lookahead_tokens: 32_768, delay_ms_max: 5, padding_multiple: 8 }
+        Self { tokens_max: 4096, lookahead_tokens: 65_536, delay_ms_max: 5, length_steps: 16 }
+    }
+}
+
+impl BatchSettings {
+    /// The lengths that rows are padded to.
+    pub fn ladder(&self, context: ContextPolicy) -> Ladder {
+        Ladder::new(context.window as usize, self.length_steps)
     }
 }
 
@@ -275,7 +307,7 @@ impl Config {
         for (key, value) in [
             ("batch.tokens_max", self.batch.tokens_max),
             ("batch.lookahead_tokens", self.batch.lookahead_tokens),
-            ("batch.padding_multiple", self.batch.padding_multiple),
+            ("batch.length_steps", self.batch.length_steps),
             ("limits.in_flight_tokens", self.limits.in_flight_tokens),
             ("limits.publish_tokens", self.limits.publish_tokens),
             ("kafka.record_bytes_max", self.kafka.record_bytes_max as usize),
@@ -284,7 +316,7 @@ impl Config {
         }
         for (key, value, most) in [
             ("batch.tokens_max", self.batch.tokens_max as u64, 1 << 24),
-            ("batch.padding_multiple", self.batch.padding_multiple as u64, self.batch.tokens_max as u64),
+            ("batch.length_steps", self.batch.length_steps as u64, 1024),
             ("batch.delay_ms_max", self.batch.delay_ms_max, 60_000),
             ("limits.publish_delay_ms", self.limits.publish_delay_ms, 60_000),
             ("limits.drain_seconds", self.limits.drain_seconds, 86_400),

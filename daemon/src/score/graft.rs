@@ -1,24 +1,18 @@
 //! The loss head: rewrites a causal language model so that it returns losses and never whole logits.
 //!
-//! The graph's last MatMul and what stands between it and `logits` (a bias, a scale, a soft cap, a cast) move into
-//! a Loop over blocks of rows, followed by a float32 LogSoftmax and a gather of the target's log-probability:
-//!
-//! ```text
-//! hidden [batch, sequence, width] -> Flatten -> [batch * sequence, width]
-//! Loop over blocks of at most 512 of the rows asked for:
-//!     Gather rows -> MatMul -> (what stood after it) -> Cast f32 -> LogSoftmax -> GatherElements(targets) -> Neg
-//! ```
-//!
-//! Only the rows asked for pass through the head, so padding costs nothing there, and the memory is that of one
-//! block of logits whatever the batch. Weights are never read, only referred to.
+//! The graph's last matrix product and what stands between it and `logits` (a bias, a scale, a soft cap, a cast)
+//! move into a Loop over blocks of rows (`head.rs`). This file looks for them, and refuses by name what it cannot
+//! move. Inputs that only a generating model needs become constants (`inputs.rs`).
 
 use std::collections::{HashMap, HashSet};
 
-use sluice_schemas::graph::{Dim, GraphBuilder, graph_attribute, int_attribute, tensor_info};
 use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{
     GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto, type_proto,
 };
+
+use super::constant::{Stored, behind, scalar};
+use super::{head, inputs};
 
 /// Input of flat positions (`row * length + position`) whose next token is scored, int64 `[n]`, `n >= 1`.
 pub const ROWS_INPUT: &str = "sluice_rows";
@@ -29,8 +23,9 @@ pub const LOSS_OUTPUT: &str = "sluice_loss";
 /// Output of entropies in nats, float32 `[n]`, where they were asked for.
 pub const ENTROPY_OUTPUT: &str = "sluice_entropy";
 
-/// Rows of logits that exist at one time.
-const BLOCK_ROWS: i64 = 512;
+/// Output of the number of positions that the head was given, int64 `[1]`.
+pub const POSITIONS_OUTPUT: &str = "sluice_positions";
+
 /// First opset in which Squeeze and ReduceSum take their axes as inputs and LogSoftmax works on one axis.
 const OPSET_MIN: i64 = 13;
 const LOGITS: &str = "logits";
@@ -57,7 +52,8 @@ pub enum GraftError {
     },
     /// Something between the head and the logits that cannot be moved.
     #[error(
-        "cannot graft a loss head: looking back from `logits` for the head's MatMul, met node `{node}` ({op_type}), {why}"
+        "cannot graft a loss head: looking back from `logits` for the head's matrix product, met node `{node}` \
+         ({op_type}), {why}"
     )]
     UnknownHead {
         /// The node's name.
@@ -67,23 +63,37 @@ pub enum GraftError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// An input that Sluice neither feeds nor can make constant.
+    #[error("the model wants an input `{name}`, {why}")]
+    UnknownInput {
+        /// The input's name.
+        name: String,
+        /// What is wrong with it.
+        why: String,
+    },
 }
 
 /// What was found in a graph and done to it.
 #[derive(Debug, Clone)]
 pub struct GraftReport {
+    /// Opset of the standard domain.
+    pub opset: i64,
     /// Name and operator of the head's matrix product.
     pub head: String,
     /// Operators between the head and the logits, in order.
     pub after_head: Vec<String>,
+    /// Bound of the logits, where they are capped softly: `cap * tanh(x / cap)`.
+    pub soft_cap: Option<f32>,
     /// Number of logits for each token, where the graph says so.
     pub vocabulary: Option<u32>,
     /// Element type of the head's weights, where the graph says so.
     pub weight_type: Option<DataType>,
+    /// Inputs of the graph that are constants now, with what stands for them.
+    pub settled_inputs: Vec<(String, &'static str)>,
 }
 
-/// Replaces the `logits` of `model` by losses, and where `entropies` says so by entropies too; every other output
-/// goes away.
+/// Replaces the `logits` of `model` by losses, and where `entropies` says so by entropies too; every other output,
+/// and what was computed for it alone, goes away.
 pub fn graft(model: &mut ModelProto, entropies: bool) -> Result<GraftReport, GraftError> {
     let opset = model
         .opset_import
@@ -103,21 +113,44 @@ pub fn graft(model: &mut ModelProto, entropies: bool) -> Result<GraftReport, Gra
     let found = find_head(graph)?;
     let head = &graph.node[found.head];
     let weight = head.input.get(1).and_then(|name| behind(graph, name));
-    let report = GraftReport {
+    let columns = weight.and_then(|weight| weight_columns(head, weight));
+    if let (Some(logits), Some(columns)) = (vocabulary, columns)
+        && logits != columns
+    {
+        return Err(refuse(head, "whose columns are not one for each logit"));
+    }
+    // The type of quantised weights says nothing; that of their scales is the one they are computed in.
+    let typed = if head.op_type() == "MatMulNBits" { head.input.get(2) } else { head.input.get(1) };
+    let typed = typed.and_then(|name| behind(graph, name));
+    let mut report = GraftReport {
+        opset,
         head: format!("{} ({})", head.name(), head.op_type()),
         after_head: found.tail.iter().map(|&node| graph.node[node].op_type().to_owned()).collect(),
-        vocabulary: vocabulary.or_else(|| weight_columns(head, weight)),
-        weight_type: weight.and_then(|tensor| DataType::try_from(tensor.data_type()).ok()),
+        soft_cap: soft_cap(graph, &found),
+        vocabulary: vocabulary.or(columns),
+        weight_type: typed.and_then(|stored| DataType::try_from(stored.tensor.data_type()).ok()),
+        settled_inputs: Vec::new(),
     };
-    replace(graph, &found, entropies);
+    head::replace(graph, &found, entropies);
+    report.settled_inputs = inputs::settle(graph)?;
     Ok(report)
 }
 
 /// Indices of the nodes that make logits of hidden states.
-struct Head {
-    head: usize,
-    /// The nodes after it, in order, each with the input that carries the logits.
-    tail: Vec<usize>,
+pub(super) struct Head {
+    /// The matrix product.
+    pub(super) head: usize,
+    /// The nodes after it, in order.
+    pub(super) tail: Vec<usize>,
+}
+
+/// Whether a node changes the shape of the logits and nothing else, so that a head that flattens them needs none.
+pub(super) fn only_reshapes(op_type: &str) -> bool {
+    matches!(op_type, "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Identity")
+}
+
+fn refuse(node: &NodeProto, why: &'static str) -> GraftError {
+    GraftError::UnknownHead { node: node.name().to_owned(), op_type: node.op_type().to_owned(), why }
 }
 
 fn find_head(graph: &GraphProto) -> Result<Head, GraftError> {
@@ -139,11 +172,6 @@ fn find_head(graph: &GraphProto) -> Result<Head, GraftError> {
             });
         };
         let node = &graph.node[index];
-        let refuse = |why| GraftError::UnknownHead {
-            node: node.name().to_owned(),
-            op_type: node.op_type().to_owned(),
-            why,
-        };
         let moving: Vec<&String> = node
             .input
             .iter()
@@ -152,22 +180,30 @@ fn find_head(graph: &GraphProto) -> Result<Head, GraftError> {
         match node.op_type() {
             "MatMul" | "Gemm" | "FusedMatMul" | "MatMulNBits" => {
                 if moving.len() != 1 || node.input.first() != moving.first().copied() {
-                    return Err(refuse("whose first input alone should change from run to run"));
+                    return Err(refuse(node, "whose first input alone should change from run to run"));
                 }
                 if node.attribute.iter().any(|a| a.name() == "transA" && a.i() != 0) {
-                    return Err(refuse("which transposes its hidden states"));
+                    return Err(refuse(node, "which transposes its hidden states"));
                 }
                 tail.reverse();
                 return Ok(Head { head: index, tail });
             }
-            "Cast" | "Identity" | "Mul" | "Div" | "Add" | "Sub" | "Tanh" => {
+            // The shape may be computed from that of the input; the values come first.
+            op if only_reshapes(op) => match node.input.first() {
+                Some(first) if moving.contains(&first) => {
+                    tail.push(index);
+                    value = first;
+                }
+                _ => return Err(refuse(node, "which reshapes a constant")),
+            },
+            "Cast" | "Mul" | "Div" | "Add" | "Sub" | "Tanh" | "Where" | "Clip" => {
                 let [carrier] = moving.as_slice() else {
-                    return Err(refuse("with several inputs that change from run to run"));
+                    return Err(refuse(node, "with several inputs that change from run to run"));
                 };
                 tail.push(index);
                 value = carrier;
             }
-            _ => return Err(refuse("which is neither a matrix product nor an elementwise operator")),
+            _ => return Err(refuse(node, "which is neither a matrix product nor an elementwise operator")),
         }
     }
 }
@@ -180,28 +216,28 @@ fn constants(graph: &GraphProto) -> HashSet<&str> {
         let all_constant =
             node.input.iter().all(|input| input.is_empty() || constants.contains(input.as_str()));
         let random = node.op_type().starts_with("Random");
-        if all_constant && !random {
+        // What a subgraph reads from outside does not show among its node's inputs.
+        let nested = node.attribute.iter().any(|attribute| attribute.g.is_some());
+        if all_constant && !random && !nested {
             constants.extend(node.output.iter().map(String::as_str));
         }
     }
     constants
 }
 
-/// The stored tensor from which the constant `name` is made, such as the embedding that a tied head transposes.
-fn behind<'a>(graph: &'a GraphProto, name: &str) -> Option<&'a TensorProto> {
-    let mut name = name;
-    // Bounded: a chain cannot be longer than the graph.
-    for _ in 0..=graph.node.len() {
-        if let Some(tensor) = graph.initializer.iter().find(|tensor| tensor.name() == name) {
-            return Some(tensor);
-        }
-        let node = graph.node.iter().find(|node| node.output.iter().any(|output| output == name))?;
-        if node.op_type() == "Constant" {
-            return node.attribute.iter().find_map(|attribute| attribute.t.as_ref());
-        }
-        name = node.input.first()?;
-    }
-    None
+/// The constant of `Div, Tanh, Mul` (or `Mul, Tanh, Mul`) among the nodes after the head.
+fn soft_cap(graph: &GraphProto, found: &Head) -> Option<f32> {
+    let tail: Vec<&NodeProto> = found
+        .tail
+        .iter()
+        .map(|&index| &graph.node[index])
+        .filter(|node| !only_reshapes(node.op_type()) && node.op_type() != "Cast")
+        .collect();
+    tail.windows(2).find(|pair| pair[0].op_type() == "Tanh" && pair[1].op_type() == "Mul").and_then(|pair| {
+        let tanh = pair[0].output.first()?;
+        let cap = pair[1].input.iter().find(|&input| input != tanh)?;
+        scalar(graph, cap)
+    })
 }
 
 fn last_dimension(value: &ValueInfoProto) -> Option<u32> {
@@ -216,146 +252,14 @@ fn last_dimension(value: &ValueInfoProto) -> Option<u32> {
 }
 
 /// Number of logits, from the shape of a head's own weights.
-fn weight_columns(head: &NodeProto, weight: Option<&TensorProto>) -> Option<u32> {
-    let weight = weight?;
-    let stored_as_given = head.input.get(1).is_some_and(|name| name == weight.name());
-    let transposed = head.attribute.iter().any(|a| a.name() == "transB" && a.i() != 0);
-    let columns = match (head.op_type(), weight.dims.as_slice()) {
-        ("MatMul" | "Gemm" | "FusedMatMul", &[rows, columns]) => {
-            // A transposition on the way to the product, or in it, swaps the two.
-            if stored_as_given == transposed { rows } else { columns }
-        }
-        _ => return None,
-    };
+fn weight_columns(head: &NodeProto, weight: Stored<'_>) -> Option<u32> {
+    let transposed_inside = head.attribute.iter().any(|a| a.name() == "transB" && a.i() != 0);
+    let columns =
+        match (head.op_type(), weight.tensor.dims.as_slice()) {
+            ("MatMul" | "Gemm" | "FusedMatMul", &[rows, columns]) => {
+                if weight.transposed == transposed_inside { columns } else { rows }
+            }
+            _ => return None,
+        };
     u32::try_from(columns).ok()
-}
-
-fn replace(graph: &mut GraphProto, found: &Head, entropies: bool) {
-    let head = graph.node[found.head].clone();
-    let tail: Vec<NodeProto> = found.tail.iter().map(|&index| graph.node[index].clone()).collect();
-    let hidden = head.input[0].clone();
-
-    let mut main = GraphBuilder::new("sluice/");
-    let zero = main.ints(&[0]);
-    let one = main.ints(&[1]);
-    let block_max = main.ints(&[BLOCK_ROWS]);
-    let minus_one = main.ints(&[-1]);
-    let flat = main.node("Flatten", &[&hidden], vec![int_attribute("axis", -1)]);
-    let count = main.node("Shape", &[ROWS_INPUT], vec![]);
-    // Blocks of nearly equal size: ceil(count / ceil(count / 512)).
-    let blocks = ceil_div(&mut main, &count, &block_max, &one);
-    let block = ceil_div(&mut main, &count, &blocks, &one);
-    let trip_count = main.node("Squeeze", &[&blocks], vec![]);
-    let block_scalar = main.node("Squeeze", &[&block], vec![]);
-    let (start, step) = (main.int(0), main.int(1));
-    let offsets = main.node("Range", &[&start, &block_scalar, &step], vec![]);
-    let last = main.node("Sub", &[&count, &one], vec![]);
-
-    let body = loop_body(&head, &tail, &Outer { flat, block, offsets, last, one: one.clone() }, entropies);
-    let mut outputs = vec![LOSS_OUTPUT];
-    if entropies {
-        outputs.push(ENTROPY_OUTPUT);
-    }
-    main.push(NodeProto {
-        name: Some("sluice/Loop".to_owned()),
-        op_type: Some("Loop".to_owned()),
-        input: vec![trip_count, String::new()],
-        output: outputs.iter().map(|output| format!("sluice/blocks/{output}")).collect(),
-        attribute: vec![graph_attribute("body", body)],
-        ..Default::default()
-    });
-    for output in &outputs {
-        // The last block may repeat its last row to be as long as the others.
-        let joined = main.node("Reshape", &[&format!("sluice/blocks/{output}"), &minus_one], vec![]);
-        main.node_to("Slice", &[&joined, &zero, &count], vec![], output);
-    }
-
-    let removed: HashSet<usize> = found.tail.iter().copied().chain([found.head]).collect();
-    let mut index = 0;
-    graph.node.retain(|_| {
-        index += 1;
-        !removed.contains(&(index - 1))
-    });
-    let (nodes, initializers) = main.finish();
-    graph.node.extend(nodes);
-    graph.initializer.extend(initializers);
-    let asked = [Dim::Named("sluice_n")];
-    graph.input.extend([ROWS_INPUT, TARGETS_INPUT].map(|name| tensor_info(name, DataType::Int64, &asked)));
-    graph.output = outputs.iter().map(|output| tensor_info(output, DataType::Float, &asked)).collect();
-}
-
-fn ceil_div(graph: &mut GraphBuilder, numerator: &str, denominator: &str, one: &str) -> String {
-    let sum = graph.node("Add", &[numerator, denominator], vec![]);
-    let sum = graph.node("Sub", &[&sum, one], vec![]);
-    graph.node("Div", &[&sum, denominator], vec![])
-}
-
-/// Values of the main graph that the Loop's body reads.
-struct Outer {
-    flat: String,
-    block: String,
-    offsets: String,
-    last: String,
-    one: String,
-}
-
-fn loop_body(head: &NodeProto, tail: &[NodeProto], outer: &Outer, entropies: bool) -> GraphProto {
-    let mut body = GraphBuilder::new("sluice/body/");
-    let start = body.node("Mul", &["sluice/body/iteration", &outer.block], vec![]);
-    let index = body.node("Add", &[&outer.offsets, &start], vec![]);
-    let index = body.node("Min", &[&index, &outer.last], vec![]);
-    let rows = body.node("Gather", &[ROWS_INPUT, &index], vec![]);
-    let targets = body.node("Gather", &[TARGETS_INPUT, &index], vec![]);
-    let mut hidden = body.node("Gather", &[&outer.flat, &rows], vec![]);
-    if head.op_type() != "Gemm" {
-        // A batch of one sequence, so that what follows meets the rank it was made for.
-        let zero = body.ints(&[0]);
-        hidden = body.node("Unsqueeze", &[&hidden, &zero], vec![]);
-    }
-    let mut value = hidden;
-    let mut carried = head.input[0].clone();
-    for node in [head].into_iter().chain(tail) {
-        let output = format!("sluice/body/{}", node.output[0]);
-        let mut moved = node.clone();
-        for input in moved.input.iter_mut().filter(|input| **input == carried) {
-            input.clone_from(&value);
-        }
-        carried.clone_from(&node.output[0]);
-        moved.output = vec![output.clone()];
-        body.push(moved);
-        value = output;
-    }
-    let logits = body.node("Flatten", &[&value], vec![int_attribute("axis", -1)]);
-    let logits =
-        body.node("Cast", &[&logits], vec![int_attribute("to", i64::from(i32::from(DataType::Float)))]);
-    let log_probabilities = body.node("LogSoftmax", &[&logits], vec![int_attribute("axis", -1)]);
-    let targets = body.node("Unsqueeze", &[&targets, &outer.one], vec![]);
-    let chosen = body.node("GatherElements", &[&log_probabilities, &targets], vec![int_attribute("axis", 1)]);
-    let chosen = body.node("Squeeze", &[&chosen, &outer.one], vec![]);
-    let loss = body.node("Neg", &[&chosen], vec![]);
-    let condition = body.node("Identity", &["sluice/body/condition"], vec![]);
-
-    let mut output = vec![
-        tensor_info(&condition, DataType::Bool, &[]),
-        tensor_info(&loss, DataType::Float, &[Dim::Named("sluice_block")]),
-    ];
-    if entropies {
-        let probabilities = body.node("Exp", &[&log_probabilities], vec![]);
-        let terms = body.node("Mul", &[&probabilities, &log_probabilities], vec![]);
-        let sum = body.node("ReduceSum", &[&terms, &outer.one], vec![int_attribute("keepdims", 0)]);
-        let entropy = body.node("Neg", &[&sum], vec![]);
-        output.push(tensor_info(&entropy, DataType::Float, &[Dim::Named("sluice_block")]));
-    }
-    let (node, initializer) = body.finish();
-    GraphProto {
-        name: Some("sluice_loss_head".to_owned()),
-        node,
-        initializer,
-        input: vec![
-            tensor_info("sluice/body/iteration", DataType::Int64, &[]),
-            tensor_info("sluice/body/condition", DataType::Bool, &[]),
-        ],
-        output,
-        ..Default::default()
-    }
 }

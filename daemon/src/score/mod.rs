@@ -1,8 +1,14 @@
 //! The scorer: batches of windows in, one loss for each token asked for out. Kafka is unknown here.
 
+mod constant;
+pub mod documents;
+pub mod findings;
 pub mod graft;
+mod head;
+mod inputs;
 pub mod model;
 pub mod runtime;
+mod widen;
 
 use anyhow::{Context as _, bail};
 use ort::session::{Session, SessionInputValue};
@@ -12,7 +18,7 @@ use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::record::Precision;
 
 use crate::batch::Batch;
-use graft::{ENTROPY_OUTPUT, LOSS_OUTPUT, ROWS_INPUT, TARGETS_INPUT};
+use graft::{ENTROPY_OUTPUT, LOSS_OUTPUT, POSITIONS_OUTPUT, ROWS_INPUT, TARGETS_INPUT};
 use model::Model;
 use runtime::SessionOptions;
 
@@ -29,6 +35,22 @@ pub struct Scores {
 pub trait Score: Send {
     /// Scores every target of `batch`, in order.
     fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores>;
+}
+
+/// Whether the model failed because the device had no memory left, which a smaller batch may cure.
+pub fn is_out_of_memory(error: &anyhow::Error) -> bool {
+    // ONNX Runtime has one error code for everything that goes wrong in a run, so its words decide: those of its arena,
+    // of the C++ library, of CUDA and of cuBLAS.
+    const WORDS: [&str; 6] = [
+        "failed to allocate memory",
+        "available memory of",
+        "bad_alloc",
+        "out of memory",
+        "cuda failure 2:",
+        "alloc_failed",
+    ];
+    let message = format!("{error:#}").to_lowercase();
+    WORDS.iter().any(|words| message.contains(words))
 }
 
 /// What records and checks need to know of a reference model.
@@ -66,13 +88,10 @@ impl Scorer {
         let mut inputs = Vec::new();
         for (name, element) in &model.inputs {
             let input = match name.as_str() {
-                "input_ids" => Input::TokenIds,
-                "attention_mask" => Input::AttentionMask,
-                "position_ids" => Input::PositionIds,
-                _ => bail!(
-                    "the model wants an input `{name}`, which Sluice does not feed; export it without a cache \
-                     (`use_cache=False`), with input_ids and at most attention_mask and position_ids"
-                ),
+                inputs::TOKEN_IDS => Input::TokenIds,
+                inputs::ATTENTION_MASK => Input::AttentionMask,
+                inputs::POSITION_IDS => Input::PositionIds,
+                _ => bail!("the model wants an input `{name}`, which Sluice does not feed"),
             };
             if !matches!(element, DataType::Int32 | DataType::Int64) {
                 bail!("the model's input `{name}` has elements of {element:?}; int32 and int64 are known");
@@ -118,6 +137,16 @@ impl Score for Scorer {
         feed.push((TARGETS_INPUT, TensorRef::from_array_view((asked, batch.targets.as_slice()))?.into()));
 
         let outputs = self.session.run(feed).context("the model failed on a batch")?;
+        let (_, positions) =
+            outputs[POSITIONS_OUTPUT].try_extract_tensor::<i64>().context("the loss head's positions")?;
+        if positions != [batch.tokens.len() as i64] {
+            bail!(
+                "the model has hidden states of {} positions for {} tokens; it was exported to generate (with logits \
+                 of the last position alone), so export it without that",
+                positions.first().unwrap_or(&0),
+                batch.tokens.len()
+            );
+        }
         let (_, losses) =
             outputs[LOSS_OUTPUT].try_extract_tensor::<f32>().context("the loss head's output")?;
         let entropies = if self.entropies {

@@ -10,11 +10,15 @@ use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
-use sluice_schemas::onnx::{ModelProto, TensorProto};
+use sluice_schemas::onnx::{GraphProto, ModelProto, TensorProto};
 use sluice_schemas::record::Precision;
 
 use super::ModelIdentity;
-use super::graft::{GraftReport, graft};
+use super::findings::{self, Finding};
+use super::graft::{GraftReport, ROWS_INPUT, TARGETS_INPUT, graft};
+use super::inputs;
+use super::runtime::Device;
+use super::widen::widen;
 
 /// A reference model, read and given its loss head, ready for a session.
 #[derive(Debug)]
@@ -25,24 +29,36 @@ pub struct Model {
     pub data_folder: Option<PathBuf>,
     /// What was found in the graph and done to it.
     pub report: GraftReport,
+    /// What makes its losses other than those of the model it was exported from.
+    pub findings: Vec<Finding>,
     /// Inputs that the graph wants beside those of the loss head, with their element types.
     pub inputs: Vec<(String, DataType)>,
+    /// Files of external data, as the graph names them.
+    pub data_files: Vec<String>,
+    /// Whether it is a bfloat16 model that computes in float32, as it must on the CPU.
+    pub widened: bool,
     /// What records say of the model, and are checked against.
     pub identity: ModelIdentity,
     /// Longest sequence that the model was made for, where `config.json` says so.
     pub context_max: Option<u32>,
+    /// Token that the model saw at the start of every document, where `config.json` names one.
+    pub bos_token: Option<u32>,
 }
 
 /// The keys of `config.json` that scoring needs.
 #[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
 struct ModelConfig {
     vocab_size: Option<u32>,
     max_position_embeddings: Option<u32>,
+    final_logit_softcapping: Option<f32>,
+    /// One id; some models list several, and then none of them is the one.
+    bos_token_id: serde_json::Value,
 }
 
 impl Model {
-    /// Reads the model in `folder` and grafts a loss head onto it.
-    pub fn load(folder: &Path, entropies: bool) -> anyhow::Result<Self> {
+    /// Reads the model in `folder`, grafts a loss head onto it, and fits it to what `device` can compute.
+    pub fn load(folder: &Path, device: Device, entropies: bool) -> anyhow::Result<Self> {
         if !folder.is_dir() {
             bail!(
                 "the model folder {} does not exist; `model.path` must name a folder with model.onnx, \
@@ -59,8 +75,11 @@ impl Model {
 
         let mut parts = vec![("model.onnx".to_owned(), graph_digest)];
         let data_folder = resolve_external_data(&mut model, folder, &mut parts)?;
+        let data_files = parts[1..].iter().map(|(name, _)| name.clone()).collect();
+        let mut findings = model.graph.as_ref().map(findings::rounded_rotary_tables).unwrap_or_default();
         let report = graft(&mut model, entropies).with_context(|| path.display().to_string())?;
         let inputs = model_inputs(&model);
+        let widened = device == Device::Cpu && widen(&mut model);
 
         let config_path = folder.join("config.json");
         let config: ModelConfig = if config_path.exists() {
@@ -70,6 +89,7 @@ impl Model {
         } else {
             ModelConfig::default()
         };
+        findings.extend(findings::soft_cap(report.soft_cap, config.final_logit_softcapping));
         // Some models pad their head beyond the ids that their embedding knows; the smaller bound is safe.
         let vocabulary = match (report.vocabulary, config.vocab_size) {
             (Some(head), Some(config)) => head.min(config),
@@ -91,7 +111,10 @@ impl Model {
             graph: model.encode_to_vec(),
             data_folder,
             report,
+            findings,
             inputs,
+            data_files,
+            widened,
             identity: ModelIdentity {
                 fingerprint: Fingerprint::of_parts(&mut parts),
                 tokenizer: tokenizer_fingerprint(&folder.join("tokenizer.json"))?,
@@ -99,6 +122,7 @@ impl Model {
                 precision,
             },
             context_max: config.max_position_embeddings,
+            bos_token: config.bos_token_id.as_u64().and_then(|id| u32::try_from(id).ok()),
         })
     }
 }
@@ -114,21 +138,10 @@ fn tokenizer_fingerprint(path: &Path) -> anyhow::Result<Fingerprint> {
 }
 
 fn model_inputs(model: &ModelProto) -> Vec<(String, DataType)> {
-    use sluice_schemas::onnx::type_proto::Value::TensorType;
     let Some(graph) = model.graph.as_ref() else { return Vec::new() };
-    let stored: BTreeSet<&str> = graph.initializer.iter().map(TensorProto::name).collect();
-    graph
-        .input
-        .iter()
-        // Files of IR version 3 list their weights among the inputs.
-        .filter(|input| !stored.contains(input.name()) && !input.name().starts_with("sluice_"))
-        .map(|input| {
-            let element = match input.r#type.as_ref().and_then(|t| t.value.as_ref()) {
-                Some(TensorType(tensor)) => DataType::try_from(tensor.elem_type()).unwrap_or_default(),
-                _ => DataType::Undefined,
-            };
-            (input.name().to_owned(), element)
-        })
+    inputs::wanted(graph)
+        .filter(|input| !matches!(input.name(), ROWS_INPUT | TARGETS_INPUT))
+        .map(|input| (input.name().to_owned(), inputs::element(input)))
         .collect()
 }
 
@@ -140,11 +153,13 @@ fn resolve_external_data(
     folder: &Path,
     parts: &mut Vec<(String, Fingerprint)>,
 ) -> anyhow::Result<Option<PathBuf>> {
-    let Some(graph) = model.graph.as_mut() else { return Ok(None) };
     let mut seen = BTreeSet::new();
     let mut data_folder: Option<PathBuf> = None;
-    let external = graph.initializer.iter_mut().filter(|t| t.data_location() == DataLocation::External);
-    for tensor in external {
+    let mut tensors = Vec::new();
+    if let Some(graph) = model.graph.as_mut() {
+        collect_external(graph, &mut tensors);
+    }
+    for tensor in tensors {
         let Some(entry) = tensor.external_data.iter_mut().find(|entry| entry.key() == "location") else {
             bail!("the external tensor `{}` has no location", tensor.name());
         };
@@ -174,6 +189,18 @@ fn resolve_external_data(
         }
     }
     Ok(data_folder)
+}
+
+/// Adds every tensor of `graph` whose values stand in another file: weights, constants, and those of subgraphs.
+fn collect_external<'a>(graph: &'a mut GraphProto, tensors: &mut Vec<&'a mut TensorProto>) {
+    let is_external = |tensor: &&mut TensorProto| tensor.data_location() == DataLocation::External;
+    tensors.extend(graph.initializer.iter_mut().filter(is_external));
+    for attribute in graph.node.iter_mut().flat_map(|node| &mut node.attribute) {
+        tensors.extend(attribute.t.as_mut().filter(is_external));
+        if let Some(inner) = attribute.g.as_mut() {
+            collect_external(inner, tensors);
+        }
+    }
 }
 
 fn digest_file(path: &Path) -> anyhow::Result<Fingerprint> {

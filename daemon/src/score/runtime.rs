@@ -1,5 +1,6 @@
 //! Finding and starting ONNX Runtime, and opening a session that fails rather than falls back.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
@@ -19,19 +20,36 @@ pub enum Device {
     Cpu,
     /// The CUDA provider on the GPU with this index.
     Cuda(i32),
+    /// The `TensorRT` provider on the GPU with this index, and the CUDA provider for what it does not take.
+    TensorRt(i32),
+}
+
+/// Libraries that the CUDA provider is linked to, each after those it needs. Where they lie beside ONNX Runtime, as
+/// `ops/setup-onnxruntime --cuda` puts them, they are loaded from there; else the system's are found by their names.
+const CUDA_LIBRARIES: [&str; 4] =
+    ["libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10"];
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::TensorRt(index) => write!(f, "tensorrt:{index}"),
+        }
+    }
 }
 
 impl FromStr for Device {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.split_once(':') {
-            None if text == "cpu" => Ok(Self::Cpu),
-            None if text == "cuda" => Ok(Self::Cuda(0)),
-            Some(("cuda", index)) if index.parse::<u16>().is_ok() => {
-                Ok(Self::Cuda(index.parse().unwrap_or_default()))
-            }
-            _ => Err(format!("`{text}` is no device; use `cpu` or `cuda:N`, such as `cuda:0`")),
+        let (kind, index) = text.split_once(':').unwrap_or((text, "0"));
+        let index = index.parse::<u16>().map(i32::from);
+        match (kind, index) {
+            ("cpu", _) if text == "cpu" => Ok(Self::Cpu),
+            ("cuda", Ok(index)) => Ok(Self::Cuda(index)),
+            ("tensorrt", Ok(index)) => Ok(Self::TensorRt(index)),
+            _ => Err(format!("`{text}` is no device; use `cpu`, `cuda:N` or `tensorrt:N`, such as `cuda:0`")),
         }
     }
 }
@@ -70,6 +88,24 @@ pub fn environment(library: &Path) -> anyhow::Result<Environment> {
     Ok(shared.insert(environment).clone())
 }
 
+fn cuda(index: i32, options: &SessionOptions) -> ep::ExecutionProviderDispatch {
+    // TF32 rounds what goes into a product to 10 bits, and a record says f32 where it means it.
+    let mut cuda = ep::CUDA::default().with_device_id(index).with_tf32(false);
+    if options.device_memory_bytes > 0 {
+        cuda = cuda.with_memory_limit(options.device_memory_bytes);
+    }
+    cuda.build().error_on_failure()
+}
+
+/// Loads CUDA's libraries that lie beside ONNX Runtime's.
+fn preload_cuda(library: &Path) -> anyhow::Result<()> {
+    let folder = library.parent().unwrap_or(Path::new("."));
+    for path in CUDA_LIBRARIES.iter().map(|name| folder.join(name)).filter(|path| path.exists()) {
+        ort::util::preload_dylib(&path).with_context(|| format!("cannot load {}", path.display()))?;
+    }
+    Ok(())
+}
+
 /// Opens a session for `model`.
 pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<Session> {
     let environment = environment(&options.library)?;
@@ -85,16 +121,22 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
             .with_intra_threads(options.threads)
             .map_err(|error| anyhow::anyhow!("cannot set {} threads: {error}", options.threads))?;
     }
-    if let Device::Cuda(index) = options.device {
-        let mut cuda = ep::CUDA::default().with_device_id(index);
-        if options.device_memory_bytes > 0 {
-            cuda = cuda.with_memory_limit(options.device_memory_bytes);
-        }
-        // Without `error_on_failure` a missing GPU costs a log line and an hour of CPU time.
-        builder = builder.with_execution_providers([cuda.build().error_on_failure()]).map_err(|error| {
+    let providers = match options.device {
+        Device::Cpu => Vec::new(),
+        Device::Cuda(index) => vec![cuda(index, options)],
+        Device::TensorRt(index) => vec![
+            // Without `error_on_failure` a missing GPU costs a log line and an hour of CPU time.
+            ep::TensorRT::default().with_device_id(index).build().error_on_failure(),
+            cuda(index, options),
+        ],
+    };
+    if !providers.is_empty() {
+        preload_cuda(&options.library)?;
+        builder = builder.with_execution_providers(providers).map_err(|error| {
             anyhow::anyhow!(
-                "cannot use cuda:{index}: {error}; the GPU build of ONNX Runtime (`ops/setup-onnxruntime --cuda`), \
-                 CUDA 13 and a driver are needed"
+                "cannot use {}: {error}; the GPU build of ONNX Runtime (`ops/setup-onnxruntime --cuda`, which brings \
+                 CUDA 13's libraries) and a driver are needed, and for TensorRT its own libraries",
+                options.device
             )
         })?;
     }
@@ -107,4 +149,22 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
             .map_err(|error| anyhow::anyhow!("cannot set the folder of external data: {error}"))?;
     }
     builder.commit_from_memory(&model.graph).context("ONNX Runtime refuses the model")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named_with_an_index() {
+        let parse = |text: &str| text.parse::<Device>();
+        assert_eq!(parse("cpu"), Ok(Device::Cpu));
+        assert_eq!(parse("cuda"), Ok(Device::Cuda(0)));
+        assert_eq!(parse("cuda:3"), Ok(Device::Cuda(3)));
+        assert_eq!(parse("tensorrt:1"), Ok(Device::TensorRt(1)));
+        assert_eq!(Device::TensorRt(1).to_string(), "tensorrt:1");
+        for wrong in ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "rocm:0"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
 }

@@ -37,7 +37,8 @@ pub struct ScoredDocument {
     #[prost(message, optional, tag = "2")]
     pub document: ::core::option::Option<TokenizedDocument>,
     /// Reference losses -log P(token | tokens before it) in nats, little-endian, one for each token, in the format of
-    /// `loss_format`. NaN stands for "no prediction" and is allowed for the first token alone.
+    /// `loss_format`. NaN stands for "no prediction" and is allowed for the first token alone, which has one only where a
+    /// BOS token stood before it (`context.bos`).
     #[prost(bytes = "bytes", tag = "3")]
     pub reference_loss: ::prost::bytes::Bytes,
     #[prost(enumeration = "LossFormat", tag = "4")]
@@ -68,6 +69,9 @@ pub struct ContextPolicy {
     /// What stands before the first token of a window.
     #[prost(enumeration = "BosPolicy", tag = "3")]
     pub bos: i32,
+    /// The token id that `bos` puts there; 0 where it puts nothing.
+    #[prost(uint32, tag = "4")]
+    pub bos_token: u32,
 }
 /// Layout of one loss value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -141,6 +145,10 @@ pub enum BosPolicy {
     Unspecified = 0,
     /// Nothing: the first token of a document has no prediction.
     None = 1,
+    /// `bos_token` before the first window of a document, unless the document begins with it.
+    Document = 2,
+    /// `bos_token` before every window, unless it is a document's first and the document begins with it.
+    Window = 3,
 }
 impl BosPolicy {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -151,6 +159,8 @@ impl BosPolicy {
         match self {
             Self::Unspecified => "BOS_POLICY_UNSPECIFIED",
             Self::None => "BOS_POLICY_NONE",
+            Self::Document => "BOS_POLICY_DOCUMENT",
+            Self::Window => "BOS_POLICY_WINDOW",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -158,6 +168,8 @@ impl BosPolicy {
         match value {
             "BOS_POLICY_UNSPECIFIED" => Some(Self::Unspecified),
             "BOS_POLICY_NONE" => Some(Self::None),
+            "BOS_POLICY_DOCUMENT" => Some(Self::Document),
+            "BOS_POLICY_WINDOW" => Some(Self::Window),
             _ => None,
         }
     }

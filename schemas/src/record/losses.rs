@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use half::f16;
 
-use super::RecordError;
+use super::{Bos, RecordError};
 
 /// How far below zero, in nats, rounding may push a loss whose token the model is certain of.
 pub const NEGATIVE_LOSS_TOLERANCE: f32 = 1e-4;
@@ -27,7 +27,8 @@ impl LossFormat {
     }
 }
 
-/// One value in nats for each token of a document; NaN, meaning "no prediction", at the first.
+/// One value in nats for each token of a document. The first is NaN, meaning "no prediction", unless a BOS token
+/// stood before it.
 ///
 /// Entropies have the same form and the same bounds.
 #[derive(Clone)]
@@ -37,7 +38,7 @@ pub struct Losses {
 }
 
 impl Losses {
-    /// Packs `losses`, one for each token of a document, the first of them NaN.
+    /// Packs `losses`, one for each token of a document; the first alone may be NaN.
     pub fn new(losses: &[f32], format: LossFormat) -> Result<Self, RecordError> {
         let bytes: Vec<u8> = match format {
             LossFormat::F32 => losses.iter().flat_map(|loss| loss.to_le_bytes()).collect(),
@@ -53,10 +54,8 @@ impl Losses {
         }
         let losses = Self { bytes, format };
         for (position, loss) in losses.iter().enumerate() {
-            if position == 0 {
-                if !loss.is_nan() {
-                    return Err(RecordError::UnexpectedPrediction(loss));
-                }
+            if position == 0 && loss.is_nan() {
+                // No prediction.
             } else if !loss.is_finite() {
                 return Err(RecordError::NonFiniteLoss { position, loss });
             } else if loss < -NEGATIVE_LOSS_TOLERANCE {
@@ -64,6 +63,14 @@ impl Losses {
             }
         }
         Ok(losses)
+    }
+
+    /// Refuses a prediction of the first token where nothing stood before it.
+    pub(super) fn check_first(&self, bos: Bos) -> Result<(), RecordError> {
+        match self.iter().next() {
+            Some(loss) if bos == Bos::None && !loss.is_nan() => Err(RecordError::UnexpectedPrediction(loss)),
+            _ => Ok(()),
+        }
     }
 
     /// Number of tokens, the first included.
@@ -76,7 +83,7 @@ impl Losses {
         self.bytes.is_empty()
     }
 
-    /// The values in order, NaN first.
+    /// The values in order.
     pub fn iter(&self) -> impl Iterator<Item = f32> + '_ {
         self.bytes.chunks_exact(self.format.width()).map(|chunk| match *chunk {
             [a, b] => f16::from_le_bytes([a, b]).to_f32(),
@@ -85,7 +92,7 @@ impl Losses {
         })
     }
 
-    /// The values in order, NaN first, copied.
+    /// The values in order, copied.
     pub fn to_vec(&self) -> Vec<f32> {
         self.iter().collect()
     }

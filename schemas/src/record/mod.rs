@@ -93,6 +93,42 @@ pub struct ContextPolicy {
     pub window: u32,
     /// Tokens between the starts of two windows of a document longer than `window`.
     pub stride: u32,
+    /// What stands before the first token of a window.
+    pub bos: Bos,
+}
+
+/// What stands before the first token of a window: nothing, or the model's BOS token, by its id.
+///
+/// A document that begins with that token gets no second one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bos {
+    /// Nothing: the first token of a document has no prediction.
+    None,
+    /// The token before a document's first window.
+    Document(u32),
+    /// The token before every window.
+    Window(u32),
+}
+
+impl ContextPolicy {
+    fn check(policy: wire::ContextPolicy) -> Result<Self, RecordError> {
+        let bos = match policy.bos() {
+            wire::BosPolicy::None => Bos::None,
+            wire::BosPolicy::Document => Bos::Document(policy.bos_token),
+            wire::BosPolicy::Window => Bos::Window(policy.bos_token),
+            wire::BosPolicy::Unspecified => return Err(RecordError::UnknownBosPolicy(policy.bos)),
+        };
+        Ok(Self { window: policy.window, stride: policy.stride, bos })
+    }
+
+    fn to_wire(self) -> wire::ContextPolicy {
+        let (bos, bos_token) = match self.bos {
+            Bos::None => (wire::BosPolicy::None, 0),
+            Bos::Document(token) => (wire::BosPolicy::Document, token),
+            Bos::Window(token) => (wire::BosPolicy::Window, token),
+        };
+        wire::ContextPolicy { window: self.window, stride: self.stride, bos: bos.into(), bos_token }
+    }
 }
 
 /// Arithmetic of the reference model's weights.
@@ -142,10 +178,7 @@ impl ScoredDocument {
             wire::LossFormat::F16 => LossFormat::F16,
             wire::LossFormat::Unspecified => return Err(RecordError::UnknownLossFormat(record.loss_format)),
         };
-        let policy = record.context.ok_or(RecordError::MissingField("context"))?;
-        if policy.bos() != wire::BosPolicy::None {
-            return Err(RecordError::UnknownBosPolicy(policy.bos));
-        }
+        let context = ContextPolicy::check(record.context.ok_or(RecordError::MissingField("context"))?)?;
         let document =
             TokenizedDocument::check(record.document.ok_or(RecordError::MissingField("document"))?)?;
         let tokens = document.tokens.len();
@@ -155,12 +188,15 @@ impl ScoredDocument {
         } else {
             Some(Losses::from_wire(record.reference_entropy, format, tokens)?)
         };
+        for values in [Some(&reference_losses), reference_entropies.as_ref()].into_iter().flatten() {
+            values.check_first(context.bos)?;
+        }
         Ok(Self {
             document,
             reference_losses,
             reference_entropies,
             reference_model: fingerprint(&record.reference_model_fingerprint, "reference model")?,
-            context: ContextPolicy { window: policy.window, stride: policy.stride },
+            context,
             precision,
         })
     }
@@ -177,11 +213,7 @@ impl ScoredDocument {
                 .map(|e| e.bytes().clone())
                 .unwrap_or_default(),
             reference_model_fingerprint: Bytes::copy_from_slice(self.reference_model.as_bytes()),
-            context: Some(wire::ContextPolicy {
-                window: self.context.window,
-                stride: self.context.stride,
-                bos: wire::BosPolicy::None.into(),
-            }),
+            context: Some(self.context.to_wire()),
             ..Default::default()
         };
         record.set_loss_format(match self.reference_losses.format() {

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
-use sluice_daemon::batch::{Batch, windows};
+use sluice_daemon::batch::{Batch, Ladder, windows};
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_daemon::score::{Score as _, Scorer};
-use sluice_schemas::record::{ContextPolicy, ScoredDocument};
+use sluice_schemas::record::{Bos, ContextPolicy, ScoredDocument};
 
 use super::load::{Obligations, id, key, poison_key, tokens};
 use super::slot::{Counters, Slot};
@@ -23,7 +23,7 @@ use crate::{Kafka, Record, onnxruntime, read_all};
 const DRAIN: Duration = Duration::from_mins(3);
 const CALL: Duration = Duration::from_secs(10);
 /// Window and stride that the daemon chooses for the test model.
-const CONTEXT: ContextPolicy = ContextPolicy { window: 64, stride: 32 };
+const CONTEXT: ContextPolicy = ContextPolicy { window: 64, stride: 32, bos: Bos::None };
 
 /// What was found.
 #[derive(Clone, Debug, Default)]
@@ -176,7 +176,7 @@ struct CleanRun(Scorer);
 
 impl CleanRun {
     fn new(model: &Path) -> Self {
-        let model = Model::load(model, false).unwrap();
+        let model = Model::load(model, Device::Cpu, false).unwrap();
         let options = SessionOptions {
             library: onnxruntime(),
             device: Device::Cpu,
@@ -190,8 +190,10 @@ impl CleanRun {
         let mut losses = vec![f32::NAN; tokens.len()];
         let tokens: Arc<[u32]> = tokens.into();
         for window in windows(0, &tokens, CONTEXT) {
-            let scored = window.first_scored..window.span.end;
-            losses[scored].copy_from_slice(&self.0.score(&Batch::new(vec![window], 8)).unwrap().losses);
+            let scored = window.scored();
+            losses[scored].copy_from_slice(
+                &self.0.score(&Batch::new(vec![window], Ladder::new(64, 16))).unwrap().losses,
+            );
         }
         losses
     }

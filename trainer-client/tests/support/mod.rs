@@ -19,7 +19,7 @@ use serde_json::json;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names::RECORD_HEADER;
 use sluice_schemas::record::{
-    ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
+    Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
 };
 use sluice_trainer::random::SplitMix64;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -60,7 +60,7 @@ pub fn scored(document: TokenizedDocument, loss: f32, reference_model: Fingerpri
         reference_losses: Losses::new(&losses, LossFormat::F32).unwrap(),
         reference_entropies: None,
         reference_model,
-        context: ContextPolicy { window: 256, stride: 256 },
+        context: ContextPolicy { window: 256, stride: 256, bos: Bos::None },
         precision: Precision::F32,
     }
 }

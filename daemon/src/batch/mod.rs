@@ -1,0 +1,101 @@
+//! Documents to windows to batches: pure functions and values, so that no clock and no thread decides what a batch
+//! holds.
+
+mod ladder;
+mod lookahead;
+mod window;
+
+pub use ladder::Ladder;
+pub use lookahead::{LookAhead, plan};
+pub use window::{Window, windows};
+
+/// What one run of the model sees: rows padded on the right to one length, and the targets asked for.
+///
+/// Right padding needs no mask in a causal model: no real token can see what stands after it.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// The windows, one to a row.
+    pub windows: Vec<Window>,
+    /// Length of a row in tokens.
+    pub padded_len: usize,
+    /// Token ids, `rows * padded_len`, padded with 0.
+    pub tokens: Vec<i64>,
+    /// Flat positions (`row * padded_len + position`) that predict the targets.
+    pub target_rows: Vec<i64>,
+    /// Token ids to be scored, row by row.
+    pub targets: Vec<i64>,
+}
+
+impl Batch {
+    /// Pads `windows` to the length on `ladder` that holds the longest.
+    pub fn new(windows: Vec<Window>, ladder: Ladder) -> Self {
+        let longest = windows.iter().map(Window::len).max().unwrap_or(0);
+        let padded_len = ladder.fit(longest);
+        let mut tokens = vec![0; windows.len() * padded_len];
+        let (mut target_rows, mut targets) = (Vec::new(), Vec::new());
+        for (row, window) in windows.iter().enumerate() {
+            let start = row * padded_len;
+            for (slot, id) in tokens[start..].iter_mut().zip(window.ids()) {
+                *slot = i64::from(id);
+            }
+            let skipped = window.len() - window.scored().len();
+            for (position, id) in window.ids().enumerate().skip(skipped) {
+                target_rows.push((start + position - 1) as i64);
+                targets.push(i64::from(id));
+            }
+        }
+        Self { windows, padded_len, tokens, target_rows, targets }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.windows.len()
+    }
+
+    /// Tokens that are real, not padding.
+    pub fn real_tokens(&self) -> usize {
+        self.windows.iter().map(Window::len).sum()
+    }
+
+    /// Tokens that the model computes, padding included.
+    pub fn padded_tokens(&self) -> usize {
+        self.rows() * self.padded_len
+    }
+
+    /// 1 for real tokens, 0 for padding.
+    pub fn attention_mask(&self) -> Vec<i64> {
+        self.windows
+            .iter()
+            .flat_map(|window| (0..self.padded_len).map(|position| i64::from(position < window.len())))
+            .collect()
+    }
+
+    /// Positions counted from 0 in every row.
+    pub fn position_ids(&self) -> Vec<i64> {
+        (0..self.rows()).flat_map(|_| 0..self.padded_len as i64).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sluice_schemas::record::{Bos, ContextPolicy};
+
+    use super::*;
+
+    #[test]
+    fn targets_are_the_tokens_after_their_rows() {
+        let document: std::sync::Arc<[u32]> = (0..7).collect();
+        for (bos, targets) in [(Bos::None, 1..7), (Bos::Document(9), 0..7), (Bos::Window(9), 0..7)] {
+            let policy = ContextPolicy { window: 4, stride: 2, bos };
+            let batch = Batch::new(windows(0, &document, policy), Ladder::new(8, 4));
+            for (&row, &target) in batch.target_rows.iter().zip(&batch.targets) {
+                let context = batch.tokens[row as usize];
+                assert!(context + 1 == target || (target, context) == (0, 9), "{bos:?}: {context} {target}");
+            }
+            assert_eq!(batch.targets, targets.collect::<Vec<i64>>(), "{bos:?}");
+            assert_eq!(batch.padded_len, 8);
+            assert_eq!(batch.attention_mask()[..8], [1, 1, 1, 1, 0, 0, 0, 0]);
+            assert_eq!(batch.position_ids()[8..10], [0, 1]);
+        }
+    }
+}

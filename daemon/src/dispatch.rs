@@ -1,0 +1,265 @@
+//! What the model computes next: documents in, batches out to the model, outcomes into the ledger.
+//!
+//! One batch waits while one runs. It is put together early only where it is full; under low load, as late as
+//! possible, so that what comes meanwhile still gets in.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select};
+
+use crate::assemble::{Assembler, Finished, RecordPolicy};
+use crate::batch::{Batch, Ladder, LookAhead, Window};
+use crate::config::BatchSettings;
+use crate::health::{Health, Loop};
+use crate::ledger::Ledger;
+use crate::metrics::{MODEL_FAILED, Metrics};
+use crate::notice::Notices;
+use crate::score::{Score, Scores, is_out_of_memory};
+use crate::sink::Outcome;
+use crate::source::Job;
+
+/// Documents in a row that the model may fail on before the model itself is taken to be broken.
+const FAILURES_MAX: usize = 3;
+/// Longest wait before a loop looks whether it should stop.
+const TURN: Duration = Duration::from_millis(100);
+
+/// A batch and what the model made of it.
+pub type Run = (Batch, anyhow::Result<Scores>);
+
+/// Runs the model on each batch until there are no more.
+pub fn run_model(
+    mut scorer: Box<dyn Score>,
+    batches: &Receiver<Batch>,
+    runs: &Sender<Run>,
+    metrics: &Metrics,
+) {
+    for batch in batches {
+        let timer = metrics.batch_seconds.start_timer();
+        let scored = scorer.score(&batch);
+        timer.observe_duration();
+        if runs.send((batch, scored)).is_err() {
+            return;
+        }
+    }
+}
+
+/// Everything between reading and publishing but the model itself.
+pub struct Dispatcher<'a> {
+    lookahead: LookAhead,
+    /// Halves of batches that failed.
+    retries: Vec<Batch>,
+    assembler: Assembler,
+    ledger: &'a Ledger<Outcome>,
+    settings: &'a BatchSettings,
+    ladder: Ladder,
+    metrics: &'a Metrics,
+    notices: Notices,
+    /// Documents in a row that the model failed on.
+    failures: usize,
+    /// When the look-ahead last began to fill.
+    waiting_since: Instant,
+}
+
+impl<'a> Dispatcher<'a> {
+    /// A dispatcher without documents.
+    pub fn new(
+        policy: RecordPolicy,
+        ledger: &'a Ledger<Outcome>,
+        settings: &'a BatchSettings,
+        metrics: &'a Metrics,
+    ) -> Self {
+        let ladder = settings.ladder(policy.context);
+        Self {
+            lookahead: LookAhead::new(settings.tokens_max, ladder),
+            retries: Vec::new(),
+            assembler: Assembler::new(policy),
+            ledger,
+            settings,
+            ladder,
+            metrics,
+            notices: Notices::default(),
+            failures: 0,
+            waiting_since: Instant::now(),
+        }
+    }
+
+    /// Takes a document in.
+    pub fn accept(&mut self, job: Job) {
+        let (windows, finished) = self.assembler.add(job);
+        if self.lookahead.is_empty() {
+            self.waiting_since = Instant::now();
+        }
+        for window in windows {
+            self.lookahead.push(window);
+        }
+        self.complete(finished);
+    }
+
+    /// The next batch, if there is anything to compute. Documents that were given up meanwhile, because the model
+    /// failed on them or their partition went to another daemon, are left out.
+    pub fn next_batch(&mut self) -> Option<Batch> {
+        while let Some(batch) = self.retries.pop().or_else(|| self.lookahead.next_batch()) {
+            let rows = batch.rows();
+            let wanted: Vec<Window> = batch
+                .windows
+                .iter()
+                .filter(|window| self.assembler.begin(window.document, |ticket| self.ledger.begin(ticket)))
+                .cloned()
+                .collect();
+            match wanted.len() {
+                0 => {}
+                kept if kept == rows => return Some(batch),
+                _ => return Some(Batch::new(wanted, self.ladder)),
+            }
+        }
+        None
+    }
+
+    /// Takes in what the model made of a batch. Halves of one that failed come back from [`Self::next_batch`]; a
+    /// document that fails alone becomes a dead letter. An error means that the model is broken.
+    pub fn finish(&mut self, (batch, scored): Run) -> anyhow::Result<()> {
+        match scored {
+            Ok(scores) => {
+                self.failures = 0;
+                self.metrics.model_tokens.inc_by(batch.real_tokens() as u64);
+                self.metrics.padded_tokens.inc_by(batch.padded_tokens() as u64);
+                self.metrics.batch_rows.observe(batch.rows() as f64);
+                self.metrics.row_tokens.observe(batch.padded_len as f64);
+                let finished = self.assembler.scored(&batch, &scores);
+                self.complete(finished);
+            }
+            Err(error) if batch.rows() > 1 => {
+                let out_of_memory = is_out_of_memory(&error);
+                if out_of_memory {
+                    self.metrics.splits_for_memory.inc();
+                }
+                let advice =
+                    if out_of_memory { "; batch.tokens_max is too large for this device" } else { "" };
+                if let Some(others) = self.notices.due("batch") {
+                    tracing::warn!(
+                        %error,
+                        rows = batch.rows(),
+                        padded_len = batch.padded_len,
+                        out_of_memory,
+                        others_since_last_warning = others,
+                        "a batch failed; trying its halves{advice}"
+                    );
+                }
+                self.metrics.batches_split.inc();
+                let mut first = batch.windows;
+                let second = first.split_off(first.len() / 2);
+                self.retries.extend([second, first].map(|half| Batch::new(half, self.ladder)));
+            }
+            Err(error) => {
+                self.failures += 1;
+                if self.failures >= FAILURES_MAX {
+                    return Err(error)
+                        .context(format!("the model failed on {} documents in a row", self.failures));
+                }
+                if let Some(window) = batch.windows.first() {
+                    let finished =
+                        self.assembler.failed(window.document, MODEL_FAILED, &format!("{error:#}"));
+                    self.complete(finished);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(&self, finished: impl IntoIterator<Item = Finished>) {
+        for (ticket, outcome) in finished {
+            self.ledger.complete(ticket, outcome);
+        }
+    }
+
+    fn wants_more(&self) -> bool {
+        self.lookahead.tokens() < self.settings.lookahead_tokens
+    }
+
+    fn is_idle(&self) -> bool {
+        self.retries.is_empty() && self.lookahead.is_empty()
+    }
+
+    /// Whether a batch put together now would be as good as one put together later. While the model works, a full one
+    /// is; a model that has nothing to do waits, until the deadline, for a look-ahead to choose from.
+    fn is_ready(&self, running: usize) -> bool {
+        let chosen_well = if running > 0 { self.lookahead.fills_a_batch() } else { !self.wants_more() };
+        chosen_well || !self.retries.is_empty()
+    }
+
+    /// When a model that has nothing to do takes what there is.
+    fn deadline(&self) -> Instant {
+        self.waiting_since + Duration::from_millis(self.settings.delay_ms_max)
+    }
+
+    /// Feeds the model until the source is gone and everything read is finished.
+    pub fn run(
+        mut self,
+        jobs: &Receiver<Job>,
+        batches: &Sender<Batch>,
+        runs: &Receiver<Run>,
+        health: &Health,
+    ) -> anyhow::Result<()> {
+        let mut source_is_open = true;
+        // Batches that the model has taken and not given back.
+        let mut running = 0;
+        let mut waiting: Option<Batch> = None;
+        let (nobody_takes, _kept_open) = bounded::<Batch>(0);
+        let no_jobs = never();
+        let mut beaten = Instant::now();
+        loop {
+            // A model that hangs must show: while it runs, only what it gives back is a sign of life.
+            if running == 0 && beaten.elapsed() >= TURN {
+                health.beat(Loop::Score);
+                beaten = Instant::now();
+            }
+            if health.is_aborted() {
+                return Ok(());
+            }
+            while source_is_open && self.wants_more() {
+                match jobs.try_recv() {
+                    Ok(job) => self.accept(job),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => source_is_open = false,
+                }
+            }
+            let now = Instant::now();
+            let hurry = !source_is_open || health.is_stopping() || now >= self.deadline();
+            if waiting.is_none() && (self.is_ready(running) || (running == 0 && hurry)) {
+                waiting = self.next_batch();
+            }
+            if !source_is_open && running == 0 && waiting.is_none() && self.is_idle() {
+                return Ok(());
+            }
+
+            let patience = if running == 0 && waiting.is_none() && !self.is_idle() {
+                self.deadline().saturating_duration_since(now).min(TURN)
+            } else {
+                TURN
+            };
+            let takers = if waiting.is_some() { batches } else { &nobody_takes };
+            let more = if source_is_open && self.wants_more() { jobs } else { &no_jobs };
+            // What is sent is taken out only once the model has asked for it.
+            select! {
+                send(takers, waiting.take().context("no batch waits")?) -> sent => {
+                    if sent.is_err() {
+                        bail!("the model's thread has ended");
+                    }
+                    running += 1;
+                }
+                recv(runs) -> run => {
+                    let Ok(run) = run else { bail!("the model's thread has ended") };
+                    running -= 1;
+                    health.beat(Loop::Score);
+                    self.finish(run)?;
+                }
+                recv(more) -> job => match job {
+                    Ok(job) => self.accept(job),
+                    Err(_) => source_is_open = false,
+                },
+                default(patience) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The reference model as the settings ask for it: read, opened on its device, its context policy decided.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context as _, anyhow};
+use sluice_schemas::record::ContextPolicy;
+
+use crate::batch::Batch;
+use crate::config::Config;
+use crate::exit::{DATA, ExitCode as _, NO_INPUT, USAGE};
+use crate::metrics::Metrics;
+use crate::score::model::Model;
+use crate::score::runtime::{Device, SessionOptions};
+use crate::score::{Score, Scorer, Scores};
+use crate::{pipeline, reload};
+
+/// A reference model that is ready to score. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Reference {
+    /// What was read.
+    pub model: Arc<Model>,
+    /// The model on its device.
+    pub scorer: SharedScorer,
+    /// How it sees a document.
+    pub policy: ContextPolicy,
+    /// Where it runs.
+    pub device: Device,
+}
+
+/// A scorer that outlives the loop which uses it.
+#[derive(Clone, Debug)]
+pub struct SharedScorer(Arc<Mutex<Scorer>>);
+
+impl Score for SharedScorer {
+    fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
+        // Of one batch at a time: that of the loop, or of a warm-up beside it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).score(batch)
+    }
+}
+
+impl Reference {
+    /// Reads and opens the model; what is to be known of it goes to the log.
+    pub fn open(config: &Config) -> anyhow::Result<Self> {
+        let (model, device) = load_model(config)?;
+        let policy = pipeline::context_policy(config, &model).exit_code(USAGE)?;
+        let scorer = open_scorer(&model, device, config)?;
+        Ok(Self { model: Arc::new(model), scorer, policy, device })
+    }
+
+    /// The same for the settings `new`, warm, beside this one: with a session of its own where model or device are not
+    /// the same any more.
+    pub fn with_settings(&self, old: &Config, new: &Config) -> anyhow::Result<Self> {
+        let (model, device) = load_model(new)?;
+        let policy = pipeline::context_policy(new, &model)?;
+        let same_session = model.identity.fingerprint == self.model.identity.fingerprint
+            && new.model == old.model
+            && new.score.entropies == old.score.entropies;
+        let scorer = if same_session { self.scorer.clone() } else { open_scorer(&model, device, new)? };
+        let mut next = Self { model: Arc::new(model), scorer, policy, device };
+        reload::check_same_tokens(self, &next)?;
+        if !same_session || new.batch != old.batch || policy != self.policy {
+            next.warm_up(new).context("cannot warm up the new model beside the old one")?;
+        }
+        Ok(next)
+    }
+
+    /// Says in the metrics and in the log what scores from now on.
+    pub fn announce(&self, config: &Config, metrics: &Metrics) {
+        let identity = &self.model.identity;
+        metrics.set_model(
+            &identity.fingerprint.to_string(),
+            &identity.tokenizer.to_string(),
+            &format!("{:?}", identity.precision).to_lowercase(),
+            &config.model.device,
+        );
+        tracing::info!(
+            model = %identity.fingerprint.short(),
+            tokenizer = %identity.tokenizer.short(),
+            vocabulary = identity.vocabulary,
+            window = self.policy.window,
+            stride = self.policy.stride,
+            bos = ?self.policy.bos,
+            device = config.model.device,
+            "reference model is warm"
+        );
+    }
+
+    /// Runs the shapes that scoring will meet; says how many there were.
+    pub fn warm_up(&mut self, config: &Config) -> anyhow::Result<usize> {
+        pipeline::warm_up(&mut self.scorer, self.device, self.policy, &config.batch).exit_code(DATA)
+    }
+}
+
+fn load_model(config: &Config) -> anyhow::Result<(Model, Device)> {
+    let device = config.model.device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?;
+    let model = Model::load(&config.model.path, device, config.score.entropies).exit_code(NO_INPUT)?;
+    for finding in &model.findings {
+        tracing::warn!(finding = finding.code(), "{finding}");
+    }
+    Ok((model, device))
+}
+
+fn open_scorer(model: &Model, device: Device, config: &Config) -> anyhow::Result<SharedScorer> {
+    let options = SessionOptions {
+        library: onnxruntime_library(&config.model.onnxruntime),
+        device,
+        threads: config.model.threads,
+        device_memory_bytes: config.model.device_memory_bytes,
+    };
+    let scorer = Scorer::new(model, &options, config.score.entropies).exit_code(NO_INPUT)?;
+    Ok(SharedScorer(Arc::new(Mutex::new(scorer))))
+}
+
+/// The library that the settings name, else the one of the environment, else the system's.
+fn onnxruntime_library(setting: &std::path::Path) -> PathBuf {
+    if !setting.as_os_str().is_empty() {
+        return setting.to_owned();
+    }
+    std::env::var_os("ORT_DYLIB_PATH").map_or_else(|| PathBuf::from("libonnxruntime.so"), PathBuf::from)
+}

@@ -1,0 +1,72 @@
+//! Reading the constants of a graph: which stored tensor stands behind a value, and what small ones hold.
+
+use half::{bf16, f16};
+use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
+use sluice_schemas::onnx::{GraphProto, NodeProto, TensorProto};
+
+/// A stored tensor, and whether a value made of it has its two dimensions swapped.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stored<'a> {
+    /// The tensor.
+    pub(super) tensor: &'a TensorProto,
+    /// Whether an odd number of transpositions stands between.
+    pub(super) transposed: bool,
+}
+
+/// The stored tensor from which the constant `name` is made by transpositions and casts, such as the embedding that a
+/// tied head transposes.
+pub(super) fn behind<'a>(graph: &'a GraphProto, name: &str) -> Option<Stored<'a>> {
+    let mut name = name;
+    let mut transposed = false;
+    // Bounded: a chain cannot be longer than the graph.
+    for _ in 0..=graph.node.len() {
+        if let Some(tensor) = graph.initializer.iter().find(|tensor| tensor.name() == name) {
+            return Some(Stored { tensor, transposed });
+        }
+        let node = graph.node.iter().find(|node| node.output.iter().any(|output| output == name))?;
+        match node.op_type() {
+            "Constant" => {
+                return constant_tensor(node).map(|tensor| Stored { tensor, transposed });
+            }
+            "Transpose" => transposed = !transposed,
+            "Cast" | "Identity" | "DequantizeLinear" => {}
+            _ => return None,
+        }
+        name = node.input.first()?;
+    }
+    None
+}
+
+/// The tensor that a `Constant` node holds.
+pub(super) fn constant_tensor(node: &NodeProto) -> Option<&TensorProto> {
+    node.attribute.iter().find_map(|attribute| attribute.t.as_ref())
+}
+
+/// The one value of the constant `name`.
+pub(super) fn scalar(graph: &GraphProto, name: &str) -> Option<f32> {
+    match floats(behind(graph, name)?.tensor)?.as_slice() {
+        &[value] => Some(value),
+        _ => None,
+    }
+}
+
+/// The values of a tensor of floating-point numbers that is stored in the graph itself.
+pub(super) fn floats(tensor: &TensorProto) -> Option<Vec<f32>> {
+    if tensor.data_location() == DataLocation::External {
+        return None;
+    }
+    let raw = tensor.raw_data.as_deref().filter(|raw| !raw.is_empty());
+    let halves = |convert: fn(u16) -> f32| match raw {
+        Some(raw) => raw.chunks_exact(2).map(|b| convert(u16::from_le_bytes([b[0], b[1]]))).collect(),
+        None => tensor.int32_data.iter().map(|&bits| convert(bits as u16)).collect::<Vec<f32>>(),
+    };
+    match DataType::try_from(tensor.data_type()).ok()? {
+        DataType::Float => Some(match raw {
+            Some(raw) => raw.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            None => tensor.float_data.clone(),
+        }),
+        DataType::Float16 => Some(halves(|bits| f16::from_bits(bits).to_f32())),
+        DataType::Bfloat16 => Some(halves(|bits| bf16::from_bits(bits).to_f32())),
+        _ => None,
+    }
+}

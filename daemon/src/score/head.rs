@@ -1,0 +1,198 @@
+//! Building the loss head: the graph's own matrix product and what follows it, in a Loop over blocks of rows.
+//!
+//! ```text
+//! hidden [batch, sequence, width] -> Flatten -> [batch * sequence, width]
+//! Loop over blocks of at most 512 of the rows asked for:
+//!     Gather rows -> MatMul -> (what stood after it) -> Cast f32 -> LogSoftmax -> GatherElements(targets) -> Neg
+//! ```
+//!
+//! Only the rows asked for pass through the head, so padding costs nothing there, and the memory is that of one
+//! block of logits whatever the batch. Weights are never read, only referred to.
+
+use std::collections::{HashMap, HashSet};
+
+use sluice_schemas::graph::{Dim, GraphBuilder, graph_attribute, int_attribute, tensor_info};
+use sluice_schemas::onnx::tensor_proto::DataType;
+use sluice_schemas::onnx::{GraphProto, NodeProto};
+
+use super::graft::{
+    ENTROPY_OUTPUT, Head, LOSS_OUTPUT, POSITIONS_OUTPUT, ROWS_INPUT, TARGETS_INPUT, only_reshapes,
+};
+
+/// Rows of logits that exist at one time.
+const BLOCK_ROWS: i64 = 512;
+
+/// Puts the loss head in the place of `found`.
+pub(super) fn replace(graph: &mut GraphProto, found: &Head, entropies: bool) {
+    let head = graph.node[found.head].clone();
+    let tail: Vec<NodeProto> = found.tail.iter().map(|&index| graph.node[index].clone()).collect();
+    let hidden = head.input[0].clone();
+
+    let mut main = GraphBuilder::new("sluice/");
+    let zero = main.ints(&[0]);
+    let one = main.ints(&[1]);
+    let block_max = main.ints(&[BLOCK_ROWS]);
+    let minus_one = main.ints(&[-1]);
+    let flat = main.node("Flatten", &[&hidden], vec![int_attribute("axis", -1)]);
+    // How many positions there are hidden states of: fewer than tokens, where the model was exported to generate.
+    let flat_shape = main.node("Shape", &[&flat], vec![]);
+    main.node_to("Gather", &[&flat_shape, &zero], vec![], POSITIONS_OUTPUT);
+    // What lies beyond the end would fail on the CPU and be zeros on a GPU; so it is neither, and the count tells.
+    let last_position = main.node("Sub", &[POSITIONS_OUTPUT, &one], vec![]);
+    let rows = main.node("Min", &[ROWS_INPUT, &last_position], vec![]);
+    let count = main.node("Shape", &[ROWS_INPUT], vec![]);
+    // Blocks of nearly equal size: ceil(count / ceil(count / 512)).
+    let blocks = ceil_div(&mut main, &count, &block_max, &one);
+    let block = ceil_div(&mut main, &count, &blocks, &one);
+    let trip_count = main.node("Squeeze", &[&blocks], vec![]);
+    let block_scalar = main.node("Squeeze", &[&block], vec![]);
+    let (start, step) = (main.int(0), main.int(1));
+    let offsets = main.node("Range", &[&start, &block_scalar, &step], vec![]);
+    let last = main.node("Sub", &[&count, &one], vec![]);
+
+    let body =
+        loop_body(&head, &tail, &Outer { flat, rows, block, offsets, last, one: one.clone() }, entropies);
+    let mut outputs = vec![LOSS_OUTPUT];
+    if entropies {
+        outputs.push(ENTROPY_OUTPUT);
+    }
+    main.push(NodeProto {
+        name: Some("sluice/Loop".to_owned()),
+        op_type: Some("Loop".to_owned()),
+        input: vec![trip_count, String::new()],
+        output: outputs.iter().map(|output| format!("sluice/blocks/{output}")).collect(),
+        attribute: vec![graph_attribute("body", body)],
+        ..Default::default()
+    });
+    for output in &outputs {
+        // The last block may repeat its last row to be as long as the others.
+        let joined = main.node("Reshape", &[&format!("sluice/blocks/{output}"), &minus_one], vec![]);
+        main.node_to("Slice", &[&joined, &zero, &count], vec![], output);
+    }
+
+    let (nodes, initializers) = main.finish();
+    graph.node.extend(nodes);
+    graph.initializer.extend(initializers);
+    let asked = [Dim::Named("sluice_n")];
+    graph.input.extend([ROWS_INPUT, TARGETS_INPUT].map(|name| tensor_info(name, DataType::Int64, &asked)));
+    graph.output = outputs.iter().map(|output| tensor_info(output, DataType::Float, &asked)).collect();
+    graph.output.push(tensor_info(POSITIONS_OUTPUT, DataType::Int64, &[Dim::Fixed(1)]));
+    prune(graph);
+}
+
+/// Removes the nodes that no output needs any more: the head that moved, and what was computed for outputs that went
+/// away, such as a cache of keys and values.
+fn prune(graph: &mut GraphProto) {
+    let producers: HashMap<&str, usize> = graph
+        .node
+        .iter()
+        .enumerate()
+        .flat_map(|(index, node)| node.output.iter().map(move |output| (output.as_str(), index)))
+        .collect();
+    let mut needed = vec![false; graph.node.len()];
+    let mut open: Vec<&str> = graph.output.iter().map(sluice_schemas::onnx::ValueInfoProto::name).collect();
+    while let Some(value) = open.pop() {
+        if let Some(&index) = producers.get(value)
+            && !std::mem::replace(&mut needed[index], true)
+        {
+            reads(&graph.node[index], &mut open);
+        }
+    }
+    let mut keep = needed.iter();
+    graph.node.retain(|_| keep.next().is_some_and(|&needed| needed));
+    let made: HashSet<&str> = graph.node.iter().flat_map(|node| &node.output).map(String::as_str).collect();
+    graph.value_info.retain(|value| made.contains(value.name()));
+}
+
+/// Adds the names of all values that `node` reads, those that its subgraphs read from outside included.
+fn reads<'a>(node: &'a NodeProto, names: &mut Vec<&'a str>) {
+    names.extend(node.input.iter().map(String::as_str));
+    for graph in node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()) {
+        for inner in &graph.node {
+            reads(inner, names);
+        }
+        // A subgraph may hand out a value of the graph around it.
+        names.extend(graph.output.iter().map(sluice_schemas::onnx::ValueInfoProto::name));
+    }
+}
+
+fn ceil_div(graph: &mut GraphBuilder, numerator: &str, denominator: &str, one: &str) -> String {
+    let sum = graph.node("Add", &[numerator, denominator], vec![]);
+    let sum = graph.node("Sub", &[&sum, one], vec![]);
+    graph.node("Div", &[&sum, denominator], vec![])
+}
+
+/// Values of the main graph that the Loop's body reads.
+struct Outer {
+    flat: String,
+    rows: String,
+    block: String,
+    offsets: String,
+    last: String,
+    one: String,
+}
+
+fn loop_body(head: &NodeProto, tail: &[NodeProto], outer: &Outer, entropies: bool) -> GraphProto {
+    let mut body = GraphBuilder::new("sluice/body/");
+    let start = body.node("Mul", &["sluice/body/iteration", &outer.block], vec![]);
+    let index = body.node("Add", &[&outer.offsets, &start], vec![]);
+    let index = body.node("Min", &[&index, &outer.last], vec![]);
+    let rows = body.node("Gather", &[&outer.rows, &index], vec![]);
+    let targets = body.node("Gather", &[TARGETS_INPUT, &index], vec![]);
+    let mut hidden = body.node("Gather", &[&outer.flat, &rows], vec![]);
+    if head.op_type() != "Gemm" {
+        // A batch of one sequence, so that what follows meets the rank it was made for.
+        let zero = body.ints(&[0]);
+        hidden = body.node("Unsqueeze", &[&hidden, &zero], vec![]);
+    }
+    let mut value = hidden;
+    let mut carried = head.input[0].clone();
+    for node in [head].into_iter().chain(tail) {
+        if only_reshapes(node.op_type()) {
+            carried.clone_from(&node.output[0]);
+            continue;
+        }
+        let output = format!("sluice/body/{}", node.output[0]);
+        let mut moved = node.clone();
+        for input in moved.input.iter_mut().filter(|input| **input == carried) {
+            input.clone_from(&value);
+        }
+        carried.clone_from(&node.output[0]);
+        moved.output = vec![output.clone()];
+        body.push(moved);
+        value = output;
+    }
+    let logits = body.node("Flatten", &[&value], vec![int_attribute("axis", -1)]);
+    let logits =
+        body.node("Cast", &[&logits], vec![int_attribute("to", i64::from(i32::from(DataType::Float)))]);
+    let log_probabilities = body.node("LogSoftmax", &[&logits], vec![int_attribute("axis", -1)]);
+    let targets = body.node("Unsqueeze", &[&targets, &outer.one], vec![]);
+    let chosen = body.node("GatherElements", &[&log_probabilities, &targets], vec![int_attribute("axis", 1)]);
+    let chosen = body.node("Squeeze", &[&chosen, &outer.one], vec![]);
+    let loss = body.node("Neg", &[&chosen], vec![]);
+    let condition = body.node("Identity", &["sluice/body/condition"], vec![]);
+
+    let mut output = vec![
+        tensor_info(&condition, DataType::Bool, &[]),
+        tensor_info(&loss, DataType::Float, &[Dim::Named("sluice_block")]),
+    ];
+    if entropies {
+        let probabilities = body.node("Exp", &[&log_probabilities], vec![]);
+        let terms = body.node("Mul", &[&probabilities, &log_probabilities], vec![]);
+        let sum = body.node("ReduceSum", &[&terms, &outer.one], vec![int_attribute("keepdims", 0)]);
+        let entropy = body.node("Neg", &[&sum], vec![]);
+        output.push(tensor_info(&entropy, DataType::Float, &[Dim::Named("sluice_block")]));
+    }
+    let (node, initializer) = body.finish();
+    GraphProto {
+        name: Some("sluice_loss_head".to_owned()),
+        node,
+        initializer,
+        input: vec![
+            tensor_info("sluice/body/iteration", DataType::Int64, &[]),
+            tensor_info("sluice/body/condition", DataType::Bool, &[]),
+        ],
+        output,
+        ..Default::default()
+    }
+}

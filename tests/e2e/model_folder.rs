@@ -1,0 +1,180 @@
+//! Model folders: what is refused by name, data beyond 2 GB, and the commands that look into a folder.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::io::{Seek as _, SeekFrom, Write as _};
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use prost::Message as _;
+use serde_json::Value;
+use sluice_daemon::batch::Ladder;
+use sluice_daemon::score::Scorer;
+use sluice_daemon::score::documents::score_documents;
+use sluice_daemon::score::graft::graft;
+use sluice_daemon::score::model::Model;
+use sluice_daemon::score::runtime::{Device, SessionOptions};
+use sluice_schemas::onnx::tensor_proto::DataLocation;
+use sluice_schemas::onnx::{ModelProto, NodeProto, StringStringEntryProto};
+use sluice_schemas::record::{Bos, ContextPolicy};
+use sluice_tests::{binary, golden, onnxruntime};
+
+fn read(folder: &Path) -> ModelProto {
+    ModelProto::decode(std::fs::read(folder.join("model.onnx")).unwrap().as_slice()).unwrap()
+}
+
+/// The error of grafting tiny-llama after `spoil` has changed its last node.
+fn refusal(spoil: fn(&mut NodeProto)) -> String {
+    let mut model = read(&golden("tiny-llama"));
+    spoil(model.graph.as_mut().unwrap().node.last_mut().unwrap());
+    graft(&mut model, false).unwrap_err().to_string()
+}
+
+#[test]
+fn a_head_that_cannot_be_moved_is_refused_by_the_name_of_its_node() {
+    let error = refusal(|node| node.op_type = Some("LayerNormalization".to_owned()));
+    assert!(error.contains("`/MatMul` (LayerNormalization)"), "{error}");
+    let error = refusal(|node| node.input.reverse());
+    assert!(error.contains("`/MatMul` (MatMul), whose first input alone should change"), "{error}");
+}
+
+#[test]
+fn an_input_that_is_unknown_is_refused_by_its_name() {
+    let mut model = read(&golden("tiny-llama-mask"));
+    let graph = model.graph.as_mut().unwrap();
+    for node in &mut graph.node {
+        for input in node.input.iter_mut().filter(|input| *input == "position_ids") {
+            "pixel_values".clone_into(input);
+        }
+    }
+    let input = graph.input.iter_mut().find(|input| input.name() == "position_ids").unwrap();
+    input.name = Some("pixel_values".to_owned());
+    let error = graft(&mut model, false).unwrap_err().to_string();
+    assert!(error.contains("input `pixel_values`, which Sluice does not know"), "{error}");
+}
+
+#[test]
+fn a_head_for_the_last_position_alone_fails_at_once() {
+    // As onnxruntime-genai's `prune_lm_head` makes it: logits of one position, which no loss can come from.
+    let mut model = read(&golden("tiny-llama"));
+    let graph = model.graph.as_mut().unwrap();
+    let head = graph.node.last_mut().unwrap();
+    let hidden = std::mem::replace(&mut head.input[0], "last".to_owned());
+    let mut builder = sluice_schemas::graph::GraphBuilder::new("prune/");
+    let last = builder.ints(&[-1]);
+    let axis = sluice_schemas::graph::int_attribute("axis", 1);
+    builder.node_to("Gather", &[&hidden, &last], vec![axis], "last");
+    let (nodes, constants) = builder.finish();
+    let end = graph.node.len() - 1;
+    graph.node.splice(end..end, nodes);
+    graph.initializer.extend(constants);
+    let folder = copy_of("tiny-llama");
+    std::fs::write(folder.path().join("model.onnx"), model.encode_to_vec()).unwrap();
+    let error = losses(folder.path(), &[&[1, 2, 3, 4]]).unwrap_err();
+    assert!(format!("{error:#}").contains("hidden states of 1 positions for 8 tokens"), "{error:#}");
+}
+
+fn copy_of(name: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["model.onnx", "config.json", "tokenizer.json"] {
+        std::fs::copy(golden(name).join(file), folder.path().join(file)).unwrap();
+    }
+    folder
+}
+
+fn losses(folder: &Path, documents: &[&[u32]]) -> anyhow::Result<Vec<Vec<f32>>> {
+    let model = Model::load(folder, Device::Cpu, false)?;
+    let options =
+        SessionOptions { library: onnxruntime(), device: Device::Cpu, threads: 1, device_memory_bytes: 0 };
+    let mut scorer = Scorer::new(&model, &options, false)?;
+    let documents: Vec<Arc<[u32]>> = documents.iter().map(|&tokens| tokens.into()).collect();
+    let policy = ContextPolicy { window: 64, stride: 32, bos: Bos::None };
+    let scores = score_documents(&mut scorer, &documents, policy, 1024, Ladder::new(64, 16))?;
+    Ok(scores.iter().map(|scores| scores.predicted().collect()).collect())
+}
+
+#[test]
+fn external_data_beyond_two_gigabytes_is_read() {
+    const BEYOND: u64 = (1 << 31) + 4096;
+    let folder = copy_of("tiny-llama");
+    let mut model = read(folder.path());
+    let graph = model.graph.as_mut().unwrap();
+    let tensor = graph.initializer.iter_mut().max_by_key(|tensor| tensor.raw_data().len()).unwrap();
+    let raw = tensor.raw_data.take().unwrap();
+    // A hole of 2 GB takes no disk.
+    let mut file = std::fs::File::create(folder.path().join("weights.bin")).unwrap();
+    file.seek(SeekFrom::Start(BEYOND)).unwrap();
+    file.write_all(&raw).unwrap();
+    tensor.data_location = Some(DataLocation::External.into());
+    tensor.external_data = [
+        ("location", "weights.bin".to_owned()),
+        ("offset", BEYOND.to_string()),
+        ("length", raw.len().to_string()),
+    ]
+    .into_iter()
+    .map(|(key, value)| StringStringEntryProto { key: Some(key.to_owned()), value: Some(value) })
+    .collect();
+    std::fs::write(folder.path().join("model.onnx"), model.encode_to_vec()).unwrap();
+
+    let document: &[u32] = &[5, 17, 300, 2, 9];
+    assert_eq!(
+        losses(folder.path(), &[document]).unwrap(),
+        losses(&golden("tiny-llama"), &[document]).unwrap(),
+        "the same weights, wherever they lie"
+    );
+}
+
+fn sluiced(arguments: &[&str]) -> Output {
+    Command::new(binary("sluiced")).args(arguments).env("ORT_DYLIB_PATH", onnxruntime()).output().unwrap()
+}
+
+#[test]
+fn inspect_says_what_was_found_and_done() {
+    let folder = golden("tiny-llama-mask");
+    let output = sluiced(&["model", "inspect", "--json", folder.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["after_the_head"], serde_json::json!(["Mul"]));
+    assert_eq!((&found["vocabulary"], &found["context"]), (&512.into(), &64.into()));
+    assert_eq!(found["inputs"][1], serde_json::json!({"input": "attention_mask", "is": "fed, int64"}));
+
+    let text = sluiced(&["model", "inspect", folder.to_str().unwrap()]).stdout;
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.lines().any(|line| line.starts_with("head ") && line.contains("MatMul")), "{text}");
+    let missing = sluiced(&["model", "inspect", "/nowhere"]);
+    assert_eq!(missing.status.code(), Some(66));
+}
+
+#[test]
+fn score_prints_the_losses_of_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("text.jsonl");
+    std::fs::write(
+        &file,
+        "{\"id\":\"a\",\"text\":\"In the year 2889\"}\n{\"id\":\"b\",\"text\":\"little\"}\n",
+    )
+    .unwrap();
+    let model = golden("tiny-llama");
+    let run = |flags: &[&str]| {
+        let fixed = ["model", "score", "--model-path", model.to_str().unwrap(), file.to_str().unwrap()];
+        let output = sluiced(&[&fixed, flags].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>()
+    };
+    let lines = run(&[]);
+    assert_eq!((&lines[0]["id"], &lines[1]["id"]), (&"a".into(), &"b".into()));
+    let tokens: Vec<u32> = serde_json::from_value(lines[0]["tokens"].clone()).unwrap();
+    let ours: Vec<Option<f32>> = serde_json::from_value(lines[0]["losses"].clone()).unwrap();
+    assert_eq!(ours[0], None, "null where there is no prediction");
+    let direct = losses(&model, &[&tokens]).unwrap();
+    for (ours, direct) in ours[1..].iter().zip(&direct[0]) {
+        assert!((ours.unwrap() - direct).abs() < 1e-5);
+    }
+    // With a BOS token before it, every token has a prediction.
+    let with_bos = run(&["--score-bos", "document"]);
+    assert!(with_bos[0]["losses"].as_array().unwrap().iter().all(Value::is_number));
+    let total = &run(&["--summary", "--score-bos", "document"])[0];
+    assert_eq!(total["documents"], 2);
+    assert_eq!(total["tokens"], total["predicted_tokens"]);
+}
