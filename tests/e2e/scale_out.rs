@@ -68,7 +68,9 @@ fn daemons_join_and_leave_while_the_others_go_on() {
 fn a_daemon_that_was_given_up_for_dead_publishes_nothing_of_what_others_have_taken_over() {
     let cluster = Cluster::with_topics(2);
     let session = ["--kafka-properties", "session.timeout.ms=6000,heartbeat.interval.ms=1000"];
-    let flags = |instance| [&SLOW[..], &session, &["--kafka-instance", instance]].concat();
+    // So few tokens that reading is paused when the zombie stops: what it is given afterwards must not stay paused.
+    let budget = ["--limits-in-flight-tokens", "50000"];
+    let flags = |instance| [&SLOW[..], &session, &budget, &["--kafka-instance", instance]].concat();
     let (zombie, other) = (cluster.daemon(&flags("zombie")), cluster.daemon(&flags("other")));
     let mut documents = 0;
     // Whether it was publishing when it was stopped is a matter of luck, so there is more than one try.

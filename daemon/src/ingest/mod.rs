@@ -136,7 +136,16 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
             })
             .map_err(kafka::setting_error)
             .exit_code(USAGE)?;
-    kafka::reach(producer.client(), &ingest.bootstrap_servers, || {}).exit_code(UNAVAILABLE)?;
+    let metadata =
+        kafka::reach(producer.client(), &ingest.bootstrap_servers, || {}).exit_code(UNAVAILABLE)?;
+    if kafka::partitions(&metadata, &ingest.topic).is_none() {
+        return Err(anyhow!(
+            "the topic `{}` does not exist at {}; create it with `sluiced topics create`, or set --topic",
+            ingest.topic,
+            ingest.bootstrap_servers
+        ))
+        .exit_code(UNAVAILABLE);
+    }
 
     let progress = progress_bar(&ingest.files);
     let mut run = Run { ingest, tokenizer, fingerprint, producer, progress, counts: Counts::default() };

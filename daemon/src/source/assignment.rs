@@ -131,6 +131,9 @@ impl Context {
         consumer.incremental_assign(list)?;
         self.unplaced().extend(numbers(&unplaced));
         self.ledger.assign(known.into_keys());
+        // A pause outlives the assignment it was made in: the client would never read these, and nobody would know.
+        // Where the budget is used up, the first record that comes has them paused again.
+        consumer.resume(list)?;
         if unplaced.count() > 0 { consumer.pause(&unplaced) } else { Ok(()) }
     }
 

@@ -14,7 +14,7 @@ use rdkafka::message::{BorrowedMessage, Message as _};
 use sluice_schemas::record::{RecordError, TokenizedDocument};
 
 use crate::config::Config;
-use crate::exit::{ExitCode as _, UNAVAILABLE, USAGE};
+use crate::exit::{DATA, ExitCode as _, UNAVAILABLE, USAGE};
 use crate::health::{Health, Loop};
 use crate::kafka;
 use crate::ledger::{Ledger, Ticket};
@@ -190,10 +190,12 @@ fn consumer_error(
 ) -> anyhow::Result<()> {
     metrics.kafka_errors.inc();
     match error.rdkafka_error_code() {
-        Some(RDKafkaErrorCode::AutoOffsetReset) => bail!(
+        // Not for a service manager to try again: a person must decide.
+        Some(RDKafkaErrorCode::AutoOffsetReset) => Err(anyhow!(
             "the documents topic has no record any more where this group would read on: retention has removed it, or the \
              topic was made anew; set the group's offsets with Kafka's kafka-consumer-groups.sh --reset-offsets ({error})"
-        ),
+        ))
+        .exit_code(DATA)?,
         Some(RDKafkaErrorCode::Fatal) => bail!("the consumer failed for good: {error}"),
         Some(RDKafkaErrorCode::AllBrokersDown) => {
             broker_is_down(health, "all brokers are down");

@@ -58,6 +58,8 @@ impl Slot {
             ("--kafka-dead-letter-topic", &topics.dead_letters),
             // Small groups and a short session: many transactions, and zombies within seconds.
             ("--limits-publish-tokens", "2000"),
+            // Reading is paused whenever there is a backlog.
+            ("--limits-in-flight-tokens", "4000"),
             ("--limits-drain-seconds", "20"),
             ("--limits-stalled-seconds", "45"),
             ("--model-threads", "1"),
