@@ -139,3 +139,22 @@ fn an_offset_that_an_open_transaction_holds_up_is_waited_for() {
     }
     cluster.assert_each_once(AFTER);
 }
+
+/// In the client a pause outlives the assignment that it was made in.
+#[test]
+fn partitions_that_were_lost_while_reading_was_paused_are_read_again() {
+    const DOCUMENTS: usize = 15_000;
+    let cluster = Cluster::with_topics(4);
+    cluster.send(0..DOCUMENTS, 60);
+    let session = ["--kafka-properties", "session.timeout.ms=6000,heartbeat.interval.ms=1000"];
+    let budget = ["--limits-in-flight-tokens", "100000"];
+    let daemon = cluster.daemon(&[&session[..], &budget, &["--model-threads", "1"]].concat());
+    daemon.wait("the first documents", |daemon| daemon.finished() > 0);
+    // Meanwhile nothing is committed, so that the budget stays used up.
+    daemon.signal("STOP");
+    std::thread::sleep(ZOMBIE);
+    daemon.signal("CONT");
+    cluster.wait_scored(DOCUMENTS);
+    assert_eq!(daemon.stop().code(), Some(0));
+    cluster.assert_each_once(DOCUMENTS);
+}
