@@ -66,6 +66,8 @@ struct State<T> {
     incomplete: usize,
     /// When the oldest record was opened that is taken and not yet released.
     oldest_taken: Option<Instant>,
+    /// Nothing is opened any more.
+    closed: bool,
 }
 
 impl<T> State<T> {
@@ -77,6 +79,7 @@ impl<T> State<T> {
             complete_tokens: 0,
             incomplete: 0,
             oldest_taken: None,
+            closed: false,
         }
     }
 
@@ -90,6 +93,21 @@ impl<T> State<T> {
                 self.incomplete -= 1;
             }
         }
+    }
+
+    /// Forgets everything in `partition` from the first record on that the scorer has not begun.
+    fn forget_unbegun(&mut self, partition: i32) {
+        let Some(books) = self.partitions.get_mut(&partition) else { return };
+        let Some(first) = books.waiting.iter().position(|entry| matches!(entry.stage, Stage::Opened)) else {
+            return;
+        };
+        let forgotten = books.waiting.split_off(first);
+        books.next = forgotten.front().map(|entry| entry.ticket.offset);
+        self.forget(forgotten);
+    }
+
+    fn is_drained(&self) -> bool {
+        self.tokens == 0 && self.partitions.values().all(|p| p.waiting.is_empty() && p.publishing == 0)
     }
 
     /// Whether the partition of `ticket` is assigned as it was when the record was read.
@@ -178,23 +196,40 @@ impl<T> Ledger<T> {
     /// left for whoever reads the partition next, so that a daemon that gives one up need not score a long queue.
     pub fn forget_unbegun(&self, partitions: &[i32]) {
         let mut state = self.lock();
-        for partition in partitions {
-            let Some(books) = state.partitions.get_mut(partition) else { continue };
-            let Some(first) = books.waiting.iter().position(|entry| matches!(entry.stage, Stage::Opened))
-            else {
-                continue;
-            };
-            let forgotten = books.waiting.split_off(first);
-            books.next = forgotten.front().map(|entry| entry.ticket.offset);
-            state.forget(forgotten);
+        for &partition in partitions {
+            state.forget_unbegun(partition);
         }
         self.changed.notify_all();
     }
 
-    /// Enters a record of `tokens` tokens, or nothing where its partition is not assigned.
+    /// Opens nothing more, and forgets what the scorer has not begun: what is left is to be finished.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let assigned: Vec<i32> = state.partitions.keys().copied().collect();
+        for partition in assigned {
+            state.forget_unbegun(partition);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Whether the ledger is closed and nothing is in flight, so that nothing ever will be.
+    pub fn is_finished(&self) -> bool {
+        let state = self.lock();
+        state.closed && state.is_drained()
+    }
+
+    /// Enters a record of `tokens` tokens, or nothing where the ledger is closed, its partition is not assigned, or
+    /// the record was read before in this assignment.
     pub fn open(&self, partition: i32, offset: i64, tokens: usize) -> Option<Ticket> {
         let mut state = self.lock();
+        if state.closed {
+            return None;
+        }
         let books = state.partitions.get_mut(&partition)?;
+        if books.next.is_some_and(|next| offset < next) {
+            return None;
+        }
         let ticket = Ticket { partition, offset, epoch: books.epoch };
         books.next = Some(offset + 1);
         books.waiting.push_back(Entry { ticket, tokens, opened: Instant::now(), stage: Stage::Opened });
@@ -367,8 +402,7 @@ impl<T> Ledger<T> {
 
     /// Whether nothing is in flight.
     pub fn is_drained(&self) -> bool {
-        let state = self.lock();
-        state.tokens == 0 && state.partitions.values().all(|p| p.waiting.is_empty() && p.publishing == 0)
+        self.lock().is_drained()
     }
 }
 

@@ -142,3 +142,33 @@ fn the_oldest_record_ages_until_it_is_released() {
     ledger.release(&group);
     assert_eq!(ledger.oldest_age(), Duration::ZERO);
 }
+
+#[test]
+fn nothing_is_opened_in_a_closed_ledger_and_what_is_begun_is_finished() {
+    let ledger = Ledger::default();
+    ledger.assign([0]);
+    assert!(!ledger.is_finished(), "a record may still come");
+    let begun = ledger.open(0, 5, 10).unwrap();
+    assert!(ledger.begin(begun));
+    let unbegun = ledger.open(0, 6, 10).unwrap();
+    ledger.close();
+    assert!(ledger.open(0, 7, 10).is_none());
+    assert!(!ledger.begin(unbegun));
+    assert!(!ledger.is_finished());
+    ledger.complete(begun, "begun");
+    let group = ledger.take(1000, NOW, NOW);
+    assert_eq!(offsets(&group), [(0, 5)]);
+    ledger.release(&group);
+    assert!(ledger.is_finished());
+}
+
+#[test]
+fn a_record_that_is_read_again_is_not_opened_again() {
+    let ledger = Ledger::<&str>::default();
+    ledger.assign([0]);
+    assert!(ledger.open(0, 5, 10).is_some() && ledger.open(0, 8, 10).is_some());
+    assert!(ledger.open(0, 8, 10).is_none() && ledger.open(0, 6, 10).is_none());
+    assert!(ledger.open(0, 9, 10).is_some());
+    ledger.assign([0]);
+    assert!(ledger.open(0, 5, 10).is_some(), "another assignment begins where it is told to");
+}

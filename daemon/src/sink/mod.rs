@@ -113,7 +113,8 @@ impl<'a> Sink<'a> {
                 return Ok(());
             }
             if group.is_empty() {
-                if self.health.is_stopping() && self.ledger.is_drained() {
+                // Not before the ledger is closed: a record may still be on its way from the source.
+                if self.ledger.is_finished() {
                     return Ok(());
                 }
                 continue;

@@ -109,10 +109,10 @@ pub fn run(
         }
         if health.is_stopping() {
             let since = *stopping.get_or_insert_with(|| {
-                ledger.forget_unbegun(&ledger.partitions());
+                ledger.close();
                 Instant::now()
             });
-            if ledger.is_drained() {
+            if ledger.is_finished() {
                 return Ok(());
             }
             if since.elapsed() > config.limits.drain() {
