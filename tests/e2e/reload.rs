@@ -110,6 +110,40 @@ fn another_model_takes_over_and_every_document_is_scored_once() {
 }
 
 #[test]
+fn a_level_that_changes_has_its_effect_at_once_and_no_loop_begins_again() {
+    const DEBUG: &str = "\"level\":\"DEBUG\"";
+    let broker = Broker::with_sluice_topics();
+    let servers = &broker.bootstrap_servers;
+    let settings = Settings::new(&golden("tiny-llama"), "");
+    let daemon = settings.daemon(servers, &["--kafka-delivery", "at-least-once"]);
+    daemon.wait("the start", |daemon| daemon.get("/ready").0 == 200);
+    send(servers, 0..20);
+    daemon.wait("the first documents", |daemon| daemon.finished() >= 20);
+    assert!(!daemon.log().contains(DEBUG), "{}", daemon.log());
+
+    settings.write("model", &golden("tiny-llama"), "[log]\nlevel = \"debug\"");
+    daemon.signal("HUP");
+    daemon.wait("the level", |daemon| daemon.metric(APPLIED) == 1);
+    send(servers, 20..40);
+    daemon.wait("a line of the new level", |daemon| {
+        daemon.log().lines().any(|line| line.contains(DEBUG) && line.contains("published and committed"))
+    });
+    daemon.wait("the next documents", |daemon| daemon.finished() >= 40);
+
+    settings.write("model", &golden("tiny-llama"), "[log]\nlevel = \"error\"");
+    daemon.signal("HUP");
+    daemon.wait("the level before", |daemon| daemon.metric(APPLIED) == 2);
+    // What was logged on the way is written by now.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let before = daemon.log().len();
+    send(servers, 40..60);
+    daemon.wait("the last documents", |daemon| daemon.finished() >= 60);
+    assert_eq!(&daemon.log()[before..], "", "nothing is an error");
+    assert_eq!(daemon.metric("sluiced_rebalances_total"), 1, "the group saw nothing of it");
+    assert_eq!(daemon.stop().code(), Some(0));
+}
+
+#[test]
 fn what_cannot_be_used_leaves_the_old_settings_in_force() {
     let broker = Broker::with_sluice_topics();
     let servers = &broker.bootstrap_servers;

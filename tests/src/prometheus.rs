@@ -14,14 +14,18 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts one that asks `target` for its metrics every second.
-    pub fn scraping(target: &str, data: &Path) -> Self {
+    /// Starts one that asks each of `targets`, a job and its address, for its metrics every second.
+    pub fn scraping(targets: &[(&str, &str)], data: &Path) -> Self {
         let rules = root().join("ops/prometheus");
+        let jobs = targets
+            .iter()
+            .map(|(job, target)| format!("{{job_name: {job}, static_configs: [{{targets: ['{target}']}}]}}"));
         let config = format!(
             "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\n\
              rule_files: ['{rules}/recording.yml', '{rules}/alerts.yml']\n\
-             scrape_configs: [{{job_name: sluiced, static_configs: [{{targets: ['{target}']}}]}}]\n",
-            rules = rules.display()
+             scrape_configs: [{jobs}]\n",
+            rules = rules.display(),
+            jobs = jobs.collect::<Vec<_>>().join(", ")
         );
         let file = data.join("prometheus.yml");
         std::fs::write(&file, config).unwrap();
