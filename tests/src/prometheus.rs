@@ -41,7 +41,12 @@ impl Prometheus {
             .unwrap();
         let prometheus = Self { process, address };
         let deadline = Instant::now() + Duration::from_mins(1);
-        while std::net::TcpStream::connect(&prometheus.address).is_err() {
+        // It answers before it has read what it keeps, and then only that it is not ready.
+        let is_ready = || {
+            std::net::TcpStream::connect(&prometheus.address).is_ok()
+                && http_get(&prometheus.address, "/-/ready").0 == 200
+        };
+        while !is_ready() {
             assert!(Instant::now() < deadline, "waited a minute for Prometheus");
             std::thread::sleep(Duration::from_millis(50));
         }
