@@ -1,6 +1,6 @@
 //! Writes what is made from the command line: manual pages and shell completions. `ops/package` calls it.
 //!
-//!     documents FOLDER        man/ and completions/ in FOLDER
+//!     manuals FOLDER        man/ and completions/ in FOLDER
 
 use std::path::PathBuf;
 
