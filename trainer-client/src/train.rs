@@ -157,7 +157,8 @@ impl Training<'_> {
             let started = Instant::now();
             let batch = data.supply.next_batches(&mut self.streams, self.plan.accumulate, self.stop)?;
             let waited = started.elapsed().as_secs_f64();
-            self.telemetry.documents(self.documents() - std::mem::replace(&mut documents, self.documents()));
+            let documents_before = std::mem::replace(&mut documents, self.documents());
+            self.telemetry.documents(documents - documents_before);
             self.telemetry.set_buffered(data.supply.buffered());
             if self.stop.load(Ordering::Relaxed) {
                 data.supply.put_back(batch);

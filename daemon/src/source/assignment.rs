@@ -51,7 +51,7 @@ impl ClientContext for Context {
 
     fn stats(&self, statistics: Statistics) {
         let partitions = statistics.topics.values().flat_map(|topic| topic.partitions.values());
-        // While reading is paused, the place of fetching is ahead of what the client will hand out.
+        // A pause throws away what was fetched, and the place of fetching goes back only a moment later.
         let is_reading = self.metrics.paused.get() == 0;
         let lag: u64 = partitions
             .filter_map(|p| {

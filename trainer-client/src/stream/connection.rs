@@ -210,8 +210,7 @@ impl ClientContext for Listener {
         let unread = partitions
             .filter(|partition| partition.app_offset >= 0 || partition.next_offset >= 0)
             .map(|partition| {
-                // What was fetched and filtered, such as the marks of transactions, is never handed out. A pause leaves
-                // the place of fetching ahead of what has been.
+                // What was fetched and filtered, such as the marks of transactions, is never handed out.
                 let is_drained = partition.fetchq_cnt == 0 && partition.fetch_state == "active";
                 let fetched = if is_drained { partition.next_offset } else { 0 };
                 (partition.ls_offset - partition.app_offset.max(fetched)).max(0)
