@@ -9,8 +9,7 @@ use crate::metrics::StepMetric;
 
 fn value(telemetry: &Telemetry, name: &str) -> Option<f64> {
     let text = String::from_utf8(telemetry.render().unwrap()).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
-    line
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
 }
 
 fn metric(threshold: Option<f32>, loss_unselected: Option<f64>) -> StepMetric {
