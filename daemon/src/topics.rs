@@ -60,10 +60,11 @@ pub fn create(
             Err((topic, RDKafkaErrorCode::TopicAlreadyExists)) => {
                 let asked = topics.iter().find(|(name, _)| *name == topic).map(|(_, partitions)| *partitions);
                 let pair = asked.zip(kafka::shape(&metadata, &topic));
-                match pair.and_then(|(asked, found)| difference(&topic, (asked, replication), found)) {
-                    Some(other) => others.push(other),
-                    None => tracing::info!(topic, "exists already"),
+                let other = pair.and_then(|(asked, found)| difference(&topic, (asked, replication), found));
+                if other.is_none() {
+                    tracing::info!(topic, "exists already");
                 }
+                others.extend(other);
             }
             Err((topic, error)) => bail!("cannot create the topic `{topic}`: {error}"),
         }
