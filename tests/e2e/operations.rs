@@ -8,11 +8,9 @@ use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer as _, ThreadedProducer};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, Cluster, Daemon, binary, golden, produce};
+use sluice_tests::{Broker, Cluster, Daemon, HANGS, binary, golden, produce, write_hanging_model};
 
 const CALL: Duration = Duration::from_secs(30);
-/// Tokens of a batch that takes the tiny model seconds.
-const LONG: usize = 800_000;
 const LAG: &str = "sluiced_consumer_lag_records";
 
 #[test]
@@ -94,21 +92,19 @@ fn topics_that_are_not_as_asked_for_are_named() {
 #[test]
 fn a_second_interrupt_ends_at_once_and_blames_nobody() {
     let broker = Broker::with_sluice_topics();
-    let tokens = LONG.to_string();
-    let flags =
-        ["--batch-tokens-max", &tokens, "--batch-lookahead-tokens", &tokens, "--batch-delay-ms-max", "2000"];
-    let mut daemon = Daemon::start(&broker.bootstrap_servers, &golden("tiny-llama"), &flags);
+    let model = tempfile::tempdir().unwrap();
+    write_hanging_model(model.path());
+    let mut daemon = Daemon::start(&broker.bootstrap_servers, model.path(), &[]);
     let document = TokenizedDocument {
-        id: "long".to_owned(),
-        tokens: TokenIds::new(&vec![3; LONG / 2]),
+        id: "hangs".to_owned(),
+        tokens: TokenIds::new(&[1, HANGS, 3]),
         tokenizer: Fingerprint::of_bytes(&std::fs::read(golden("tiny-llama/tokenizer.json")).unwrap()),
         source: String::new(),
         attributes: [].into(),
     };
-    produce(&broker.bootstrap_servers, "sluice.documents", &[("long", Some(document.encode()))]);
+    produce(&broker.bootstrap_servers, "sluice.documents", &[("hangs", Some(document.encode()))]);
     daemon.wait("the document", |daemon| daemon.metric("sluiced_documents_read_total") == 1);
-    // The batch is put together after its delay at the latest, and takes longer than what follows.
-    std::thread::sleep(Duration::from_millis(2500));
+    std::thread::sleep(Duration::from_millis(500));
     daemon.signal("INT");
     daemon.wait("the drain", |daemon| daemon.get("/ready").1.contains("stopping"));
     daemon.signal("INT");
