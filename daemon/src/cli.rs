@@ -183,9 +183,9 @@ enum TopicsCommand {
         /// Brokers to begin with, as HOST:PORT, separated by commas.
         #[arg(long, env = "SLUICED_KAFKA_BOOTSTRAP_SERVERS", value_name = "HOST:PORT")]
         bootstrap_servers: String,
-        /// Copies of each partition.
-        #[arg(long, default_value_t = 1, value_name = "N")]
-        replication: i32,
+        /// Copies of each partition [default: 1].
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
+        replication: Option<i32>,
         #[command(flatten)]
         kafka: PropertyArgs,
         /// Topics, as NAME:PARTITIONS.

@@ -10,6 +10,9 @@ use anyhow::{Context as _, bail};
 use rdkafka::mocking::MockCluster;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Longest name of a topic.
+const TOPIC_NAME_MAX: usize = 249;
+
 /// Starts a broker with `topics` (`NAME:PARTITIONS`), prints its address and serves until a signal or, where
 /// `until_stdin_closes` says so, the end of standard input.
 pub fn run(topics: &[String], until_stdin_closes: bool) -> anyhow::Result<()> {
@@ -51,11 +54,22 @@ pub fn run(topics: &[String], until_stdin_closes: bool) -> anyhow::Result<()> {
     })
 }
 
-/// `NAME:PARTITIONS` into its parts; one partition where none is given.
+/// `NAME:PARTITIONS` into its parts.
 pub fn parse_topic(text: &str) -> anyhow::Result<(&str, i32)> {
-    let (name, partitions) = text.split_once(':').unwrap_or((text, "1"));
-    match partitions.parse() {
-        Ok(partitions @ 1..=10_000) if !name.is_empty() => Ok((name, partitions)),
-        _ => bail!("`{text}` is no topic; give NAME:PARTITIONS, such as sluice.documents:8"),
+    let (name, partitions) = text.rsplit_once(':').unwrap_or((text, ""));
+    let Ok(partitions @ 1..=10_000) = partitions.parse() else {
+        bail!("`{text}` is no topic; give NAME:PARTITIONS, such as sluice.documents:8");
+    };
+    let is_letter = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '.' | '_' | '-');
+    if name.is_empty()
+        || name.len() > TOPIC_NAME_MAX
+        || [".", ".."].contains(&name)
+        || !name.chars().all(is_letter)
+    {
+        bail!(
+            "`{name}` is no name that Kafka takes for a topic: 1 to {TOPIC_NAME_MAX} of the letters a-z, A-Z, digits, dot, \
+             underscore and hyphen"
+        );
     }
+    Ok((name, partitions))
 }

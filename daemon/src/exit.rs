@@ -10,6 +10,8 @@ pub const DATA: u8 = 65;
 pub const NO_INPUT: u8 = 66;
 /// A service that must be there is not, such as a broker.
 pub const UNAVAILABLE: u8 = 69;
+/// Another daemon runs under the same name, and each would throw the other out again: a person must tell them apart.
+pub const FENCED: u8 = 78;
 
 /// An error that knows its exit code.
 #[derive(Debug)]

@@ -29,6 +29,8 @@ struct Inner {
     leaving: AtomicBool,
     switching: AtomicBool,
     aborted: AtomicBool,
+    /// Milliseconds without a turn after which a loop counts as stalled.
+    stalled_after: AtomicU64,
 }
 
 /// The daemon's health. Cloning shares it.
@@ -47,6 +49,7 @@ impl Default for Health {
             leaving: AtomicBool::new(false),
             switching: AtomicBool::new(false),
             aborted: AtomicBool::new(false),
+            stalled_after: AtomicU64::new(u64::MAX),
         }))
     }
 }
@@ -146,8 +149,14 @@ impl Health {
         self.0.aborted.load(Ordering::Relaxed)
     }
 
-    /// Names of the loops that have not turned for `stalled`; none while the model loads, which may take minutes.
-    pub fn stalled(&self, stalled: Duration) -> Vec<&'static str> {
+    /// How long a loop may take for a turn before it counts as stalled.
+    pub fn set_stalled_after(&self, stalled_after: Duration) {
+        self.0.stalled_after.store(stalled_after.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Names of the loops that have not turned for so long; none while the model loads, which may take minutes.
+    pub fn stalled(&self) -> Vec<&'static str> {
+        let stalled = Duration::from_millis(self.0.stalled_after.load(Ordering::Relaxed));
         if !self.0.warm.load(Ordering::Relaxed) {
             return Vec::new();
         }
@@ -180,10 +189,12 @@ mod tests {
     #[test]
     fn a_loop_that_stands_still_is_named_once_the_model_is_warm() {
         let health = Health::default();
-        assert!(health.stalled(Duration::ZERO).is_empty());
+        health.set_stalled_after(Duration::ZERO);
+        assert!(health.stalled().is_empty());
         health.set_warm();
-        assert_eq!(health.stalled(Duration::ZERO), ["source", "score", "sink"]);
-        assert!(health.stalled(Duration::from_mins(1)).is_empty());
+        assert_eq!(health.stalled(), ["source", "score", "sink"]);
+        health.set_stalled_after(Duration::from_mins(1));
+        assert!(health.stalled().is_empty());
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! `/metrics`, `/live` and `/ready`.
 
-use std::time::Duration;
-
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -15,16 +13,15 @@ use crate::metrics::Metrics;
 struct Shared {
     metrics: Metrics,
     health: Health,
-    stalled: Duration,
 }
 
-/// The routes; `/live` fails once a loop has not turned for `stalled`.
-pub fn router(metrics: Metrics, health: Health, stalled: Duration) -> Router {
+/// The routes; `/live` fails while a loop counts as stalled.
+pub fn router(metrics: Metrics, health: Health) -> Router {
     Router::new()
         .route("/metrics", get(metrics_text))
         .route("/live", get(live))
         .route("/ready", get(ready))
-        .with_state(Shared { metrics, health, stalled })
+        .with_state(Shared { metrics, health })
 }
 
 async fn metrics_text(State(shared): State<Shared>) -> Response {
@@ -35,7 +32,7 @@ async fn metrics_text(State(shared): State<Shared>) -> Response {
 }
 
 async fn live(State(shared): State<Shared>) -> Response {
-    let stalled = shared.health.stalled(shared.stalled);
+    let stalled = shared.health.stalled();
     if stalled.is_empty() {
         "live\n".into_response()
     } else {

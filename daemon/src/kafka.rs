@@ -20,6 +20,9 @@ use crate::config::{Delivery, Kafka};
 const REACH: Duration = Duration::from_secs(10);
 const REACH_TURN: Duration = Duration::from_secs(1);
 
+/// Unless the user sets another.
+const TRANSACTION_TIMEOUT_MS: &str = "180000";
+
 /// Settings of librdkafka that delivery depends on, with the key of ours that sets each, or why none may.
 const OWNED: [(&str, &str); 15] = [
     ("bootstrap.servers", "set kafka.bootstrap_servers instead"),
@@ -152,15 +155,20 @@ pub fn sink_config(settings: &Kafka) -> anyhow::Result<ClientConfig> {
         config.set("transactional.id", transactional_id(settings));
         // A transaction holds records that are scored already, so it is open for moments; a broker's outage makes
         // it minutes, and must not end the daemon.
-        let timeout_ms = config.get("transaction.timeout.ms").unwrap_or("180000").to_owned();
-        timeout_ms.parse::<u32>().with_context(|| {
-            format!(
-                "kafka.properties: transaction.timeout.ms = `{timeout_ms}` is not a number of milliseconds"
-            )
-        })?;
+        let timeout_ms = transaction_timeout(settings)?.as_millis().to_string();
         config.set("message.timeout.ms", &timeout_ms).set("transaction.timeout.ms", timeout_ms);
     }
     Ok(config)
+}
+
+/// How long the brokers leave a transaction open.
+pub fn transaction_timeout(settings: &Kafka) -> anyhow::Result<Duration> {
+    let set = settings.properties.get("transaction.timeout.ms");
+    let timeout_ms = set.map_or(TRANSACTION_TIMEOUT_MS, String::as_str);
+    let millis = timeout_ms.parse::<u32>().with_context(|| {
+        format!("kafka.properties: transaction.timeout.ms = `{timeout_ms}` is not a number of milliseconds")
+    })?;
+    Ok(Duration::from_millis(millis.into()))
 }
 
 /// The id under which brokers fence off an earlier life of this daemon: stable over restarts, and different for
@@ -282,5 +290,12 @@ pub fn check_delivery<C: ClientContext>(client: &Client<C>, delivery: Delivery) 
 
 /// Number of partitions of `topic`, or nothing where it does not exist.
 pub fn partitions(metadata: &Metadata, topic: &str) -> Option<usize> {
-    metadata.topics().iter().find(|t| t.name() == topic && t.error().is_none()).map(|t| t.partitions().len())
+    shape(metadata, topic).map(|(partitions, _)| partitions)
+}
+
+/// Number of partitions of `topic` and of copies of the first, or nothing where it does not exist.
+pub fn shape(metadata: &Metadata, topic: &str) -> Option<(usize, usize)> {
+    let topic = metadata.topics().iter().find(|t| t.name() == topic && t.error().is_none())?;
+    let copies = topic.partitions().first().map_or(0, |partition| partition.replicas().len());
+    Some((topic.partitions().len(), copies))
 }

@@ -365,12 +365,13 @@ impl<T> Ledger<T> {
     }
 
     /// Records between what was read of `partition` and published, and `end`, where nothing was read yet counted
-    /// from `committed`; nothing where the partition is not assigned.
-    pub fn lag(&self, partition: i32, committed: i64, end: i64) -> Option<u64> {
+    /// from `committed`; nothing where the partition is not assigned. Where nothing of it is in flight, what lies before
+    /// `fetched` is done too, whether it held records or not.
+    pub fn lag(&self, partition: i32, committed: i64, fetched: i64, end: i64) -> Option<u64> {
         let state = self.lock();
         let books = state.partitions.get(&partition)?;
         let oldest = books.waiting.front().map(|entry| entry.ticket.offset);
-        let done = oldest.or(books.next).unwrap_or(committed.max(0));
+        let done = oldest.unwrap_or_else(|| books.next.unwrap_or(committed.max(0)).max(fetched));
         Some(u64::try_from(end - done).unwrap_or(0))
     }
 

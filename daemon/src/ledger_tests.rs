@@ -4,6 +4,8 @@
 use super::*;
 
 const NOW: Duration = Duration::ZERO;
+/// Where nothing is known to be fetched.
+const NOTHING: i64 = 0;
 
 fn offsets(group: &Group<&str>) -> Vec<(i32, i64)> {
     let mut offsets: Vec<_> =
@@ -72,16 +74,28 @@ fn what_was_taken_away_while_publishing_is_not_committed() {
 #[test]
 fn lag_counts_what_is_not_published_yet() {
     let ledger = Ledger::default();
-    assert_eq!(ledger.lag(0, 10, 30), None);
+    assert_eq!(ledger.lag(0, 10, NOTHING, 30), None);
     ledger.assign([0]);
-    assert_eq!(ledger.lag(0, 10, 30), Some(20), "from the committed offset");
-    assert_eq!(ledger.lag(0, -1001, 30), Some(30), "from the start where nothing was committed");
+    assert_eq!(ledger.lag(0, 10, NOTHING, 30), Some(20), "from the committed offset");
+    assert_eq!(ledger.lag(0, -1001, NOTHING, 30), Some(30), "from the start where nothing was committed");
     let ticket = ledger.open(0, 10, 1).unwrap();
     ledger.open(0, 11, 1).unwrap();
-    assert_eq!(ledger.lag(0, 10, 30), Some(20), "what is read is not published");
+    assert_eq!(ledger.lag(0, 10, NOTHING, 30), Some(20), "what is read is not published");
     ledger.complete(ticket, "x");
     assert_eq!(ledger.take(1000, NOW, NOW).len(), 1);
-    assert_eq!(ledger.lag(0, 10, 30), Some(19));
+    assert_eq!(ledger.lag(0, 10, NOTHING, 30), Some(19));
+    assert_eq!(ledger.lag(0, 10, 30, 30), Some(19), "what is in flight is not done");
+}
+
+#[test]
+fn offsets_that_hold_no_record_are_no_lag() {
+    let ledger = Ledger::default();
+    ledger.assign([0]);
+    assert_eq!(ledger.lag(0, 10, 30, 30), Some(0), "nothing but marks since the last commit");
+    let ticket = ledger.open(0, 31, 1).unwrap();
+    ledger.complete(ticket, "x");
+    assert_eq!(ledger.take(1000, NOW, NOW).len(), 1);
+    assert_eq!(ledger.lag(0, 10, 34, 40), Some(6), "a mark after the last record");
 }
 
 #[test]
@@ -112,7 +126,7 @@ fn what_is_not_begun_is_left_for_the_next_reader() {
     ledger.complete(tickets[0], "first");
     assert_eq!(offsets(&ledger.take(1000, NOW, NOW)), [(0, 5)]);
     assert!(ledger.begin(other), "the other partition is as it was");
-    assert_eq!(ledger.lag(0, 5, 8), Some(2), "what was forgotten is still to be done");
+    assert_eq!(ledger.lag(0, 5, NOTHING, 8), Some(2), "what was forgotten is still to be done");
 }
 
 #[test]

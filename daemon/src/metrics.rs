@@ -1,12 +1,16 @@
 //! Every metric of the daemon, in one place.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use prometheus::{
     Encoder as _, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder, core::Collector, process_collector::ProcessCollector,
 };
 use sluice_schemas::record::RecordError;
 
+use crate::device_memory::DeviceMemory;
 use crate::health::Health;
+use crate::score::runtime::Device;
 
 /// Reasons for a dead letter that are not a [`RecordError`].
 pub const RECORD_TOO_LARGE: &str = "record_too_large";
@@ -88,6 +92,9 @@ pub struct Metrics {
     loop_idle_seconds: GaugeVec,
     build_info: IntGaugeVec,
     model_info: IntGaugeVec,
+    device_memory: Arc<Mutex<Option<(String, DeviceMemory)>>>,
+    device_memory_used: IntGaugeVec,
+    device_memory_total: IntGaugeVec,
 }
 
 impl Metrics {
@@ -221,6 +228,17 @@ impl Metrics {
                     &["fingerprint", "tokenizer", "precision", "device"],
                 )?,
             )?,
+            device_memory: Arc::default(),
+            device_memory_used: gauges(
+                "sluiced_device_memory_used_bytes",
+                "Memory of the GPU that scores in use, by whomever; absent on the CPU.",
+                "device",
+            )?,
+            device_memory_total: gauges(
+                "sluiced_device_memory_total_bytes",
+                "All memory of the GPU that scores; absent on the CPU.",
+                "device",
+            )?,
             registry,
         };
         for reason in RecordError::CODES.iter().chain(&[RECORD_TOO_LARGE, MODEL_FAILED]) {
@@ -243,6 +261,25 @@ impl Metrics {
         self.model_info.with_label_values(&[fingerprint, tokenizer, precision, device]).set(1);
     }
 
+    /// Says where the model runs, whose memory is shown from here on.
+    pub fn set_device(&self, device: Device) {
+        let memory = DeviceMemory::of(device).map(|memory| (device.to_string(), memory));
+        *self.device_memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
+    }
+
+    fn show_device_memory(&self) {
+        // Of the device before, or where the driver does not tell any more.
+        self.device_memory_used.reset();
+        self.device_memory_total.reset();
+        let device = self.device_memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((name, memory)) = device.as_ref().and_then(|(name, memory)| Some((name, memory.read()?)))
+        else {
+            return;
+        };
+        self.device_memory_used.with_label_values(&[name]).set(memory.used as i64);
+        self.device_memory_total.with_label_values(&[name]).set(memory.total as i64);
+    }
+
     /// Tokens that wait to be scored, and those that wait to be published.
     pub fn set_queued(&self, unscored: usize, unpublished: usize) {
         self.queued_tokens.with_label_values(&["score"]).set(unscored as i64);
@@ -256,6 +293,7 @@ impl Metrics {
         for (name, age) in health.ages() {
             self.loop_idle_seconds.with_label_values(&[name]).set(age.as_secs_f64());
         }
+        self.show_device_memory();
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)

@@ -74,6 +74,7 @@ impl Reference {
             &format!("{:?}", identity.precision).to_lowercase(),
             &config.model.device,
         );
+        metrics.set_device(self.device);
         tracing::info!(
             model = %identity.fingerprint.short(),
             tokenizer = %identity.tokenizer.short(),

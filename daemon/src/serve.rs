@@ -29,7 +29,7 @@ pub fn serve(config: &Config, load: reload::Load) -> anyhow::Result<()> {
     let address: SocketAddr = config.http.listen.parse().exit_code(USAGE)?;
     // Nothing to reload before the model is there.
     let reload = Arc::new(OnceLock::new());
-    start_edge(address, config, &metrics, &health, Arc::clone(&reload))?;
+    start_edge(address, &metrics, &health, Arc::clone(&reload))?;
 
     let mut reference = Reference::open(config)?;
     if health.is_leaving() {
@@ -42,6 +42,7 @@ pub fn serve(config: &Config, load: reload::Load) -> anyhow::Result<()> {
     let reload = reload.get_or_init(|| Reload::new(load, config.clone(), reference));
     loop {
         let (config, reference) = reload.in_force();
+        health.set_stalled_after(config.limits.stalled());
         reference.announce(&config, &metrics);
         let scorer = Box::new(reference.scorer);
         pipeline::run(&config, reference.model.identity, scorer, reference.policy, &metrics, &health)?;
@@ -57,7 +58,6 @@ pub fn serve(config: &Config, load: reload::Load) -> anyhow::Result<()> {
 /// HTTP and signals, on a thread of their own, so that no loop of the pipeline can hold them up.
 fn start_edge(
     address: SocketAddr,
-    config: &Config,
     metrics: &Metrics,
     health: &Health,
     reload: Arc<OnceLock<Reload>>,
@@ -70,8 +70,7 @@ fn start_edge(
     let listener = listener.exit_code(UNAVAILABLE)?;
     let bound = listener.local_addr().context("the listener has no address")?;
     tracing::info!(address = %bound, "serving /metrics, /live and /ready");
-    let router =
-        http::router(metrics.clone(), health.clone(), Duration::from_secs(config.limits.stalled_seconds));
+    let router = http::router(metrics.clone(), health.clone());
     let (health, metrics) = (health.clone(), metrics.clone());
     let (mut terminate, mut interrupt, mut hangup) = {
         let _guard = runtime.enter();
@@ -97,7 +96,7 @@ fn start_edge(
                 }
                 if health.is_leaving() {
                     tracing::warn!("stopping at once; what is not committed will be read again");
-                    std::process::exit(130);
+                    exit_at_once(130);
                 }
                 tracing::info!("stopping: finishing what is in flight (once more to stop at once)");
                 health.stop();
@@ -131,7 +130,13 @@ async fn exit_when_stuck(health: Health) {
     tracing::error!(
         "a loop has failed and another does not end; exiting, and what is not committed will be read again"
     );
-    std::process::exit(1);
+    exit_at_once(1);
+}
+
+/// Ends the process without what libraries do at its end: ONNX Runtime would be taken apart under the batch that runs,
+/// and the log would say that the model failed.
+fn exit_at_once(code: i32) -> ! {
+    signal_hook::low_level::exit(code)
 }
 
 /// Checks everything `serve` would need, and prints a line for each to standard output.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 WIDTH = 24  # columns of a Grafana page
 PANEL_WIDTH = 8
 PANEL_HEIGHT = 7
+BUILD_INFO = '{__name__=~"sluiced_build_info|sluice_train_build_info"}'
 SELECT = '{job=~"$job", instance=~"$instance"}'
 
 
@@ -23,6 +24,8 @@ class Panel:
     unit: str
     queries: dict[str, str]  # legend -> PromQL
     description: str = ""
+    lowest: int | None = 0
+    stacked: bool = False
 
 
 def rate(metric: str, by: str = "instance") -> str:
@@ -158,6 +161,15 @@ ROWS: dict[str, list[Panel]] = {
             {"{{instance}}": gauge("process_resident_memory_bytes")},
         ),
         Panel(
+            "Memory of the GPU",
+            "bytes",
+            {
+                "{{instance}} {{device}} in use": gauge("sluiced_device_memory_used_bytes"),
+                "{{instance}} {{device}} in all": gauge("sluiced_device_memory_total_bytes"),
+            },
+            "As NVIDIA's driver knows it, whoever uses it. Empty on a CPU.",
+        ),
+        Panel(
             "CPU",
             "cores",
             {"{{instance}}": rate("process_cpu_seconds_total")},
@@ -174,6 +186,105 @@ ROWS: dict[str, list[Panel]] = {
             "Reloads of the configuration",
             "1/s",
             {"{{outcome}}": rate("sluiced_config_reloads_total", by="outcome")},
+        ),
+    ],
+    "Training: losses and selection": [
+        Panel(
+            "Loss of a step",
+            "nats",
+            {"{{instance}} {{tokens}}": gauge("sluice_train_loss_nats")},
+            "Mean over the tokens kept, dropped, and all.",
+        ),
+        Panel("Loss on held-out text", "nats", {"{{instance}} {{set}}": gauge("sluice_train_eval_loss_nats")}),
+        Panel(
+            "Share of tokens kept",
+            "percentunit",
+            {
+                "{{instance}}": f"{rate('sluice_train_tokens_kept_total')} / {rate('sluice_train_tokens_eligible_total')}",
+                "{{instance}} asked for": gauge("sluice_train_keep_ratio"),
+            },
+            "Of those that could be chosen.",
+        ),
+        Panel(
+            "Lowest score kept",
+            "short",
+            {"{{instance}}": gauge("sluice_train_selection_threshold")},
+            "With the default score, excess loss in nats.",
+            lowest=None,
+        ),
+        Panel(
+            "Learning rate",
+            "sci",
+            {"{{instance}}": gauge("sluice_train_learning_rate")},
+        ),
+        Panel(
+            "Gradient norm",
+            "short",
+            {"{{instance}}": gauge("sluice_train_gradient_norm")},
+            "Global, before clipping.",
+        ),
+    ],
+    "Training: pace and data": [
+        Panel(
+            "Tokens seen and learnt from",
+            "tokens/s",
+            {
+                "{{instance}} seen": rate("sluice_train_tokens_total"),
+                "{{instance}} learnt from": rate("sluice_train_tokens_kept_total"),
+            },
+        ),
+        Panel("Documents", "docs/s", {"{{instance}}": rate("sluice_train_documents_total")}),
+        Panel(
+            "What the time goes into",
+            "percentunit",
+            {"{{stage}}": rate("sluice_train_stage_seconds_total", by="stage")},
+            "Shares of a trainer's time, which add up to 1. *data* is the wait for documents.",
+            stacked=True,
+        ),
+        Panel("Time of a step", "s", quantiles("sluice_train_step_seconds")),
+        Panel(
+            "Records of the topic not read yet",
+            "short",
+            {"{{instance}}": gauge("sluice_train_stream_lag_records")},
+        ),
+        Panel(
+            "Documents that wait to be learnt from",
+            "short",
+            {"in {{place}}": f"sum by (place) ({gauge('sluice_train_buffered_documents')})"},
+        ),
+        Panel(
+            "Steps done and planned",
+            "short",
+            {
+                "{{instance}} done": gauge("sluice_train_step"),
+                "{{instance}} in the last checkpoint": gauge("sluice_train_checkpoint_step"),
+                "{{instance}} planned": gauge("sluice_train_steps_planned"),
+            },
+        ),
+        Panel(
+            "Age of the last checkpoint",
+            "s",
+            {"{{instance}}": f"time() - {gauge('sluice_train_checkpoint_timestamp_seconds')}"},
+            "What would be lost if the trainer were killed now.",
+        ),
+        Panel(
+            "Checkpoints, and what went wrong",
+            "1/s",
+            {
+                "checkpoints": rate("sluice_train_checkpoint_seconds_count", by="job"),
+                "failed checkpoints": rate("sluice_train_checkpoint_failures_total", by="job"),
+                "records refused: {{reason}}": rate("sluice_train_records_rejected_total", by="reason"),
+                "records without a document": rate("sluice_train_records_skipped_total", by="job"),
+                "steps refused: {{reason}}": rate("sluice_train_steps_refused_total", by="reason"),
+            },
+        ),
+        Panel(
+            "Build and run",
+            "short",
+            {
+                "{{instance}} {{version}}": gauge("sluice_train_build_info"),
+                "{{instance}} {{command}} {{objective}}: {{run}}": gauge("sluice_train_run_info"),
+            },
         ),
     ],
 }
@@ -193,6 +304,11 @@ def variable(name: str, query: str) -> dict[str, object]:
 
 
 def panel_json(panel: Panel, id: int, x: int, y: int) -> dict[str, object]:
+    defaults: dict[str, object] = {"unit": panel.unit}
+    if panel.lowest is not None:
+        defaults["min"] = panel.lowest
+    if panel.stacked:
+        defaults["custom"] = {"stacking": {"mode": "normal"}, "fillOpacity": 40}
     return {
         "id": id,
         "type": "timeseries",
@@ -200,7 +316,7 @@ def panel_json(panel: Panel, id: int, x: int, y: int) -> dict[str, object]:
         "description": panel.description,
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
         "gridPos": {"h": PANEL_HEIGHT, "w": PANEL_WIDTH, "x": x, "y": y},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "fieldConfig": {"defaults": defaults, "overrides": []},
         "targets": [
             {"refId": chr(ord("A") + index), "expr": expression, "legendFormat": legend}
             for index, (legend, expression) in enumerate(panel.queries.items())
@@ -237,8 +353,8 @@ def dashboard() -> dict[str, object]:
         "templating": {
             "list": [
                 {"name": "datasource", "type": "datasource", "query": "prometheus", "current": {}},
-                variable("job", "label_values(sluiced_build_info, job)"),
-                variable("instance", 'label_values(sluiced_build_info{job=~"$job"}, instance)'),
+                variable("job", f"label_values({BUILD_INFO}, job)"),
+                variable("instance", f'label_values({BUILD_INFO}, instance)'.replace("}", ', job=~"$job"}')),
             ]
         },
         "panels": panels,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{ScoredDocument, TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, Daemon, Kafka, golden, produce, read_all};
+use sluice_tests::{Broker, Daemon, HANGS, Kafka, golden, produce, read_all, write_hanging_model};
 
 const APPLIED: &str = "sluiced_config_reloads_total{outcome=\"applied\"}";
 const REFUSED: &str = "sluiced_config_reloads_total{outcome=\"refused\"}";
@@ -45,12 +45,16 @@ impl Settings {
 }
 
 fn send(servers: &str, ids: std::ops::Range<usize>) {
+    send_tokens(servers, ids.map(|number| (number, vec![number as u32 % 500; 20 + number % 50])));
+}
+
+fn send_tokens(servers: &str, documents: impl Iterator<Item = (usize, Vec<u32>)>) {
     let tokenizer = std::fs::read(golden("tiny-llama/tokenizer.json")).unwrap();
-    let records: Vec<_> = ids
-        .map(|number| {
+    let records: Vec<_> = documents
+        .map(|(number, tokens)| {
             let document = TokenizedDocument {
                 id: format!("document-{number}"),
-                tokens: TokenIds::new(&vec![number as u32 % 500; 20 + number % 50]),
+                tokens: TokenIds::new(&tokens),
                 tokenizer: Fingerprint::of_bytes(&tokenizer),
                 source: String::new(),
                 attributes: BTreeMap::new(),
@@ -107,6 +111,59 @@ fn another_model_takes_over_and_every_document_is_scored_once() {
     };
     assert_eq!(count(&first) + count(&second), sent);
     assert!(count(&first) >= 200 && count(&second) > 0, "{} and {}", count(&first), count(&second));
+}
+
+#[test]
+fn a_level_that_changes_has_its_effect_at_once_and_no_loop_begins_again() {
+    const DEBUG: &str = "\"level\":\"DEBUG\"";
+    let broker = Broker::with_sluice_topics();
+    let servers = &broker.bootstrap_servers;
+    let settings = Settings::new(&golden("tiny-llama"), "");
+    let daemon = settings.daemon(servers, &["--kafka-delivery", "at-least-once"]);
+    daemon.wait("the start", |daemon| daemon.get("/ready").0 == 200);
+    send(servers, 0..20);
+    daemon.wait("the first documents", |daemon| daemon.finished() >= 20);
+    assert!(!daemon.log().contains(DEBUG), "{}", daemon.log());
+
+    settings.write("model", &golden("tiny-llama"), "[log]\nlevel = \"debug\"");
+    daemon.signal("HUP");
+    daemon.wait("the level", |daemon| daemon.metric(APPLIED) == 1);
+    send(servers, 20..40);
+    daemon.wait("a line of the new level", |daemon| {
+        daemon.log().lines().any(|line| line.contains(DEBUG) && line.contains("published and committed"))
+    });
+    daemon.wait("the next documents", |daemon| daemon.finished() >= 40);
+
+    settings.write("model", &golden("tiny-llama"), "[log]\nlevel = \"error\"");
+    daemon.signal("HUP");
+    daemon.wait("the level before", |daemon| daemon.metric(APPLIED) == 2);
+    // What was logged on the way is written by now.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let before = daemon.log().len();
+    send(servers, 40..60);
+    daemon.wait("the last documents", |daemon| daemon.finished() >= 60);
+    assert_eq!(&daemon.log()[before..], "", "nothing is an error");
+    assert_eq!(daemon.metric("sluiced_rebalances_total"), 1, "the group saw nothing of it");
+    assert_eq!(daemon.stop().code(), Some(0));
+}
+
+#[test]
+fn the_age_at_which_a_loop_counts_as_stalled_changes_too() {
+    let broker = Broker::with_sluice_topics();
+    let model = tempfile::tempdir().unwrap();
+    write_hanging_model(model.path());
+    let settings = Settings::new(model.path(), "");
+    let flags = ["--kafka-delivery", "at-least-once", "--kafka-properties", "session.timeout.ms=6000"];
+    let daemon = settings.daemon(&broker.bootstrap_servers, &flags);
+    daemon.wait("the start", |daemon| daemon.get("/ready").0 == 200);
+    settings.write("model", model.path(), "[limits]\nstalled_seconds = 2");
+    daemon.signal("HUP");
+    daemon.wait("the new age", |daemon| daemon.metric(APPLIED) == 1);
+    daemon.wait("work", |daemon| daemon.get("/ready").0 == 200);
+    assert_eq!(daemon.get("/live").0, 200);
+    send_tokens(&broker.bootstrap_servers, [(0, vec![1, HANGS, 3])].into_iter());
+    // Half the patience of the default.
+    daemon.wait("a stalled loop", |daemon| daemon.get("/live") == (503, "stalled: score\n".to_owned()));
 }
 
 #[test]

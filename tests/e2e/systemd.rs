@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, HANGS, Machine, golden, produce, read_all, root, write_hanging_model};
+use sluice_tests::{Broker, Cluster, HANGS, Machine, golden, produce, read_all, root, write_hanging_model};
 
 const UNIT: &str = "sluiced@0";
 
@@ -97,6 +97,29 @@ fn bad_settings_end_with_64_and_are_not_tried_again() {
     assert_eq!(machine.property(UNIT, "ActiveState"), "failed");
     assert_eq!(machine.property(UNIT, "NRestarts"), "0");
     assert!(machine.log().contains("batch.tokens_max must be at least 1"), "{}", machine.log());
+}
+
+#[test]
+fn a_daemon_that_another_of_its_name_throws_out_ends_with_78_and_stays_away() {
+    let cluster = Cluster::with_topics(2);
+    let machine = Machine::with_sluiced();
+    let delivery = "Environment=SLUICED_KAFKA_DELIVERY=exactly-once";
+    machine.configure(cluster.servers(), &golden("tiny-llama"), "", delivery);
+    machine.run(&["systemctl", "start", UNIT]);
+    cluster.send(0..10, 20);
+    cluster.wait_scored(10);
+    // The name that the unit makes of its host and its instance.
+    let other = cluster.daemon(&["--kafka-instance", "sluice-test-0"]);
+    other.wait("a share of the partitions", |daemon| daemon.metric("sluiced_assigned_partitions") == 1);
+    cluster.send(10..40, 20);
+    machine.wait_for(UNIT, "ActiveState", |state| state == "failed");
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(machine.property(UNIT, "ExecMainStatus"), "78", "{}", machine.log());
+    assert_eq!(machine.property(UNIT, "NRestarts"), "0");
+    assert!(machine.log().contains("give every daemon its own kafka.instance"), "{}", machine.log());
+    cluster.wait_scored(40);
+    assert_eq!(other.stop().code(), Some(0));
+    cluster.assert_each_once(40);
 }
 
 #[test]

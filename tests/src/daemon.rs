@@ -3,7 +3,8 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::{binary, onnxruntime};
@@ -12,6 +13,7 @@ use crate::{binary, onnxruntime};
 pub struct Daemon {
     process: Child,
     address: String,
+    log: Arc<Mutex<String>>,
 }
 
 impl Daemon {
@@ -28,28 +30,31 @@ impl Daemon {
 
     /// Starts `sluiced serve` with whatever `flags` say, and waits for its HTTP endpoint.
     pub fn start_configured(bootstrap_servers: &str, flags: &[&str]) -> Self {
+        Self::start_in(bootstrap_servers, flags, &[])
+    }
+
+    /// The same with further variables in its environment.
+    pub fn start_in(bootstrap_servers: &str, flags: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut process = Command::new(binary("sluiced"))
             .args(["serve", "--http-listen", "127.0.0.1:0", "--kafka-bootstrap-servers", bootstrap_servers])
             .args(flags)
             .env("ORT_DYLIB_PATH", onnxruntime())
             .env("SLUICED_LOG_FORMAT", "json")
+            .envs(variables.iter().copied())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut log = BufReader::new(process.stderr.take().unwrap());
-        let mut seen = String::new();
-        let address = loop {
-            let mut line = String::new();
-            assert!(log.read_line(&mut line).unwrap() > 0, "the daemon ended at its start:\n{seen}");
-            seen.push_str(&line);
-            let fields: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
-            if let Some(address) = fields["address"].as_str() {
-                break address.to_owned();
-            }
-        };
-        // The rest of the log goes where the test's own output goes.
-        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::stderr()));
-        Self { process, address }
+        let stderr = BufReader::new(process.stderr.take().unwrap());
+        let (log, address) = follow_log(stderr, "the daemon", |line| {
+            let fields: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+            fields["address"].as_str().map(str::to_owned)
+        });
+        Self { process, address, log }
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
     }
 
     /// The address of its HTTP endpoint.
@@ -133,6 +138,35 @@ impl Drop for Daemon {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Keeps what `who` logs, and passes it on to where the test's own output goes. Returns once a line has what `find`
+/// looks for.
+pub(crate) fn follow_log(
+    mut log: BufReader<ChildStderr>,
+    who: &str,
+    find: impl Fn(&str) -> Option<String>,
+) -> (Arc<Mutex<String>>, String) {
+    let mut seen = String::new();
+    let found = loop {
+        let mut line = String::new();
+        assert!(log.read_line(&mut line).unwrap() > 0, "{who} ended at its start:\n{seen}");
+        seen.push_str(&line);
+        if let Some(found) = find(&line) {
+            break found;
+        }
+    };
+    let kept = Arc::new(Mutex::new(seen));
+    let keep = Arc::clone(&kept);
+    std::thread::spawn(move || {
+        for line in log.lines().map_while(Result::ok) {
+            eprintln!("{line}");
+            let mut kept = keep.lock().unwrap();
+            kept.push_str(&line);
+            kept.push('\n');
+        }
+    });
+    (kept, found)
 }
 
 /// Status code and body of `GET path` at `address`.

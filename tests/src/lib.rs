@@ -10,6 +10,7 @@ mod machine;
 pub mod oracle;
 mod prometheus;
 mod topic;
+mod trainer;
 
 use std::path::{Path, PathBuf};
 
@@ -21,6 +22,7 @@ pub use kafka::{Kafka, Shape};
 pub use machine::Machine;
 pub use prometheus::{Prometheus, promtool};
 pub use topic::{Record, produce, read_all};
+pub use trainer::Trainer;
 
 /// The repository's root.
 pub fn root() -> PathBuf {

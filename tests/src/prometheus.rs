@@ -14,14 +14,18 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts one that asks `target` for its metrics every second.
-    pub fn scraping(target: &str, data: &Path) -> Self {
+    /// Starts one that asks each of `targets`, a job and its address, for its metrics every second.
+    pub fn scraping(targets: &[(&str, &str)], data: &Path) -> Self {
         let rules = root().join("ops/prometheus");
+        let jobs = targets
+            .iter()
+            .map(|(job, target)| format!("{{job_name: {job}, static_configs: [{{targets: ['{target}']}}]}}"));
         let config = format!(
             "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\n\
              rule_files: ['{rules}/recording.yml', '{rules}/alerts.yml']\n\
-             scrape_configs: [{{job_name: sluiced, static_configs: [{{targets: ['{target}']}}]}}]\n",
-            rules = rules.display()
+             scrape_configs: [{jobs}]\n",
+            rules = rules.display(),
+            jobs = jobs.collect::<Vec<_>>().join(", ")
         );
         let file = data.join("prometheus.yml");
         std::fs::write(&file, config).unwrap();
@@ -37,7 +41,12 @@ impl Prometheus {
             .unwrap();
         let prometheus = Self { process, address };
         let deadline = Instant::now() + Duration::from_mins(1);
-        while std::net::TcpStream::connect(&prometheus.address).is_err() {
+        // It answers before it has read what it keeps, and then only that it is not ready.
+        let is_ready = || {
+            std::net::TcpStream::connect(&prometheus.address).is_ok()
+                && http_get(&prometheus.address, "/-/ready").0 == 200
+        };
+        while !is_ready() {
             assert!(Instant::now() < deadline, "waited a minute for Prometheus");
             std::thread::sleep(Duration::from_millis(50));
         }

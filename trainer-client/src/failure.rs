@@ -6,12 +6,12 @@ use crate::stream::StreamError;
 pub const EXIT_USAGE: u8 = 64;
 /// Data that is not what it should be.
 pub const EXIT_DATA: u8 = 65;
-/// A broker that cannot be reached, or that has no such topic.
+/// A broker that cannot be reached or that has no such topic, or an address that is taken.
 pub const EXIT_UNAVAILABLE: u8 = 69;
 /// Anything else.
 pub const EXIT_FAILURE: u8 = 1;
 
-/// An error with a known cause: the arguments, or the data.
+/// An error with a known cause: the arguments, the data, or what is not to be had.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// The arguments or the configuration are wrong.
@@ -20,6 +20,9 @@ pub enum Failure {
     /// The data are wrong.
     #[error("{0}")]
     Data(String),
+    /// Something that is needed is not to be had now.
+    #[error("{0}")]
+    Unavailable(String),
 }
 
 /// Says what kind of failure an error is.
@@ -51,6 +54,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         return match failure {
             Failure::Usage(_) => EXIT_USAGE,
             Failure::Data(_) => EXIT_DATA,
+            Failure::Unavailable(_) => EXIT_UNAVAILABLE,
         };
     }
     match error.downcast_ref::<StreamError>() {

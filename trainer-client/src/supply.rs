@@ -11,6 +11,7 @@ use crate::random::SplitMix64;
 use crate::shuffle::ShuffleBuffer;
 use crate::snapshot::{RankSnapshot, Snapshot};
 use crate::stream::{DocumentStream, Position, StreamError};
+use crate::telemetry::Buffered;
 
 /// Packs the documents of every rank's stream.
 #[derive(Debug)]
@@ -97,6 +98,16 @@ impl Supply {
     pub fn put_back(&mut self, batches: Vec<PackedBatch>) {
         for packed in batches.into_iter().rev() {
             self.ranks[packed.rank].packer.put_back(packed);
+        }
+    }
+
+    /// Documents that wait here; a document in several pieces counts as often.
+    pub fn buffered(&self) -> Buffered {
+        let pieces =
+            |rank: &Rank| rank.packer.finished().map(<[_]>::len).sum::<usize>() + rank.packer.open().len();
+        Buffered {
+            shuffle: self.ranks.iter().map(|rank| rank.shuffle.documents().len()).sum(),
+            packing: self.ranks.iter().map(pieces).sum(),
         }
     }
 

@@ -18,11 +18,12 @@ use crate::picture::PictureRule;
 use crate::progress::Progress;
 use crate::run_folder::{RunFolder, RunRecord};
 use crate::schedule::Schedule;
-use crate::select::{Choice, Needs, Objective, Signals, Turn};
+use crate::select::{Choice, KeepRatio, Needs, Objective, Signals, Turn};
 use crate::snapshot::{RankSnapshot, Snapshot};
 use crate::sources::SourceNames;
 use crate::stream::DocumentStream;
 use crate::supply::{Supply, SupplyPlan};
+use crate::telemetry::{Refused, Stage, Telemetry};
 use crate::text::TextTokenizer;
 
 /// What a run does, apart from where its documents come from.
@@ -91,6 +92,8 @@ pub struct Training<'a> {
     pub stop: &'a AtomicBool,
     /// What people see.
     pub progress: Progress,
+    /// What Prometheus sees.
+    pub telemetry: Telemetry,
 }
 
 /// Where a run begins: with its record if it is a new one.
@@ -148,10 +151,15 @@ impl Training<'_> {
         reached: &mut Reached,
     ) -> anyhow::Result<Ending> {
         let steps = self.plan.schedule.steps;
+        let mut documents = self.documents();
         while reached.step < steps {
+            self.telemetry.enter(Stage::Data);
             let started = Instant::now();
             let batch = data.supply.next_batches(&mut self.streams, self.plan.accumulate, self.stop)?;
             let waited = started.elapsed().as_secs_f64();
+            let documents_before = std::mem::replace(&mut documents, self.documents());
+            self.telemetry.documents(documents - documents_before);
+            self.telemetry.set_buffered(data.supply.buffered());
             if self.stop.load(Ordering::Relaxed) {
                 data.supply.put_back(batch);
                 return Ok(Ending::Stopped);
@@ -162,6 +170,7 @@ impl Training<'_> {
             if let Some(mut record) = record.take() {
                 record.reference_model = self.streams.iter().find_map(|stream| stream.reference_model());
                 self.folder.write_record(&record)?;
+                self.telemetry.begin(&record, self.folder.path(), reached.step);
                 self.evaluate(reached)?;
             }
             let step_started = Instant::now();
@@ -178,10 +187,13 @@ impl Training<'_> {
             metric.data_wait_seconds = waited;
             metric.seconds = waited + step_started.elapsed().as_secs_f64();
             reached.step += 1;
-            reached.tokens += batch.iter().map(|packed| packed.batch.predictions() as u64).sum::<u64>();
+            let tokens = batch.iter().map(|packed| packed.batch.predictions() as u64).sum();
+            reached.tokens += tokens;
             reached.tokens_kept += metric.kept;
             reached.threshold = metric.threshold;
             (metric.tokens, metric.tokens_kept) = (reached.tokens, reached.tokens_kept);
+            self.telemetry.enter(Stage::Log);
+            self.telemetry.step(&metric, tokens, self.keep_ratio(reached.step));
             self.progress.step(&metric);
             self.folder.log_documents(reached.step, &batch)?;
             self.folder.log(&Metric::Step(metric))?;
@@ -197,8 +209,26 @@ impl Training<'_> {
     }
 
     fn checkpoint(&mut self, reached: &Reached, data: &Data) -> anyhow::Result<PathBuf> {
+        self.telemetry.enter(Stage::Checkpoint);
+        let started = Instant::now();
         let snapshot = data.supply.snapshot(&self.streams, data.sources.names());
-        self.folder.checkpoint(self.learner, self.tokenizer, reached, &snapshot)
+        let written = self.folder.checkpoint(self.learner, self.tokenizer, reached, &snapshot);
+        self.telemetry.checkpoint(reached.step, started.elapsed(), written.is_ok());
+        written
+    }
+
+    /// Documents that the streams have handed out.
+    fn documents(&self) -> u64 {
+        self.streams.iter().map(|stream| stream.position().documents).sum()
+    }
+
+    /// The share of tokens that a step is to keep; `None` where a threshold decides.
+    fn keep_ratio(&self, step: u64) -> Option<f64> {
+        let Plan { objective, schedule, .. } = &self.plan;
+        match objective.selection() {
+            None => Some(KeepRatio::ALL.get()),
+            Some(selection) => selection.keep_at(step, schedule.steps).map(KeepRatio::get),
+        }
     }
 
     /// Saves what was learnt before an error, and adds to the error where it is, or that it is lost.
@@ -253,6 +283,7 @@ impl Training<'_> {
         if step > 0 {
             let objective = self.plan.objective.clone();
             let rule = PictureRule { objective, threshold, turn: self.turn(step) };
+            self.telemetry.enter(Stage::Evaluate);
             let picture = data.supply.picture().draw(self.learner, self.tokenizer, &rule, shape.len);
             self.folder.write_picture(&picture)?;
         }
@@ -280,6 +311,7 @@ impl Training<'_> {
         let mut books = Books::new(objective);
         let mut decided = None;
         if batch.len() > 1 && objective.needs_whole_batch(step) {
+            self.telemetry.enter(Stage::Forward);
             let measured: Vec<Measured> =
                 batch.iter().map(|packed| self.learner.measure(&packed.batch, needs)).collect();
             let signals: Vec<Signals<'_>> = measured
@@ -287,11 +319,15 @@ impl Training<'_> {
                 .zip(batch)
                 .map(|(measured, packed)| measured.signals(&packed.batch))
                 .collect();
+            self.telemetry.enter(Stage::Select);
             decided = Some(objective.select(&signals, shape.len, turn, thresholds).into_iter());
             needs = Needs::default();
         }
+        let telemetry = &self.telemetry;
         for (micro_batch, packed) in (0..).zip(batch) {
+            telemetry.enter(Stage::Forward);
             self.learner.accumulate(&packed.batch, needs, &mut |measured| {
+                telemetry.enter(Stage::Select);
                 let choice = if let Some(choices) = &mut decided {
                     choices.next()
                 } else {
@@ -300,18 +336,22 @@ impl Training<'_> {
                 };
                 let choice: Choice = choice.unwrap_or_default();
                 books.add(packed, &measured.losses, &choice, sources);
+                telemetry.enter(Stage::Backward);
                 choice.kept
             });
         }
+        telemetry.enter(Stage::Optimizer);
         let learning_rate = schedule.at(step);
         let StepOutcome { kept_loss, kept, gradient_norm } = self.learner.update(learning_rate);
         if kept == 0 && !(objective.may_keep_nothing() && books.has_scored()) {
+            telemetry.refused(Refused::NothingKept);
             bail!(
                 "step {step} found no token to learn from: no score of its batch is a number; if the selection and the \
                  topic are as intended, lower --learning-rate"
             );
         }
         if kept > 0 && !(kept_loss.is_finite() && gradient_norm.is_finite()) {
+            telemetry.refused(Refused::NotFinite);
             bail!(
                 "step {step} is not finite (loss {kept_loss}, gradient norm {gradient_norm}) and was not taken; lower \
                  --learning-rate or lengthen --warmup-steps, and start again"
@@ -322,16 +362,19 @@ impl Training<'_> {
     }
 
     fn evaluate(&mut self, reached: &Reached) -> anyhow::Result<()> {
+        self.telemetry.enter(Stage::Evaluate);
         for set in self.evals {
             let Some(loss) = set.loss(self.learner, self.stop) else { break };
             self.progress.say(&format!("step {}: loss {:.4} on {}", reached.step, loss.loss, loss.set));
-            self.folder.log(&Metric::Eval(EvalMetric {
+            let metric = EvalMetric {
                 step: reached.step,
                 tokens: reached.tokens,
                 set: loss.set,
                 loss: loss.loss,
                 predictions: loss.predictions,
-            }))?;
+            };
+            self.telemetry.evaluated(&metric);
+            self.folder.log(&Metric::Eval(metric))?;
         }
         Ok(())
     }

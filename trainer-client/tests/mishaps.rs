@@ -22,6 +22,7 @@ use sluice_trainer::schedule::{Schedule, Shape};
 use sluice_trainer::select::{Needs, Objective};
 use sluice_trainer::snapshot::Snapshot;
 use sluice_trainer::stream::{DocumentStream, Origin, Position, StreamError};
+use sluice_trainer::telemetry::Telemetry;
 use sluice_trainer::text::TextTokenizer;
 use sluice_trainer::train::{Plan, Training};
 use support::bigram::Bigram;
@@ -132,6 +133,7 @@ fn fail(
         folder: &mut run,
         stop: &AtomicBool::new(false),
         progress: Progress::silent(),
+        telemetry: Telemetry::default(),
     };
     training.run(record).unwrap_err()
 }

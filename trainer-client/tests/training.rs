@@ -20,6 +20,7 @@ use sluice_trainer::schedule::{Schedule, Shape};
 use sluice_trainer::select::{KeepRatio, Objective, Score};
 use sluice_trainer::stream::{DocumentStream, ShuffledDocuments};
 use sluice_trainer::supply::count_batches;
+use sluice_trainer::telemetry::Telemetry;
 use sluice_trainer::text::TextTokenizer;
 use sluice_trainer::train::{Ending, Outcome, Plan, Training};
 use support::bigram::Bigram;
@@ -84,6 +85,7 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
         folder: &mut run,
         stop,
         progress: Progress::silent(),
+        telemetry: Telemetry::default(),
     };
     let outcome = training.run(record).unwrap();
     (outcome, RecordedRun::read(&out).unwrap())

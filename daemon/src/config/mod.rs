@@ -229,6 +229,11 @@ impl Limits {
         Duration::from_millis(self.publish_delay_ms)
     }
 
+    /// [`Self::stalled_seconds`] as a duration.
+    pub fn stalled(&self) -> Duration {
+        Duration::from_secs(self.stalled_seconds)
+    }
+
     /// [`Self::drain_seconds`] as a duration.
     pub fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_seconds)

@@ -8,9 +8,10 @@ mod error;
 mod producer;
 mod record;
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
 use rdkafka::consumer::{CommitMode, Consumer as _};
@@ -19,6 +20,7 @@ use rdkafka::producer::Producer as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::config::{Config, Delivery};
+use crate::exit::{ExitError, FENCED};
 use crate::health::{Health, Loop};
 use crate::kafka;
 use crate::ledger::{Group, Ledger, Ticket};
@@ -74,6 +76,8 @@ pub struct Sink<'a> {
     metrics: &'a Metrics,
     health: &'a Health,
     notices: Notices,
+    /// When the open transaction began, by the clock that goes on while a machine sleeps.
+    begun: Cell<Option<SystemTime>>,
 }
 
 impl<'a> Sink<'a> {
@@ -89,7 +93,8 @@ impl<'a> Sink<'a> {
         let producer = new_producer(config)?;
         let notices = Notices::default();
         let delivery = config.kafka.delivery;
-        let sink = Self { producer, delivery, config, consumer, ledger, metrics, health, notices };
+        let begun = Cell::new(None);
+        let sink = Self { producer, delivery, config, consumer, ledger, metrics, health, notices, begun };
         if sink.delivery == Delivery::ExactlyOnce {
             sink.resolve_open_transaction()?;
         }
@@ -125,6 +130,7 @@ impl<'a> Sink<'a> {
                 Delivery::AtLeastOnce => self.deliver_at_least_once(&mut group)?,
             }
             timer.observe_duration();
+            tracing::debug!(records = group.len(), "published and committed");
             self.count(&group);
             self.ledger.release(&group);
         }
@@ -199,6 +205,7 @@ impl<'a> Sink<'a> {
 
     fn transaction(&self, group: &mut Group<Outcome>, suspects: &Suspects) -> Result<(), Failure> {
         let client = &self.producer.client;
+        self.begun.set(Some(SystemTime::now()));
         client.begin_transaction().map_err(|error| self.judge(error))?;
         for index in 0..group.len() {
             self.send(group, index, suspects)?;
@@ -252,13 +259,27 @@ impl<'a> Sink<'a> {
             Verdict::Fatal => Failure::Fatal(anyhow!(error).context("the producer failed for good")),
             Verdict::Fenced => {
                 self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
-                Failure::Fatal(anyhow!(error).context(format!(
-                    "another daemon has taken over the transactional id `{}`; give every daemon its own \
-                     kafka.instance",
-                    kafka::transactional_id(&self.config.kafka)
-                )))
+                Failure::Fatal(self.fenced(error))
             }
         }
+    }
+
+    /// Brokers fence a producer off when another one has its transactional id, and when it left a transaction open for
+    /// too long: a daemon that was suspended does, and a new start helps it. Against the other nothing helps but a person.
+    fn fenced(&self, error: KafkaError) -> anyhow::Error {
+        let timeout = kafka::transaction_timeout(&self.config.kafka).unwrap_or_default();
+        let open = self.begun.get().and_then(|begun| begun.elapsed().ok()).unwrap_or_default();
+        if open >= timeout {
+            return anyhow!(error).context(format!(
+                "the brokers have given up a transaction that was open for {} s; the next start reads its records again",
+                open.as_secs()
+            ));
+        }
+        let id = kafka::transactional_id(&self.config.kafka);
+        let error = anyhow!(error).context(format!(
+            "another daemon has taken over the transactional id `{id}`; give every daemon its own kafka.instance"
+        ));
+        ExitError { code: FENCED, error }.into()
     }
 
     /// Records first, and once the broker has confirmed them all, the offsets.

@@ -21,6 +21,8 @@ use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::sink::Outcome;
 
+/// What librdkafka calls a partition that it reads.
+const FETCHING: &str = "active";
 /// How long one try may take to learn where to begin reading.
 const PLACE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -49,8 +51,15 @@ impl ClientContext for Context {
 
     fn stats(&self, statistics: Statistics) {
         let partitions = statistics.topics.values().flat_map(|topic| topic.partitions.values());
+        // A pause throws away what was fetched, and the place of fetching goes back only a moment later.
+        let is_reading = self.metrics.paused.get() == 0;
         let lag: u64 = partitions
-            .filter_map(|p| self.ledger.lag(p.partition, p.committed_offset, p.ls_offset.max(0)))
+            .filter_map(|p| {
+                // Marks of transactions and records of aborted ones are fetched and never handed out.
+                let all_handed_out = is_reading && p.fetchq_cnt == 0 && p.fetch_state == FETCHING;
+                let fetched = if all_handed_out { p.next_offset } else { 0 };
+                self.ledger.lag(p.partition, p.committed_offset, fetched, p.ls_offset.max(0))
+            })
             .sum();
         self.metrics.consumer_lag.set(lag as i64);
         let queued = self.ledger.queued();

@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::evaluate::EvalFile;
 use crate::failure::{Classify, Failure};
+use crate::http;
 use crate::model::BurnLearner;
 use crate::model::ModelConfig;
 use crate::model::checkpoint::read_weights;
@@ -14,6 +15,7 @@ use crate::optimizer::AdamWConfig;
 use crate::pack::{BatchShape, FirstToken, Packing};
 use crate::schedule::{Schedule, Shape};
 use crate::stream::Broker;
+use crate::telemetry::Telemetry;
 use crate::text::TextTokenizer;
 
 /// Where the broker is.
@@ -269,9 +271,32 @@ pub(super) struct OutputArguments {
     /// Write down which documents each step learnt from (documents.jsonl)
     #[arg(long, env = "SLUICE_TRAIN_LOG_DOCUMENTS")]
     pub log_documents: bool,
+    /// Serve Prometheus metrics at http://HOST:PORT/metrics; port 0 takes a free one, and the log says which
+    /// [default: not served]
+    #[arg(long, env = "SLUICE_TRAIN_METRICS_LISTEN", value_name = "HOST:PORT")]
+    pub metrics_listen: Option<String>,
     /// Steps between checkpoints; one follows the last step, or a signal, in any case
     #[arg(long, env = "SLUICE_TRAIN_CHECKPOINT_EVERY", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
     pub checkpoint_every: u64,
+}
+
+impl OutputArguments {
+    /// The run's metrics, served where that was asked for.
+    pub fn telemetry(&self) -> anyhow::Result<Telemetry> {
+        let telemetry = Telemetry::default();
+        if let Some(listen) = &self.metrics_listen {
+            let is_address = listen
+                .rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+            if !is_address {
+                let error = format!("--metrics-listen {listen:?} is not HOST:PORT, such as 127.0.0.1:9480");
+                return Err(Failure::Usage(error).into());
+            }
+            let address = http::serve(listen, telemetry.clone())?;
+            tracing::info!(%address, "serving /metrics");
+        }
+        Ok(telemetry)
+    }
 }
 
 /// A whole number of at least `MIN`.

@@ -11,7 +11,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::failure::{EXIT_USAGE, exit_code};
 
@@ -43,6 +43,11 @@ enum Command {
     Evaluate(inspect::EvaluateArguments),
     /// Compare runs: one self-contained HTML file, and the table on standard output
     Report(inspect::ReportArguments),
+}
+
+/// The whole command line.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Runs the command that the arguments name, and says how it ended.
@@ -93,16 +98,14 @@ fn log_to_stderr() {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     #[test]
     fn the_command_line_is_sound() {
-        super::Cli::command().debug_assert();
+        super::command().debug_assert();
     }
 
     #[test]
     fn every_flag_can_be_given_in_the_environment() {
-        for command in super::Cli::command().get_subcommands() {
+        for command in super::command().get_subcommands() {
             for argument in command.get_arguments().filter(|argument| argument.get_long().is_some()) {
                 let Some(long) = argument.get_long() else { continue };
                 let expected = format!("SLUICE_TRAIN_{}", long.replace('-', "_").to_uppercase());

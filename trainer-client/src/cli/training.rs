@@ -24,6 +24,7 @@ use crate::select::Objective;
 use crate::snapshot::Snapshot;
 use crate::stream::{Decoder, DocumentStream, Extent, KafkaStream, Shard, ShuffledDocuments, TopicKind};
 use crate::supply::count_batches;
+use crate::telemetry::{Stage, Telemetry};
 use crate::text::TextTokenizer;
 use crate::train::{Ending, Plan, Training};
 
@@ -119,6 +120,8 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     };
     let stop = stop_on_signals()?;
     let broker = arguments.broker.broker()?;
+    let telemetry = arguments.output.telemetry()?;
+    let broker = broker.observed(telemetry.clone());
     let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_usage()?;
     let mut prepared =
         Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
@@ -142,18 +145,21 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         streams.push(KafkaStream::open_at(broker, &arguments.topic, extent, (shard, place), decoder, stop)?);
     }
     let streams = streams.iter_mut().map(|stream| -> &mut dyn DocumentStream { stream }).collect();
-    prepared.train(plan, record, begun, streams, &stop)
+    prepared.train(plan, record, begun, streams, (&stop, telemetry))
 }
 
 /// Trains a reference model on curated documents.
 pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
     let stop = stop_on_signals()?;
     let broker = arguments.broker.broker()?;
+    let telemetry = arguments.output.telemetry()?;
+    let broker = broker.observed(telemetry.clone());
     let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_usage()?;
     let prepared = Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
     let decoder = Decoder::new(TopicKind::Documents, tokenizer.fingerprint(), tokenizer.vocabulary());
     let extent = Extent::UntilEnd { epochs: 1 };
     let mut topic = KafkaStream::open(broker, &arguments.topic, extent, decoder, Arc::clone(&stop))?;
+    telemetry.enter(Stage::Data);
     let mut documents = Vec::new();
     while let Some(document) = topic.next_document()? {
         documents.push(document);
@@ -174,7 +180,8 @@ pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
     let record = prepared.record("reference", &plan, [("stream", settings)].into())?;
     let begun = prepared.begun(&record, 1)?;
     let read = begun.as_ref().map_or(0, |begun| begun.snapshot.ranks[0].position.documents);
-    prepared.train(plan, record, begun, vec![&mut stream.after(read)], &stop)
+    telemetry.enter(Stage::Setup);
+    prepared.train(plan, record, begun, vec![&mut stream.after(read)], (&stop, telemetry))
 }
 
 /// What both commands set up before they open a stream, so that a wrong flag is found at once.
@@ -276,10 +283,14 @@ impl<'a> Prepared<'a> {
         record: RunRecord,
         begun: Option<Begun>,
         mut streams: Vec<&mut dyn DocumentStream>,
-        stop: &AtomicBool,
+        (stop, telemetry): (&AtomicBool, Telemetry),
     ) -> anyhow::Result<()> {
         let steps = plan.schedule.steps;
         let label = if record.command == "reference" { "reference" } else { plan.objective.name() };
+        // A resumed run's own record says what its reference model is.
+        let step = begun.as_ref().map_or(0, |begun| begun.reached.step);
+        let reference_model = begun.as_ref().and_then(|begun| begun.reference_model);
+        telemetry.begin(&RunRecord { reference_model, ..record.clone() }, self.folder.path(), step);
         let training = Training {
             learner: &mut self.learner,
             // Borrowed anew, for as long as everything else here lives.
@@ -289,6 +300,7 @@ impl<'a> Prepared<'a> {
             folder: &mut self.folder,
             stop,
             progress: Progress::new(label, steps),
+            telemetry,
             plan,
         };
         let outcome = match begun {

@@ -10,9 +10,11 @@ use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::metadata::{MetadataPartition, MetadataTopic};
+use rdkafka::statistics::Statistics;
 use rdkafka::types::{RDKafkaConfRes, RDKafkaErrorCode};
 
 use super::error::StreamError;
+use crate::telemetry::Telemetry;
 
 /// How long a broker may take to answer the first question.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -21,7 +23,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const FETCHED_AHEAD_KBYTES: &str = "16384";
 
 /// Settings that the stream's order and offsets rest on; a user cannot override them.
-pub const PROPERTIES_OWNED: [&str; 7] = [
+pub const PROPERTIES_OWNED: [&str; 8] = [
     "bootstrap.servers",
     "metadata.broker.list",
     "enable.auto.commit",
@@ -29,6 +31,7 @@ pub const PROPERTIES_OWNED: [&str; 7] = [
     "enable.partition.eof",
     "auto.offset.reset",
     "isolation.level",
+    "statistics.interval.ms",
 ];
 
 /// How to reach a broker.
@@ -36,6 +39,7 @@ pub const PROPERTIES_OWNED: [&str; 7] = [
 pub struct Broker {
     servers: String,
     properties: Vec<(String, String)>,
+    telemetry: Telemetry,
 }
 
 impl Broker {
@@ -50,7 +54,18 @@ impl Broker {
         // Tried here as well, so that a wrong one is found before anything else is done.
         let tried: ClientConfig = properties.iter().cloned().collect();
         tried.create_native_config().map_err(refused)?;
-        Ok(Self { servers, properties })
+        Ok(Self { servers, properties, telemetry: Telemetry::default() })
+    }
+
+    /// The same brokers, whose readers enter what they do into `telemetry`.
+    #[must_use]
+    pub fn observed(self, telemetry: Telemetry) -> Self {
+        Self { telemetry, ..self }
+    }
+
+    /// Where readers enter what they do.
+    pub(super) fn telemetry(&self) -> &Telemetry {
+        &self.telemetry
     }
 
     /// The addresses, as given.
@@ -74,9 +89,11 @@ impl Broker {
             .set("enable.partition.eof", "true")
             // A record that retention has removed must be an error, never a silent jump.
             .set("auto.offset.reset", "error")
-            .set("isolation.level", "read_committed");
-        let consumer: BaseConsumer<Listener> =
-            config.create_with_context(Listener::default()).map_err(refused)?;
+            .set("isolation.level", "read_committed")
+            // How often the lag is worked out.
+            .set("statistics.interval.ms", "1000");
+        let listener = Listener::new(self.telemetry.clone());
+        let consumer: BaseConsumer<Listener> = config.create_with_context(listener).map_err(refused)?;
         let metadata = consumer.fetch_metadata(Some(topic), CONNECT_TIMEOUT).map_err(|error| {
             // What the broker threads had to say is in the queue, which nobody has polled yet.
             while consumer.poll(Duration::ZERO).is_some() {}
@@ -153,15 +170,27 @@ fn refused(error: KafkaError) -> StreamError {
     }
 }
 
-/// Remembers the last complaint of librdkafka, which its error codes leave out.
-#[derive(Debug, Default)]
+/// Remembers the last complaint of librdkafka, which its error codes leave out, and works out the lag.
+#[derive(Debug)]
 pub(super) struct Listener {
     last_error: Mutex<Option<String>>,
+    telemetry: Telemetry,
+    /// Records not read yet, as this reader last entered them.
+    lag: Mutex<i64>,
 }
 
 impl Listener {
+    fn new(telemetry: Telemetry) -> Self {
+        Self { last_error: Mutex::default(), telemetry, lag: Mutex::default() }
+    }
+
     pub(super) fn last_error(&self) -> Option<String> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn enter_lag(&self, lag: i64) {
+        let mut entered = self.lag.lock().unwrap_or_else(PoisonError::into_inner);
+        self.telemetry.lag(lag - std::mem::replace(&mut *entered, lag));
     }
 
     fn remember(&self, message: &str) {
@@ -174,6 +203,19 @@ impl ClientContext for Listener {
 
     fn generate_oauth_token(&self, config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
         Ok(sluice_kafka::oauth_token(config)?)
+    }
+
+    fn stats(&self, statistics: Statistics) {
+        let partitions = statistics.topics.values().flat_map(|topic| topic.partitions.values());
+        let unread = partitions
+            .filter(|partition| partition.app_offset >= 0 || partition.next_offset >= 0)
+            .map(|partition| {
+                // What was fetched and filtered, such as the marks of transactions, is never handed out.
+                let is_drained = partition.fetchq_cnt == 0 && partition.fetch_state == "active";
+                let fetched = if is_drained { partition.next_offset } else { 0 };
+                (partition.ls_offset - partition.app_offset.max(fetched)).max(0)
+            });
+        self.enter_lag(unread.sum());
     }
 
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
@@ -193,3 +235,9 @@ impl ClientContext for Listener {
 }
 
 impl ConsumerContext for Listener {}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.enter_lag(0);
+    }
+}

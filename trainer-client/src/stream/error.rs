@@ -166,6 +166,33 @@ pub enum StreamError {
     ReaderGone(String),
 }
 
+impl StreamError {
+    /// Every reason that [`Self::rejection`] may give.
+    pub const REJECTIONS: [&'static str; 7] = [
+        "record",
+        "kind",
+        "losses",
+        "no_entropies",
+        "foreign_reference_model",
+        "reference_model_not_allowed",
+        "foreign_context",
+    ];
+
+    /// Why a record was refused, in a word; `None` where it is not a record that is at fault.
+    pub fn rejection(&self) -> Option<&'static str> {
+        match self {
+            Self::Record { .. } => Some("record"),
+            Self::Kind { .. } => Some("kind"),
+            Self::Losses { .. } => Some("losses"),
+            Self::NoEntropies { .. } => Some("no_entropies"),
+            Self::ForeignReference { .. } => Some("foreign_reference_model"),
+            Self::NotAllowed { .. } => Some("reference_model_not_allowed"),
+            Self::ForeignContext { .. } => Some("foreign_context"),
+            _ => None,
+        }
+    }
+}
+
 /// Where a record was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {

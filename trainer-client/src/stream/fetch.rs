@@ -25,6 +25,7 @@ use super::place::{PartitionPosition, Position, Shard, starting_position};
 use super::rotation::{Range, Record, Rotation, Turn};
 use super::throttle::{Stall, Throttle};
 use crate::document::Document;
+use crate::telemetry::Telemetry;
 
 /// Documents that may wait decoded for the trainer.
 const QUEUE_DOCUMENTS_MAX: usize = 1024;
@@ -62,6 +63,7 @@ pub struct KafkaStream {
     topic: String,
     deliveries: Receiver<Result<Delivery, StreamError>>,
     queued_tokens: Arc<AtomicUsize>,
+    telemetry: Telemetry,
     closed: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
     reader: Option<JoinHandle<()>>,
@@ -113,6 +115,7 @@ impl KafkaStream {
         let (sender, deliveries) = mpsc::sync_channel(QUEUE_DOCUMENTS_MAX);
         let queued_tokens = Arc::new(AtomicUsize::new(0));
         let closed = Arc::new(AtomicBool::new(false));
+        let telemetry = broker.telemetry().clone();
         let start = position.clone();
         let lows = offsets.iter().map(|(&partition, &(low, _))| (partition, low)).collect();
         let reader = Reader {
@@ -132,6 +135,7 @@ impl KafkaStream {
             topic: topic.to_owned(),
             deliveries,
             queued_tokens,
+            telemetry,
             closed,
             stop,
             reader: Some(thread),
@@ -160,6 +164,7 @@ impl DocumentStream for KafkaStream {
             match self.deliveries.recv_timeout(POLL) {
                 Ok(Ok(delivery)) => {
                     self.queued_tokens.fetch_sub(delivery.document.tokens().len(), Ordering::Relaxed);
+                    self.telemetry.queue(-1);
                     self.advance(&delivery);
                     self.reference_model = delivery.reference_model;
                     return Ok(Some(delivery.document));
@@ -216,6 +221,7 @@ struct Reader {
 impl Reader {
     fn run(mut self, extent: Extent, start: &Position, lows: BTreeMap<i32, i64>) {
         if let Err(error) = self.read(extent, start, lows) {
+            self.broker.telemetry().stream_failed(&error);
             // Nobody is left to hear it when this fails.
             let _ = self.sender.send(Err(error));
         }
@@ -325,7 +331,10 @@ impl Reader {
                         return Ok(Handed::Waiting);
                     }
                     // A tombstone holds no document; it only moves the offset.
-                    Turn::Take(_, Record { payload: None, .. }) => continue,
+                    Turn::Take(_, Record { payload: None, .. }) => {
+                        self.broker.telemetry().skipped_tombstone();
+                        continue;
+                    }
                     Turn::Take(partition, Record { offset, payload: Some(payload), kind }) => {
                         stall.over();
                         self.decode(epoch, partition, offset, kind, payload)?
@@ -335,10 +344,12 @@ impl Reader {
             let tokens = delivery.document.tokens().len();
             // Counted before it is sent, or the receiver could subtract first.
             self.queued_tokens.fetch_add(tokens, Ordering::Relaxed);
+            self.broker.telemetry().queue(1);
             match self.sender.try_send(Ok(delivery)) {
                 Ok(()) => {}
                 Err(TrySendError::Full(Ok(delivery))) => {
                     self.queued_tokens.fetch_sub(tokens, Ordering::Relaxed);
+                    self.broker.telemetry().queue(-1);
                     *refused = Some(delivery);
                     return Ok(Handed::QueueFull);
                 }
