@@ -22,7 +22,7 @@ pub fn thread_cpu_seconds(process: u32) -> anyhow::Result<BTreeMap<String, f64>>
     Ok(seconds)
 }
 
-/// Name, and user and system time in seconds, out of a file as proc_pid_stat(5) describes it.
+/// Name, and user and system time in seconds, out of a file as `proc_pid_stat(5)` describes it.
 fn stat(path: &Path) -> anyhow::Result<(String, f64)> {
     /// The kernel's unit for user space on every Linux.
     const TICKS_PER_SECOND: f64 = 100.0;

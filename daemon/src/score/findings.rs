@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use half::{bf16, f16};
 use sluice_schemas::graph::raw_tensor;
 use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
-use sluice_schemas::onnx::{GraphProto, TensorProto};
+use sluice_schemas::onnx::{GraphProto, StringStringEntryProto, TensorProto};
 
 use super::constant::{constant_tensor, floats};
 
@@ -120,7 +120,9 @@ fn are_frequencies(values: &[f32]) -> bool {
 
 /// A small tensor of external data with its values in itself.
 fn inlined(tensor: &TensorProto, folder: &Path) -> anyhow::Result<TensorProto> {
-    let entry = |key: &str| tensor.external_data.iter().find(|entry| entry.key() == key).map(|e| e.value());
+    let entries = &tensor.external_data;
+    let entry =
+        |key: &str| entries.iter().find(|entry| entry.key() == key).map(StringStringEntryProto::value);
     let bytes_each = match DataType::try_from(tensor.data_type()) {
         Ok(DataType::Float) => 4,
         Ok(DataType::Float16 | DataType::Bfloat16) => 2,
@@ -150,9 +152,8 @@ fn rounded_to(values: &[f32]) -> Option<&'static str> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
-    use sluice_schemas::onnx::StringStringEntryProto;
-
     use super::*;
 
     fn table(dims: &[i64], round: fn(f32) -> f32) -> GraphProto {
