@@ -1,7 +1,8 @@
 """Scoring with Hugging Face transformers and PyTorch: batched, sorted by length, cross entropy of each token.
 
 Reads the documents (JSON: a list of lists of ids) from a file, which is cheaper than a broker. Prints one JSON object:
-seconds and CPU seconds of the loop alone, without loading.
+seconds and CPU seconds of the loop alone, without loading. On a GPU, `--dtype float16 --head-rows 4096 --compile` is the
+fastest way known: attention in one kernel (SDPA), cross entropy over blocks of rows, a compiled body.
 """
 
 import argparse
@@ -20,8 +21,33 @@ def main() -> None:
     parser.add_argument("--documents", required=True, type=Path)
     parser.add_argument("--tokens-max", required=True, type=int, help="padded tokens of a batch")
     parser.add_argument("--losses", type=Path, help="where to write the losses of each document")
+    parser.add_argument("--device", default="cpu", help="as PyTorch names it, such as cuda:0")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--head-rows", type=int, default=0, help="rows of the head at a time; 0 for all, as one would write it")
+    parser.add_argument("--compile", action="store_true", help="compile the body")
+    parser.add_argument("--repeats", type=int, default=1, help="the last one's time counts; compiling takes the first")
     arguments = parser.parse_args()
-    model = transformers.LlamaForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
+    device = torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype)
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        arguments.checkpoint, dtype=dtype, attn_implementation="sdpa"
+    )
+    model = model.eval().to(device)
+    body = torch.compile(model.model, dynamic=True) if arguments.compile else model.model
+
+    def score(ids: torch.Tensor) -> torch.Tensor:
+        # The last position predicts nothing; shifting the targets spares a copy of the logits.
+        targets = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+        if not arguments.head_rows and not arguments.compile:
+            logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+            return functional.cross_entropy(logits.float(), targets, reduction="none")
+        hidden = body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        rows = arguments.head_rows or len(hidden)
+        blocks = zip(hidden.split(rows), targets.split(rows))
+        return torch.cat(
+            [functional.cross_entropy(model.lm_head(h).float(), t, reduction="none") for h, t in blocks]
+        )
+
     documents = json.loads(arguments.documents.read_text())
     order = sorted(range(len(documents)), key=lambda index: -len(documents[index]))
     batches: list[list[int]] = []
@@ -34,22 +60,21 @@ def main() -> None:
     losses: dict[int, list[float]] = {}
     padded = 0
     with torch.inference_mode():
-        model(torch.zeros((1, 8), dtype=torch.long))
-        started, cpu = time.perf_counter(), time.process_time()
-        for batch in batches:
-            longest = len(documents[batch[0]])
-            ids = torch.zeros((len(batch), longest), dtype=torch.long)
-            for row, index in zip(ids, batch):
-                row[: len(documents[index])] = torch.tensor(documents[index])
-            # Padding stands on the right, where no real token of a causal model sees it.
-            logits = model(input_ids=ids, use_cache=False).logits
-            # The last position predicts nothing; shifting the targets spares a copy of the logits.
-            targets = functional.pad(ids[:, 1:], (0, 1), value=-100)
-            scored = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            for row, index in zip(scored.view_as(ids), batch):
-                losses[index] = row[: len(documents[index]) - 1].tolist()
-            padded += ids.numel()
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+        score(torch.zeros((1, 8), dtype=torch.long, device=device))
+        for _ in range(arguments.repeats):
+            padded = 0
+            started, cpu = time.perf_counter(), time.process_time()
+            for batch in batches:
+                longest = len(documents[batch[0]])
+                ids = torch.zeros((len(batch), longest), dtype=torch.long)
+                for row, index in zip(ids, batch):
+                    row[: len(documents[index])] = torch.tensor(documents[index])
+                # Padding stands on the right, where no real token of a causal model sees it. `cpu` waits for a GPU.
+                scored = score(ids.to(device)).cpu()
+                for row, index in zip(scored.view_as(ids), batch):
+                    losses[index] = row[: len(documents[index]) - 1].tolist()
+                padded += ids.numel()
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
     every = [loss for index in range(len(documents)) for loss in losses[index]]
     if arguments.losses:
         arguments.losses.write_text(json.dumps([losses[index] for index in range(len(documents))]))

@@ -32,13 +32,16 @@ impl std::error::Error for ExitError {}
 
 /// Gives an error its exit code.
 pub trait ExitCode<T> {
-    /// The same result, whose error ends the process with `code`.
+    /// The same result, whose error ends the process with `code`, or with the code that it has already.
     fn exit_code(self, code: u8) -> anyhow::Result<T>;
 }
 
 impl<T, E: Into<anyhow::Error>> ExitCode<T> for Result<T, E> {
     fn exit_code(self, code: u8) -> anyhow::Result<T> {
-        self.map_err(|error| ExitError { code, error: error.into() }.into())
+        self.map_err(|error| {
+            let error: anyhow::Error = error.into();
+            if error.is::<ExitError>() { error } else { ExitError { code, error }.into() }
+        })
     }
 }
 

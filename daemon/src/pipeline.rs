@@ -7,7 +7,9 @@
 //!                                   model (runs, and does nothing else)
 //! ```
 
+use std::io;
 use std::sync::Arc;
+use std::thread::{Builder, Scope, ScopedJoinHandle};
 
 use anyhow::{Context as _, bail};
 use crossbeam_channel::{bounded, unbounded};
@@ -136,24 +138,25 @@ pub fn run(
     let (batches_in, batches_out) = bounded::<Batch>(0);
     let (runs_in, runs_out) = bounded::<Run>(1);
     std::thread::scope(|scope| {
-        let source = scope.spawn(|| {
+        let source = spawn(scope, health, "source", || {
             let jobs = jobs_in;
             guarded(health, || source::run(&consumer, &jobs, &ledger, model, config, metrics, health))
-        });
-        let dispatch = scope.spawn(|| {
+        })?;
+        let dispatch = spawn(scope, health, "dispatch", || {
             let batches = batches_in;
             let dispatcher = Dispatcher::new(record, &ledger, &config.batch, metrics);
             guarded(health, || dispatcher.run(&jobs_out, &batches, &runs_out, health))
-        });
-        let model = scope.spawn(|| {
+        })?;
+        let model = spawn(scope, health, "model", || {
             let (batches, runs) = (batches_out, runs_in);
             guarded(health, || {
                 run_model(scorer, &batches, &runs, metrics);
                 Ok(())
             })
-        });
-        let sink =
-            scope.spawn(|| guarded(health, || Sink::new(config, &consumer, &ledger, metrics, health)?.run()));
+        })?;
+        let sink = spawn(scope, health, "sink", || {
+            guarded(health, || Sink::new(config, &consumer, &ledger, metrics, health)?.run())
+        })?;
         for (what, thread) in
             [("running the model", model), ("scoring", dispatch), ("publishing", sink), ("reading", source)]
         {
@@ -164,6 +167,18 @@ pub fn run(
         }
         Ok(())
     })
+}
+
+/// Starts one of the loops on a thread whose name shows in a profile.
+fn spawn<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    health: &Health,
+    name: &str,
+    run: impl FnOnce() -> anyhow::Result<()> + Send + 'scope,
+) -> io::Result<ScopedJoinHandle<'scope, anyhow::Result<()>>> {
+    let thread = Builder::new().name(name.to_owned()).spawn_scoped(scope, run);
+    // Those that run already would wait for this one.
+    thread.inspect_err(|_| health.abort())
 }
 
 /// Runs one of the loops; when it fails or panics, the others give up too.

@@ -7,7 +7,9 @@ use std::process::Command;
 use bytes::Bytes;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{ScoredDocument, TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, Daemon, Record, golden, produce, python, read_all, root};
+use sluice_tests::{
+    Broker, Daemon, Record, TRAP, golden, produce, python, read_all, root, write_greedy_model,
+};
 
 const MODEL: &str = "tiny-llama";
 
@@ -50,6 +52,37 @@ fn scored(records: &[Record]) -> HashMap<String, ScoredDocument> {
         documents.into_iter().map(|document| (document.document.id.clone(), document)).collect();
     assert_eq!(by_id.len(), count, "no document leaves twice");
     by_id
+}
+
+#[test]
+fn a_batch_that_exhausts_memory_is_halved_until_it_fits() {
+    let model = tempfile::tempdir().unwrap();
+    write_greedy_model(model.path());
+    let broker = Broker::with_sluice_topics();
+    let golden = golden_documents();
+    let mut records: Vec<(String, Option<Bytes>)> =
+        golden.iter().map(|(id, tokens, _)| (id.clone(), Some(document(id, tokens, tokenizer())))).collect();
+    records.push(("greedy".to_owned(), Some(document("greedy", &[1, 2, TRAP, 3], tokenizer()))));
+    let borrowed: Vec<_> = records.iter().map(|(key, payload)| (key.as_str(), payload.clone())).collect();
+    produce(&broker.bootstrap_servers, "sluice.documents", &borrowed);
+
+    // All of them in one batch, the trap among them.
+    let flags =
+        ["--score-stride-tokens", "32", "--batch-delay-ms-max", "5000", "--batch-tokens-max", "65536"];
+    let daemon = Daemon::start(&broker.bootstrap_servers, model.path(), &flags);
+    daemon.wait("all records", |daemon| daemon.finished() >= records.len());
+    let splits = daemon.metric("sluiced_batches_out_of_memory_total");
+    assert!(splits >= 2, "{splits} batches were halved because ONNX Runtime had no memory for them");
+    assert_eq!(daemon.metric("sluiced_batches_split_total"), splits);
+    assert!(daemon.stop().success());
+
+    let scored = scored(&read_all(&broker.bootstrap_servers, "sluice.scored"));
+    assert_eq!(scored.len(), records.len(), "none became a dead letter");
+    for (id, _, losses) in &golden {
+        for (ours, golden) in scored[id].reference_losses.iter().zip(losses).skip(1) {
+            assert!((f64::from(ours) - golden.unwrap()).abs() < 2e-5, "{id}");
+        }
+    }
 }
 
 #[test]

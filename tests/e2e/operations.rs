@@ -8,7 +8,7 @@ use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer as _, ThreadedProducer};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, Cluster, Daemon, HANGS, binary, golden, produce, write_hanging_model};
+use sluice_tests::{Broker, Cluster, Daemon, TRAP, binary, golden, produce, write_hanging_model};
 
 const CALL: Duration = Duration::from_secs(30);
 const LAG: &str = "sluiced_consumer_lag_records";
@@ -97,7 +97,7 @@ fn a_second_interrupt_ends_at_once_and_blames_nobody() {
     let mut daemon = Daemon::start(&broker.bootstrap_servers, model.path(), &[]);
     let document = TokenizedDocument {
         id: "hangs".to_owned(),
-        tokens: TokenIds::new(&[1, HANGS, 3]),
+        tokens: TokenIds::new(&[1, TRAP, 3]),
         tokenizer: Fingerprint::of_bytes(&std::fs::read(golden("tiny-llama/tokenizer.json")).unwrap()),
         source: String::new(),
         attributes: [].into(),

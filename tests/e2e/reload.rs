@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{ScoredDocument, TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, Daemon, HANGS, Kafka, golden, produce, read_all, write_hanging_model};
+use sluice_tests::{Broker, Daemon, Kafka, TRAP, golden, produce, read_all, write_hanging_model};
 
 const APPLIED: &str = "sluiced_config_reloads_total{outcome=\"applied\"}";
 const REFUSED: &str = "sluiced_config_reloads_total{outcome=\"refused\"}";
@@ -161,7 +161,7 @@ fn the_age_at_which_a_loop_counts_as_stalled_changes_too() {
     daemon.wait("the new age", |daemon| daemon.metric(APPLIED) == 1);
     daemon.wait("work", |daemon| daemon.get("/ready").0 == 200);
     assert_eq!(daemon.get("/live").0, 200);
-    send_tokens(&broker.bootstrap_servers, [(0, vec![1, HANGS, 3])].into_iter());
+    send_tokens(&broker.bootstrap_servers, [(0, vec![1, TRAP, 3])].into_iter());
     // Half the patience of the default.
     daemon.wait("a stalled loop", |daemon| daemon.get("/live") == (503, "stalled: score\n".to_owned()));
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, Cluster, HANGS, Machine, golden, produce, read_all, root, write_hanging_model};
+use sluice_tests::{Broker, Cluster, Machine, TRAP, golden, produce, read_all, root, write_hanging_model};
 
 const UNIT: &str = "sluiced@0";
 
@@ -145,7 +145,7 @@ fn a_scorer_that_hangs_is_killed_by_the_watchdog() {
     wait_for_scored(&broker, 1);
     std::thread::sleep(Duration::from_secs(4));
     assert_eq!(machine.property(UNIT, "NRestarts"), "0", "{}", machine.log());
-    send(&broker, "hangs", &[1, HANGS, 3]);
+    send(&broker, "hangs", &[1, TRAP, 3]);
     machine.wait_for(UNIT, "Result", |result| result == "watchdog");
     machine.wait_for(UNIT, "NRestarts", |restarts| restarts != "0");
 }
@@ -159,7 +159,7 @@ fn a_drain_that_never_ends_is_given_up_in_time() {
     let settings = "[limits]\ndrain_seconds = 1";
     machine.configure(&broker.bootstrap_servers, model.path(), settings, "");
     machine.run(&["systemctl", "start", UNIT]);
-    send(&broker, "hangs", &[1, HANGS, 3]);
+    send(&broker, "hangs", &[1, TRAP, 3]);
     machine.wait_for(UNIT, "StatusText", |status| {
         status.contains("tokens in flight") && !status.contains(" 0 tokens in flight")
     });

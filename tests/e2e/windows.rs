@@ -42,8 +42,13 @@ fn check(seed: u64, scorer: &mut Scorer, vocabulary: u32) -> f32 {
         stride: random.u32(1..window - 1),
         bos: [Bos::None, Bos::Document(BOS), Bos::Window(BOS)][seed as usize % 3],
     };
+    // Up to three windows long, and whole windows more often than chance would have it.
     let documents: Vec<Arc<[u32]>> = (0..random.usize(1..12))
-        .map(|_| (0..random.usize(1..200)).map(|_| random.u32(0..vocabulary)).collect())
+        .map(|_| {
+            let whole = random.usize(0..=3) * window as usize;
+            let len = if random.u8(0..4) == 0 { whole } else { random.usize(0..=3 * window as usize) };
+            (0..len).map(|_| random.u32(0..vocabulary)).collect()
+        })
         .collect();
     let mut waiting =
         LookAhead::new(random.usize(window as usize..600), Ladder::new(window as usize, random.usize(1..32)));
@@ -51,7 +56,10 @@ fn check(seed: u64, scorer: &mut Scorer, vocabulary: u32) -> f32 {
     cut.for_each(|window| waiting.push(window));
 
     let mut losses: Vec<Vec<f32>> = documents.iter().map(|tokens| vec![f32::NAN; tokens.len()]).collect();
-    while let Some(batch) = waiting.next_batch() {
+    let mut batches: Vec<Batch> = std::iter::from_fn(|| waiting.next_batch()).collect();
+    // They come back in any order.
+    random.shuffle(&mut batches);
+    for batch in batches {
         let mut scored = scorer.score(&batch).unwrap().losses.into_iter();
         for window in &batch.windows {
             for loss in &mut losses[window.document as usize][window.scored()] {

@@ -4,25 +4,25 @@
 mod broker;
 mod cluster;
 mod daemon;
-mod hanging_model;
 mod kafka;
 mod machine;
 pub mod oracle;
 mod prometheus;
 mod topic;
 mod trainer;
+mod trapped_model;
 
 use std::path::{Path, PathBuf};
 
 pub use broker::Broker;
 pub use cluster::Cluster;
 pub use daemon::{Daemon, http_get};
-pub use hanging_model::{HANGS, write_hanging_model};
 pub use kafka::{Kafka, Shape};
 pub use machine::Machine;
 pub use prometheus::{Prometheus, promtool};
 pub use topic::{Record, produce, read_all};
 pub use trainer::Trainer;
+pub use trapped_model::{TRAP, write_greedy_model, write_hanging_model};
 
 /// The repository's root.
 pub fn root() -> PathBuf {

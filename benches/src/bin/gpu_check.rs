@@ -38,6 +38,9 @@ struct Arguments {
     /// Documents of one measurement.
     #[arg(long, default_value_t = 2000)]
     documents: usize,
+    /// Where the measured documents are written, as a JSON list of lists of token ids.
+    #[arg(long)]
+    documents_into: Option<PathBuf>,
     /// Times to measure.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
@@ -97,7 +100,11 @@ fn main() -> anyhow::Result<()> {
     // What engines have been seen to differ by, in 32 bits and in 16.
     let allowed_rms = if model.identity.precision == Precision::F32 { 0.002 } else { 0.03 };
 
-    let batches = batches(&lengths.documents(arguments.documents, vocabulary), policy, &arguments, ladder);
+    let documents = lengths.documents(arguments.documents, vocabulary);
+    if let Some(path) = &arguments.documents_into {
+        std::fs::write(path, serde_json::to_vec(&documents)?)?;
+    }
+    let batches = batches(&documents, policy, &arguments, ladder);
     let measured = measure(&mut scorer, &batches, &model, &arguments)?;
     let result = json!({
         "command": std::env::args().collect::<Vec<_>>().join(" "),

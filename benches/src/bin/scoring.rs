@@ -8,6 +8,7 @@
 //! `scoring round` runs each of them once and adds the round to a file, so that rounds interleave with whatever else the
 //! machine does.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser};
 use serde_json::{Value, json};
-use sluice_benches::process::{cpu_seconds, peak_bytes};
+use sluice_benches::process::{cpu_seconds, peak_bytes, thread_cpu_seconds};
 use sluice_benches::workload::Lengths;
 use sluice_daemon::batch::{Ladder, plan, windows};
 use sluice_daemon::score::model::Model;
@@ -27,6 +28,8 @@ use sluice_schemas::record::{Bos, ContextPolicy, ScoredDocument, TokenIds, Token
 use sluice_tests::{Daemon, Kafka, onnxruntime, produce, read_all, root};
 
 const PARTITIONS: i32 = 4;
+/// Each look at the daemon's metrics costs it a little of what is measured, and one look more or less is this much time.
+const LOOK: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Parser)]
 #[command(about = "Scoring speed, side by side")]
@@ -152,7 +155,6 @@ fn round(arguments: &RoundArguments) -> anyhow::Result<()> {
             "command": std::env::args().collect::<Vec<_>>().join(" "),
             "documents": documents.len(),
             "tokens": documents.iter().map(Vec::len).sum::<usize>(),
-            "model": workload.model.file_name().map(|name| name.to_string_lossy()),
             "cores": std::thread::available_parallelism()?.get(),
             "rounds": [],
         }),
@@ -226,7 +228,7 @@ fn load(kafka: &Kafka, topic: &str, documents: &[Vec<u32>], tokenizer: Fingerpri
                 tokens: TokenIds::new(tokens),
                 tokenizer,
                 source: String::new(),
-                attributes: std::collections::BTreeMap::new(),
+                attributes: BTreeMap::new(),
             };
             (document.id.clone(), document.encode())
         })
@@ -258,15 +260,27 @@ fn daemon(
     let flags: Vec<&str> = flags.iter().flat_map(|&(flag, value)| [flag, value]).collect();
     let daemon = Daemon::start_with(&kafka.bootstrap_servers, &workload.model, &flags);
     while daemon.metric("sluiced_documents_read_total") == 0 {
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(5));
     }
-    let (started, cpu) = (Instant::now(), cpu_seconds(daemon.id())?);
+    let broker = || kafka.process_ids().iter().map(|&id| cpu_seconds(id)).sum::<anyhow::Result<f64>>();
+    let broker_cpu = broker()?;
+    let (started, cpu, threads) =
+        (Instant::now(), cpu_seconds(daemon.id())?, thread_cpu_seconds(daemon.id())?);
     while daemon.finished() < documents {
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(LOOK);
     }
+    let seconds = started.elapsed().as_secs_f64();
+    let spent = |(name, seconds): (String, f64)| {
+        let spent = seconds - threads.get(&name).copied().unwrap_or(0.0);
+        (name, spent)
+    };
+    let threads: BTreeMap<String, f64> =
+        thread_cpu_seconds(daemon.id())?.into_iter().map(spent).filter(|&(_, spent)| spent > 0.0).collect();
     let mut measured = json!({
-        "seconds": started.elapsed().as_secs_f64(),
+        "seconds": seconds,
         "cpu_seconds": cpu_seconds(daemon.id())? - cpu,
+        "cpu_seconds_of_threads": threads,
+        "cpu_seconds_of_the_broker": broker()? - broker_cpu,
         "tokens": daemon.metric("sluiced_tokens_scored_total"),
         "padded_tokens": daemon.metric("sluiced_padded_tokens_total"),
         "peak_bytes": peak_bytes(daemon.id())?,

@@ -1,9 +1,15 @@
 //! What about a model makes its losses other than those of the model it was exported from.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::Path;
 
+use anyhow::Context as _;
 use half::{bf16, f16};
-use sluice_schemas::onnx::{GraphProto, TensorProto};
+use sluice_schemas::graph::raw_tensor;
+use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
+use sluice_schemas::onnx::{GraphProto, StringStringEntryProto, TensorProto};
 
 use super::constant::{constant_tensor, floats};
 
@@ -76,31 +82,60 @@ pub(super) fn soft_cap(found: Option<f32>, wanted: Option<f32>) -> Option<Findin
     }
 }
 
-/// The tables of rotary frequencies in `graph` that were rounded to 16 bits.
-pub(super) fn rounded_rotary_tables(graph: &GraphProto) -> Vec<Finding> {
+/// The tables of rotary frequencies in `graph` that were rounded to 16 bits. Those in external data are read from
+/// `data_folder`, which the graph's locations are relative to.
+pub(super) fn rounded_rotary_tables(
+    graph: &GraphProto,
+    data_folder: Option<&Path>,
+) -> anyhow::Result<Vec<Finding>> {
     let named = graph.initializer.iter().map(|tensor| (tensor.name(), tensor));
     let constants = graph.node.iter().filter_map(|node| Some((node.name(), constant_tensor(node)?)));
-    named
-        .chain(constants)
-        .filter_map(|(name, tensor)| {
-            let format = rounded_to(&frequencies(tensor)?)?;
-            Some(Finding::RotaryTableRounded { tensor: name.to_owned(), format })
-        })
-        .collect()
+    let mut found = Vec::new();
+    for (name, tensor) in named.chain(constants).filter(|(_, tensor)| may_be_frequencies(tensor)) {
+        let values = match data_folder {
+            Some(folder) if tensor.data_location() == DataLocation::External => floats(
+                &inlined(tensor, folder)
+                    .with_context(|| format!("cannot read `{name}` from the model's external data"))?,
+            ),
+            _ => floats(tensor),
+        };
+        if let Some(format) = values.filter(|values| are_frequencies(values)).and_then(|v| rounded_to(&v)) {
+            found.push(Finding::RotaryTableRounded { tensor: name.to_owned(), format });
+        }
+    }
+    Ok(found)
 }
 
-/// The values of a tensor that looks like `theta ^ (-2 i / width)`: one row, from 1 down, never up.
-fn frequencies(tensor: &TensorProto) -> Option<Vec<f32>> {
-    /// Half the width of a head.
+/// Whether a tensor has the size of half a head's width: one row.
+fn may_be_frequencies(tensor: &TensorProto) -> bool {
     const SIZES: std::ops::RangeInclusive<i64> = 4..=512;
     let size: i64 = tensor.dims.iter().product();
-    let one_row = tensor.dims.iter().filter(|&&dim| dim > 1).count() == 1;
-    if !one_row || !SIZES.contains(&size) {
-        return None;
-    }
-    let values = floats(tensor)?;
-    let falling = values.windows(2).all(|pair| pair[0] > pair[1] && pair[1] > 0.0);
-    (values.first() == Some(&1.0) && falling).then_some(values)
+    tensor.dims.iter().filter(|&&dim| dim > 1).count() == 1 && SIZES.contains(&size)
+}
+
+/// Whether values look like `theta ^ (-2 i / width)`: from 1 down, never up.
+fn are_frequencies(values: &[f32]) -> bool {
+    values.first() == Some(&1.0) && values.windows(2).all(|pair| pair[0] > pair[1] && pair[1] > 0.0)
+}
+
+/// A small tensor of external data with its values in itself.
+fn inlined(tensor: &TensorProto, folder: &Path) -> anyhow::Result<TensorProto> {
+    let entries = &tensor.external_data;
+    let entry =
+        |key: &str| entries.iter().find(|entry| entry.key() == key).map(StringStringEntryProto::value);
+    let bytes_each = match DataType::try_from(tensor.data_type()) {
+        Ok(DataType::Float) => 4,
+        Ok(DataType::Float16 | DataType::Bfloat16) => 2,
+        // Frequencies in another type are none that `floats` reads.
+        _ => 0,
+    };
+    let mut raw = vec![0; tensor.dims.iter().product::<i64>() as usize * bytes_each];
+    let mut file = File::open(folder.join(entry("location").unwrap_or_default()))?;
+    file.seek(SeekFrom::Start(entry("offset").map_or(Ok(0), str::parse)?))?;
+    file.read_exact(&mut raw)?;
+    let mut inlined = raw_tensor(DataType::Undefined, &tensor.dims, raw.into());
+    inlined.data_type = tensor.data_type;
+    Ok(inlined)
 }
 
 /// The 16-bit format that holds every one of `values` exactly. Frequencies computed in 32 bits fit none.
@@ -117,10 +152,8 @@ fn rounded_to(values: &[f32]) -> Option<&'static str> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
-    use sluice_schemas::graph::raw_tensor;
-    use sluice_schemas::onnx::tensor_proto::DataType;
-
     use super::*;
 
     fn table(dims: &[i64], round: fn(f32) -> f32) -> GraphProto {
@@ -136,6 +169,7 @@ mod tests {
 
     #[test]
     fn a_rounded_table_is_named_and_a_whole_one_is_not() {
+        let rounded_rotary_tables = |graph: &GraphProto| rounded_rotary_tables(graph, None).unwrap();
         assert_eq!(rounded_rotary_tables(&table(&[32], |value| value)), []);
         for dims in [&[32][..], &[1, 32, 1][..]] {
             let half = rounded_rotary_tables(&table(dims, |value| f16::from_f32(value).to_f32()));
@@ -144,6 +178,27 @@ mod tests {
         }
         let brain = rounded_rotary_tables(&table(&[32], |value| bf16::from_f32(value).to_f32()));
         assert!(brain[0].to_string().contains("bfloat16"));
+    }
+
+    #[test]
+    fn a_table_in_external_data_is_read_from_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut graph = table(&[32], |value| f16::from_f32(value).to_f32());
+        let tensor = &mut graph.initializer[0];
+        let raw = tensor.raw_data.take().unwrap();
+        std::fs::write(folder.path().join("weights.bin"), [&[0; 8][..], &raw].concat()).unwrap();
+        tensor.data_location = Some(DataLocation::External.into());
+        tensor.external_data = [("location", "weights.bin"), ("offset", "8")]
+            .map(|(key, value)| StringStringEntryProto {
+                key: Some(key.to_owned()),
+                value: Some(value.to_owned()),
+            })
+            .into();
+        let found = rounded_rotary_tables(&graph, Some(folder.path())).unwrap();
+        assert_eq!(found.iter().map(Finding::code).collect::<Vec<_>>(), ["rotary_table_rounded"]);
+        std::fs::write(folder.path().join("weights.bin"), [0; 8]).unwrap();
+        let error = rounded_rotary_tables(&graph, Some(folder.path())).unwrap_err();
+        assert!(format!("{error:#}").contains("cannot read `inv_freq`"), "{error:#}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A model folder in the Hugging Face layout: `model.onnx`, its external data, `tokenizer.json`, `config.json`.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 
@@ -19,6 +19,7 @@ use super::graft::{GraftReport, ROWS_INPUT, TARGETS_INPUT, graft};
 use super::inputs;
 use super::runtime::Device;
 use super::widen::widen;
+use crate::exit::{DATA, ExitCode as _};
 
 /// A reference model, read and given its loss head, ready for a session.
 #[derive(Debug)]
@@ -59,6 +60,17 @@ struct ModelConfig {
 impl Model {
     /// Reads the model in `folder`, grafts a loss head onto it, and fits it to what `device` can compute.
     pub fn load(folder: &Path, device: Device, entropies: bool) -> anyhow::Result<Self> {
+        if folder.is_file() {
+            bail!(
+                "{} is a file; `model.path` must name the folder that it lies in, {}",
+                folder.display(),
+                folder
+                    .parent()
+                    .filter(|parent| !parent.as_os_str().is_empty())
+                    .unwrap_or(Path::new("."))
+                    .display()
+            );
+        }
         if !folder.is_dir() {
             bail!(
                 "the model folder {} does not exist; `model.path` must name a folder with model.onnx, \
@@ -71,13 +83,18 @@ impl Model {
             Bytes::from(std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
         let graph_digest = Fingerprint::of_bytes(&bytes);
         let mut model = ModelProto::decode(bytes)
-            .with_context(|| format!("{} is not an ONNX file, or is cut short", path.display()))?;
+            .with_context(|| format!("{} is not an ONNX file, or is cut short", path.display()))
+            .exit_code(DATA)?;
 
         let mut parts = vec![("model.onnx".to_owned(), graph_digest)];
         let data_folder = resolve_external_data(&mut model, folder, &mut parts)?;
         let data_files = parts[1..].iter().map(|(name, _)| name.clone()).collect();
-        let mut findings = model.graph.as_ref().map(findings::rounded_rotary_tables).unwrap_or_default();
-        let report = graft(&mut model, entropies).with_context(|| path.display().to_string())?;
+        let mut findings = match &model.graph {
+            Some(graph) => findings::rounded_rotary_tables(graph, data_folder.as_deref()).exit_code(DATA)?,
+            None => Vec::new(),
+        };
+        let report =
+            graft(&mut model, entropies).with_context(|| path.display().to_string()).exit_code(DATA)?;
         let inputs = model_inputs(&model);
         let widened = device == Device::Cpu && widen(&mut model);
 
@@ -85,7 +102,7 @@ impl Model {
         let config: ModelConfig = if config_path.exists() {
             let text = std::fs::read_to_string(&config_path)
                 .with_context(|| format!("cannot read {}", config_path.display()))?;
-            serde_json::from_str(&text).with_context(|| config_path.display().to_string())?
+            serde_json::from_str(&text).with_context(|| config_path.display().to_string()).exit_code(DATA)?
         } else {
             ModelConfig::default()
         };
@@ -133,7 +150,8 @@ fn tokenizer_fingerprint(path: &Path) -> anyhow::Result<Fingerprint> {
         format!("cannot read the tokenizer {}; records are checked against its fingerprint", path.display())
     })?;
     tokenizers::Tokenizer::from_bytes(&bytes)
-        .map_err(|error| anyhow!("{} is no tokenizer: {error}", path.display()))?;
+        .map_err(|error| anyhow!("{} is no tokenizer: {error}", path.display()))
+        .exit_code(DATA)?;
     Ok(Fingerprint::of_bytes(&bytes))
 }
 
@@ -145,7 +163,8 @@ fn model_inputs(model: &ModelProto) -> Vec<(String, DataType)> {
         .collect()
 }
 
-/// Points every external tensor at the real file behind any link, and adds each file to the fingerprint's parts.
+/// Points every external tensor at the real file behind any link, and adds each file to the fingerprint's parts. The
+/// folder that all of them lie in, at some depth, is what locations are relative to from here on.
 ///
 /// ONNX Runtime refuses data files that are symbolic links, which is what a hub's cache folder is made of.
 fn resolve_external_data(
@@ -153,42 +172,58 @@ fn resolve_external_data(
     folder: &Path,
     parts: &mut Vec<(String, Fingerprint)>,
 ) -> anyhow::Result<Option<PathBuf>> {
-    let mut seen = BTreeSet::new();
-    let mut data_folder: Option<PathBuf> = None;
     let mut tensors = Vec::new();
     if let Some(graph) = model.graph.as_mut() {
         collect_external(graph, &mut tensors);
     }
+    let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
+    let mut locations = Vec::new();
     for tensor in tensors {
+        let name = tensor.name().to_owned();
         let Some(entry) = tensor.external_data.iter_mut().find(|entry| entry.key() == "location") else {
-            bail!("the external tensor `{}` has no location", tensor.name());
+            return Err(anyhow!("the external tensor `{name}` has no location")).exit_code(DATA);
         };
         let location = entry.value().to_owned();
-        if !Path::new(&location).components().all(|part| matches!(part, Component::Normal(_))) {
-            bail!("the external data `{location}` lies outside the model's folder; refusing to read it");
+        if !files.contains_key(&location) {
+            let real = real_file(folder, &location)?;
+            parts.push((location.clone(), digest_file(&real)?));
+            files.insert(location.clone(), real);
         }
-        let real = folder.join(&location).canonicalize().with_context(|| {
-            format!("cannot find the model's external data `{location}` in {}", folder.display())
-        })?;
-        let (Some(parent), Some(name)) = (real.parent(), real.file_name().and_then(|name| name.to_str()))
-        else {
-            bail!("the external data `{location}` is not a file");
-        };
-        match &data_folder {
-            None => data_folder = Some(parent.to_owned()),
-            Some(folder) if folder == parent => {}
-            Some(folder) => bail!(
-                "the model's external data lies in two folders, {} and {}; put the files into one",
-                folder.display(),
-                parent.display()
-            ),
-        }
-        entry.value = Some(name.to_owned());
-        if seen.insert(location.clone()) {
-            parts.push((location, digest_file(&real)?));
-        }
+        locations.push((entry, location));
     }
-    Ok(data_folder)
+    let Some(data_folder) =
+        files.values().filter_map(|file| file.parent()).map(Path::to_owned).reduce(|shared, parent| {
+            let same = shared.components().zip(parent.components()).take_while(|(a, b)| a == b);
+            same.map(|(part, _)| part).collect()
+        })
+    else {
+        return Ok(None);
+    };
+    for (entry, location) in locations {
+        let relative = files[&location].strip_prefix(&data_folder).ok().and_then(Path::to_str);
+        let relative = relative.with_context(|| {
+            format!("the external data {} has a name that is not UTF-8", files[&location].display())
+        })?;
+        entry.value = Some(relative.to_owned());
+    }
+    Ok(Some(data_folder))
+}
+
+/// The file behind the external data that a graph in `folder` calls `location`.
+fn real_file(folder: &Path, location: &str) -> anyhow::Result<PathBuf> {
+    if !Path::new(location).components().all(|part| matches!(part, Component::Normal(_))) {
+        return Err(anyhow!(
+            "the external data `{location}` lies outside the model's folder; refusing to read it"
+        ))
+        .exit_code(DATA);
+    }
+    let real = folder.join(location).canonicalize().with_context(|| {
+        format!("cannot find the model's external data `{location}` in {}", folder.display())
+    })?;
+    if !real.is_file() {
+        bail!("the external data `{location}` is not a file");
+    }
+    Ok(real)
 }
 
 /// Adds every tensor of `graph` whose values stand in another file: weights, constants, and those of subgraphs.

@@ -12,6 +12,7 @@ use ort::session::Session;
 use ort::session::builder::GraphOptimizationLevel;
 
 use super::model::Model;
+use crate::exit::{DATA, ExitCode as _};
 
 /// Where the model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +149,7 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
             .with_config_entry("session.model_external_initializers_file_folder_path", folder)
             .map_err(|error| anyhow::anyhow!("cannot set the folder of external data: {error}"))?;
     }
-    builder.commit_from_memory(&model.graph).context("ONNX Runtime refuses the model")
+    builder.commit_from_memory(&model.graph).context("ONNX Runtime refuses the model").exit_code(DATA)
 }
 
 #[cfg(test)]

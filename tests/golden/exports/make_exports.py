@@ -3,6 +3,7 @@
 Run by tests/golden/exports/remake. Writes a folder a model (`model.onnx`, its external data, `config.json`) and `losses.json`.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 HERE = Path(__file__).resolve().parent
+TOKENIZER = HERE.parent / "tiny-llama/tokenizer.json"
 VOCAB_SIZE = 128
 CONTEXT = 64
 LENGTHS = (2, 3, 17, 40, 64)
@@ -126,7 +128,7 @@ def genai_builder(precision: str, provider: str) -> Callable[[nn.Module, Path], 
         with tempfile.TemporaryDirectory() as scratch:
             source, out = Path(scratch, "source"), Path(scratch, "out")
             model.float().save_pretrained(source)
-            shutil.copy(HERE.parent / "tiny-llama/tokenizer.json", source)
+            shutil.copy(TOKENIZER, source)
             (source / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
             subprocess.run(
                 [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", out]
@@ -218,18 +220,22 @@ def main() -> None:
     generator = torch.Generator().manual_seed(7)
     documents = [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
     golden: dict[str, object] = {"documents": documents, "losses": {}}
-    only = sys.argv[1:]
-    if only and (HERE / "losses.json").exists():
-        golden = json.loads((HERE / "losses.json").read_text())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--into", type=Path, default=HERE, help="folder of the results; this one")
+    parser.add_argument("only", nargs="*", metavar="NAME", help="make these alone")
+    arguments = parser.parse_args()
+    only, into = arguments.only, arguments.into
+    if only and (into / "losses.json").exists():
+        golden = json.loads((into / "losses.json").read_text())
     for seed, (name, (build, export)) in enumerate(EXPORTS.items()):
         if only and name not in only:
             continue
         print(f"{name} …", file=sys.stderr, flush=True)
         model = build().eval()
         fill(model, seed)
-        folder = HERE / name
+        folder = into / name
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         exact = [losses(model.double(), document) for document in documents]
         export(model.float(), folder)
         strip(folder / "model.onnx")
@@ -239,7 +245,7 @@ def main() -> None:
         keys = ["model_type", "vocab_size", "max_position_embeddings", "n_positions", "final_logit_softcapping"]
         kept = {key: value for key, value in model.config.to_dict().items() if key in keys}
         (folder / "config.json").write_text(json.dumps({**kept, "bos_token_id": 0}, indent=2) + "\n")
-        (HERE / "losses.json").write_text(json.dumps(golden) + "\n")
+        (into / "losses.json").write_text(json.dumps(golden) + "\n")
 
 
 if __name__ == "__main__":
