@@ -6,7 +6,9 @@ use crate::stream::StreamError;
 pub const EXIT_USAGE: u8 = 64;
 /// Data that is not what it should be.
 pub const EXIT_DATA: u8 = 65;
-/// A broker that cannot be reached, or that has no such topic.
+/// A file that must be there is not, or cannot be read.
+pub const EXIT_NO_INPUT: u8 = 66;
+/// A broker that cannot be reached, or that has no such topic, or a device that cannot be had.
 pub const EXIT_UNAVAILABLE: u8 = 69;
 /// Anything else.
 pub const EXIT_FAILURE: u8 = 1;
@@ -20,6 +22,12 @@ pub enum Failure {
     /// The data are wrong.
     #[error("{0}")]
     Data(String),
+    /// A file that must be there is not.
+    #[error("{0}")]
+    NoInput(String),
+    /// Something that must be there to work with is not.
+    #[error("{0}")]
+    Unavailable(String),
 }
 
 /// Says what kind of failure an error is.
@@ -28,6 +36,10 @@ pub trait Classify<T> {
     fn or_usage(self) -> anyhow::Result<T>;
     /// Wrong data.
     fn or_data(self) -> anyhow::Result<T>;
+    /// A device that cannot be had.
+    fn or_unavailable(self) -> anyhow::Result<T>;
+    /// A file that must be there is not, or is not one.
+    fn or_no_input(self) -> anyhow::Result<T>;
 }
 
 impl<T, E: Into<anyhow::Error>> Classify<T> for Result<T, E> {
@@ -37,6 +49,14 @@ impl<T, E: Into<anyhow::Error>> Classify<T> for Result<T, E> {
 
     fn or_data(self) -> anyhow::Result<T> {
         self.map_err(|error| Failure::Data(chain(error)).into())
+    }
+
+    fn or_unavailable(self) -> anyhow::Result<T> {
+        self.map_err(|error| Failure::Unavailable(chain(error)).into())
+    }
+
+    fn or_no_input(self) -> anyhow::Result<T> {
+        self.map_err(|error| Failure::NoInput(chain(error)).into())
     }
 }
 
@@ -51,6 +71,8 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         return match failure {
             Failure::Usage(_) => EXIT_USAGE,
             Failure::Data(_) => EXIT_DATA,
+            Failure::NoInput(_) => EXIT_NO_INPUT,
+            Failure::Unavailable(_) => EXIT_UNAVAILABLE,
         };
     }
     match error.downcast_ref::<StreamError>() {
