@@ -1,4 +1,5 @@
 //! Measurements of Sluice; see `README.md` beside this crate.
 
 pub mod process;
+pub mod step;
 pub mod workload;

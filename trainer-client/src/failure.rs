@@ -6,7 +6,9 @@ use crate::stream::StreamError;
 pub const EXIT_USAGE: u8 = 64;
 /// Data that is not what it should be.
 pub const EXIT_DATA: u8 = 65;
-/// A broker that cannot be reached or that has no such topic, or an address that is taken.
+/// A file that must be there is not, or cannot be read.
+pub const EXIT_NO_INPUT: u8 = 66;
+/// A broker that cannot be reached or that has no such topic, an address that is taken, or a device that cannot be had.
 pub const EXIT_UNAVAILABLE: u8 = 69;
 /// Anything else.
 pub const EXIT_FAILURE: u8 = 1;
@@ -20,6 +22,9 @@ pub enum Failure {
     /// The data are wrong.
     #[error("{0}")]
     Data(String),
+    /// A file that must be there is not.
+    #[error("{0}")]
+    NoInput(String),
     /// Something that is needed is not to be had now.
     #[error("{0}")]
     Unavailable(String),
@@ -31,6 +36,10 @@ pub trait Classify<T> {
     fn or_usage(self) -> anyhow::Result<T>;
     /// Wrong data.
     fn or_data(self) -> anyhow::Result<T>;
+    /// A device that cannot be had.
+    fn or_unavailable(self) -> anyhow::Result<T>;
+    /// A file that must be there is not, or is not one.
+    fn or_no_input(self) -> anyhow::Result<T>;
 }
 
 impl<T, E: Into<anyhow::Error>> Classify<T> for Result<T, E> {
@@ -40,6 +49,14 @@ impl<T, E: Into<anyhow::Error>> Classify<T> for Result<T, E> {
 
     fn or_data(self) -> anyhow::Result<T> {
         self.map_err(|error| Failure::Data(chain(error)).into())
+    }
+
+    fn or_unavailable(self) -> anyhow::Result<T> {
+        self.map_err(|error| Failure::Unavailable(chain(error)).into())
+    }
+
+    fn or_no_input(self) -> anyhow::Result<T> {
+        self.map_err(|error| Failure::NoInput(chain(error)).into())
     }
 }
 
@@ -54,6 +71,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         return match failure {
             Failure::Usage(_) => EXIT_USAGE,
             Failure::Data(_) => EXIT_DATA,
+            Failure::NoInput(_) => EXIT_NO_INPUT,
             Failure::Unavailable(_) => EXIT_UNAVAILABLE,
         };
     }

@@ -8,6 +8,8 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::model::NamedTensor;
+use crate::model::kernels::{AdamWNumbers, adamw};
+use crate::model::layers::{from_host, on_host, to_host};
 
 /// Settings of [`AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -89,18 +91,48 @@ impl AdamWStep {
     /// Moves a weight and its moments along its unclipped, summed gradient.
     pub fn apply(self, weight: &mut Tensor<2>, moments: &mut Moments, gradient: Tensor<2>) {
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+        let (mean_correction, square_correction) = self.corrections;
+        // A norm is held as a matrix of one row.
+        let decays = weight.dims()[0] > 1;
+        let decay = if decays { 1.0 - self.learning_rate * weight_decay } else { 1.0 };
+        if on_host(weight) {
+            let numbers = AdamWNumbers {
+                beta1: beta1 as f32,
+                beta2: beta2 as f32,
+                eps: eps as f32,
+                scale: self.scale as f32,
+                decay: decay as f32,
+                rate: (self.learning_rate / mean_correction) as f32,
+                root_factor: (1.0 / square_correction.sqrt()) as f32,
+            };
+            let Moments { mean, square } = moments;
+            return in_place([weight, mean, square], |[weight, mean, square]| {
+                adamw(numbers, weight, mean, square, &to_host(gradient));
+            });
+        }
         let gradient = gradient.mul_scalar(self.scale);
         let square = (gradient.clone() * gradient.clone()).mul_scalar(1.0 - beta2);
         let mean = gradient.mul_scalar(1.0 - beta1);
         moments.mean = moments.mean.clone().mul_scalar(beta1) + mean;
         moments.square = moments.square.clone().mul_scalar(beta2) + square;
-        let (mean_correction, square_correction) = self.corrections;
         let root = moments.square.clone().sqrt().mul_scalar(1.0 / square_correction.sqrt()).add_scalar(eps);
         let update = (moments.mean.clone() / root).mul_scalar(self.learning_rate / mean_correction);
-        // A norm is held as a matrix of one row.
-        let decays = weight.dims()[0] > 1;
-        let decay = if decays { 1.0 - self.learning_rate * weight_decay } else { 1.0 };
         *weight = weight.clone().mul_scalar(decay) - update;
+    }
+}
+
+/// Changes tensors on the CPU in their own memory.
+fn in_place(tensors: [&mut Tensor<2>; 3], change: impl FnOnce([&mut [f32]; 3])) {
+    let device = tensors[0].device();
+    // Out of their places, so that nobody else holds the memory.
+    let mut taken = tensors.map(|tensor| {
+        let shape = tensor.dims();
+        let values = to_host(std::mem::replace(tensor, Tensor::empty([1, 1], &device)));
+        (tensor, shape, values)
+    });
+    change(taken.each_mut().map(|(_, _, values)| values.as_mut_slice()));
+    for (tensor, shape, values) in taken {
+        *tensor = from_host(values, shape, &device);
     }
 }
 

@@ -74,6 +74,8 @@ impl RunRecord {
             let stream = |record: &Self| record.settings.get("stream").and_then(|s| s.get(name).cloned());
             stream(self) == stream(other)
         };
+        // Runs of before there was such a setting were in single precision.
+        let precision = |record: &Self| record.settings.get("precision").cloned().unwrap_or("f32".into());
         [
             ("the command", self.command == other.command),
             ("the selection (--objective, --score, --keep, --scope ...)", self.objective == other.objective),
@@ -85,6 +87,7 @@ impl RunRecord {
             ("--tokenizer", self.tokenizer == other.tokenizer),
             ("the model", setting("model")),
             ("the optimizer", setting("optimizer")),
+            ("--precision", precision(self) == precision(other)),
             ("--attend-across-documents or --first-token", setting("packing")),
             ("--history or --history-decay", setting("history")),
             ("--topic", of_stream("topic")),

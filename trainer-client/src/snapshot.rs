@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::document::Document;
 use crate::pack::Piece;
 use crate::picture::PictureDocuments;
-use crate::stream::Position;
+use crate::stream::{Contexts, Position};
 
 /// File name of the documents' numbers.
 pub const DOCUMENTS_FILE: &str = "documents.safetensors";
@@ -44,6 +44,8 @@ pub struct Snapshot {
     pub sources: Vec<String>,
     /// Documents of the token picture.
     pub picture: PictureDocuments,
+    /// How each reference model saw the documents read so far.
+    pub contexts: Contexts,
 }
 
 /// A snapshot without its documents' numbers, which follow one another in [`DOCUMENTS_FILE`] in the order of the
@@ -54,6 +56,9 @@ pub struct Outline {
     sources: Vec<String>,
     picture_seen: usize,
     picture: Vec<Entry>,
+    /// Empty in a checkpoint of before there was such a field.
+    #[serde(default)]
+    contexts: Contexts,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -117,6 +122,7 @@ impl Snapshot {
             sources: self.sources.clone(),
             picture_seen: self.picture.seen(),
             picture: self.picture.chosen().iter().map(|document| columns.put(document, 0)).collect(),
+            contexts: self.contexts.clone(),
         };
         Ok((outline, columns.to_bytes()?))
     }
@@ -144,7 +150,7 @@ impl Snapshot {
         let picture = outline.picture.iter().map(|entry| columns.take(entry)).collect::<Result<_>>()?;
         ensure!(columns.taken == columns.tokens.len(), "it holds more documents than state.json names");
         let picture = PictureDocuments::resumed(picture, outline.picture_seen);
-        Ok(Self { ranks, sources: outline.sources.clone(), picture })
+        Ok(Self { ranks, sources: outline.sources.clone(), picture, contexts: outline.contexts.clone() })
     }
 }
 

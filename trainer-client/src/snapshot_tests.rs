@@ -3,6 +3,9 @@
 
 use std::collections::BTreeMap;
 
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::{Bos, ContextPolicy};
+
 use super::{Outline, RankSnapshot, Snapshot};
 use crate::document::Document;
 use crate::pack::Piece;
@@ -37,7 +40,9 @@ fn snapshot(world_size: u32) -> Snapshot {
         }
     };
     let picture = PictureDocuments::resumed(vec![document(99, 5)], 40);
-    Snapshot { ranks: (0..world_size).map(rank).collect(), sources: vec!["s".into()], picture }
+    let policy = ContextPolicy { window: 256, stride: 128, bos: Bos::Document(1) };
+    let contexts = BTreeMap::from([(Fingerprint::of_bytes(b"model"), policy)]);
+    Snapshot { ranks: (0..world_size).map(rank).collect(), sources: vec!["s".into()], picture, contexts }
 }
 
 /// What two documents must share to be the same, bit by bit.

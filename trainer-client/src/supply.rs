@@ -126,7 +126,12 @@ impl Supply {
             finished: rank.packer.finished().map(<[_]>::to_vec).collect(),
             open: rank.packer.open().to_vec(),
         });
-        Snapshot { ranks: ranks.collect(), sources: sources.to_vec(), picture: self.picture.clone() }
+        Snapshot {
+            ranks: ranks.collect(),
+            sources: sources.to_vec(),
+            picture: self.picture.clone(),
+            contexts: streams.iter().flat_map(|stream| stream.contexts()).collect(),
+        }
     }
 }
 

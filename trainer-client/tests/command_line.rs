@@ -212,7 +212,7 @@ fn failures_have_their_exit_codes_and_say_what_to_do() {
     let again = place.training("run", "scored", "refused").args(["--steps", "1"]).output().unwrap();
     assert_eq!(again.status.code(), Some(64), "a run never overwrites another: {}", stderr(&again));
     std::fs::remove_dir_all(place.path("refused")).unwrap();
-    assert_eq!(tokenizer("absent.json").status.code(), Some(64));
+    assert_eq!(tokenizer("absent.json").status.code(), Some(66), "as `sluiced ingest` has it");
     refuse(
         &|command| {
             command.args(["--keep", "1.5"]);

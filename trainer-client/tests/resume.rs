@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_trainer::random::SplitMix64;
-use support::{Cluster, cluster, mixture, produce_scored, write_tokenizer};
+use support::{Cluster, cluster, mixture, produce, produce_scored, write_tokenizer};
 
 const PARTITIONS: i32 = 6;
 const DOCUMENTS: usize = 240;
@@ -254,4 +254,71 @@ fn a_run_goes_on_only_as_itself() {
         assert!(shown.contains(file), "{shown}");
         std::fs::write(folder.join(file), whole).unwrap();
     }
+}
+
+#[test]
+fn a_reference_killed_and_gone_on_with_is_the_one_that_was_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = Fingerprint::of_bytes(&std::fs::read(write_tokenizer(folder.path())).unwrap());
+    let cluster = cluster("curated", PARTITIONS);
+    let documents = mixture(DOCUMENTS / 2, tokenizer, tokenizer);
+    let payloads = documents.iter().map(|scored| scored.document.encode().to_vec());
+    produce(&cluster.bootstrap_servers(), "curated", (0..PARTITIONS).cycle().zip(payloads));
+    let reference = |out: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice-train"));
+        command.args(["reference", "--resume", "--topic", "curated", "--bootstrap-servers"]);
+        command.arg(cluster.bootstrap_servers()).arg("--tokenizer").arg(folder.path().join("tokenizer.json"));
+        command.args(["--hidden-size", "16", "--layers", "1", "--heads", "2", "--intermediate-size", "16"]);
+        command.args(["--batch-size", "4", "--sequence-length", "32", "--checkpoint-every", "4"]);
+        command.args(["--epochs", "2", "--log-documents"]).arg("--out").arg(out);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    };
+    let whole = folder.path().join("whole");
+    finish(&mut reference(&whole));
+    let (expected, checkpoint) = (story(&whole), last_checkpoint(&whole));
+    for count in [0, 3, 9, 21] {
+        let out = folder.path().join(format!("killed-{count}"));
+        let mut child = reference(&out).spawn().unwrap();
+        assert!(kill_after(&mut child, &out, count, Duration::ZERO), "it was killed before its end");
+        finish(&mut reference(&out));
+        assert_eq!(story(&out), expected, "killed after {count} lines");
+        assert!(last_checkpoint(&out) == checkpoint, "the last checkpoint has other bytes");
+    }
+}
+
+#[test]
+fn a_run_that_goes_on_still_knows_the_context_its_losses_were_scored_in() {
+    let place = Place::new();
+    let out = place.out("run");
+    let flags = ["--steps", "1000", "--follow", "--checkpoint-every", "5", "--schedule", "constant"];
+    let mut child = place.run(&out, &flags).spawn().unwrap();
+    // Until it waits at the end of the topic.
+    let (mut before, mut now) = (0, lines(&out, "metrics.jsonl").len());
+    while now < 10 || now != before {
+        std::thread::sleep(Duration::from_secs(1));
+        (before, now) = (now, lines(&out, "metrics.jsonl").len());
+    }
+    // Asked to stop, it saves everything that it has read.
+    assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
+    assert!(child.wait().unwrap().success());
+    // The same model, but with half the context.
+    let tokenizer = Fingerprint::of_bytes(&std::fs::read(place.out("tokenizer.json")).unwrap());
+    let mut later = mixture(PARTITIONS as usize, tokenizer, Fingerprint::of_bytes(b"model"));
+    later.iter_mut().for_each(|scored| (scored.context.window, scored.context.stride) = (128, 128));
+    produce_scored(&place.cluster, "scored", PARTITIONS, &later);
+    let mut child = place.run(&out, &flags).stderr(Stdio::piped()).spawn().unwrap();
+    let begun = Instant::now();
+    while child.try_wait().unwrap().is_none() && begun.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Where it has not ended by itself.
+    let _ = child.kill();
+    let output = child.wait_with_output().unwrap();
+    let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(65), "{shown}");
+    assert!(
+        shown.contains("in windows of 128 tokens every 128, but others of its reference model in"),
+        "{shown}"
+    );
 }

@@ -12,12 +12,12 @@ use super::Config;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A file that cannot be read.
-    #[error("cannot read the configuration {path}: {source}")]
+    #[error("cannot read the configuration {path}: {error}")]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: std::io::Error,
+        /// Why. Not its `source`, which whoever shows the whole chain would show twice.
+        error: std::io::Error,
     },
     /// A file that is not TOML, or has a key or a type that is not known; the message shows the line.
     #[error("in the configuration {path}:\n{message}")]
@@ -170,7 +170,7 @@ pub fn load_of(file: Option<&Path>, matches: &ArgMatches, scope: Scope) -> Resul
     let mut table = toml::Table::new();
     if let Some(path) = file {
         let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+            .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })?;
         let invalid = |error: toml::de::Error| ConfigError::Invalid {
             path: path.to_owned(),
             message: error.to_string().trim_end().to_owned(),

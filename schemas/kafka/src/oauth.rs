@@ -14,12 +14,12 @@ pub enum TokenError {
     #[error("sasl.mechanism is OAUTHBEARER, and sasl.oauthbearer.config does not say file=PATH")]
     NoFile,
     /// The file cannot be read.
-    #[error("the token file {path} cannot be read: {source}")]
+    #[error("the token file {path} cannot be read: {error}")]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: std::io::Error,
+        /// Why. Not its `source`, which whoever shows the whole chain would show twice.
+        error: std::io::Error,
     },
     /// The file is not a JSON Web Token with the claims that are needed.
     #[error("the token file {path} holds no JSON Web Token with the claims `sub` and `exp`")]
@@ -46,7 +46,7 @@ pub fn oauth_token(config: Option<&str>) -> Result<OAuthToken, TokenError> {
     let path = PathBuf::from(path);
     let token = match std::fs::read_to_string(&path) {
         Ok(text) => text.trim().to_owned(),
-        Err(source) => return Err(TokenError::Unreadable { path, source }),
+        Err(error) => return Err(TokenError::Unreadable { path, error }),
     };
     let Some(claims) = claims(&token) else { return Err(TokenError::NoToken { path }) };
     Ok(OAuthToken { token, principal_name: claims.sub, lifetime_ms: (claims.exp * 1000.0) as i64 })

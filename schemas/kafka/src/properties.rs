@@ -9,14 +9,14 @@ const FROM_FILE: &str = ".from_file";
 #[derive(Debug, thiserror::Error)]
 pub enum PropertyError {
     /// The file of a secret cannot be read.
-    #[error("the property `{name}.from_file` names {path}, which cannot be read: {source}")]
+    #[error("the property `{name}.from_file` names {path}, which cannot be read: {error}")]
     Unreadable {
         /// The property that the file is for.
         name: String,
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: std::io::Error,
+        /// Why. Not its `source`, which whoever shows the whole chain would show twice.
+        error: std::io::Error,
     },
     /// The file of a secret has nothing in it.
     #[error("the property `{name}.from_file` names {path}, which is empty")]
@@ -46,7 +46,7 @@ pub fn resolve(properties: &BTreeMap<String, String>) -> Result<BTreeMap<String,
         match std::fs::read_to_string(&path) {
             Ok(text) if text.trim().is_empty() => return Err(PropertyError::Empty { name, path }),
             Ok(text) => resolved.insert(name, text.trim().to_owned()),
-            Err(source) => return Err(PropertyError::Unreadable { name, path, source }),
+            Err(error) => return Err(PropertyError::Unreadable { name, path, error }),
         };
     }
     Ok(resolved)

@@ -10,7 +10,7 @@ pub enum RecordError {
     EmptyPayload,
     /// Not the expected protobuf message, or cut short.
     #[error("the payload is not a valid record: {0}")]
-    Malformed(#[from] prost::DecodeError),
+    Malformed(prost::DecodeError),
     /// Written by a newer or foreign producer.
     #[error("schema version {0} is unknown; this build reads version {version}", version = super::SCHEMA_VERSION)]
     UnknownVersion(u32),
@@ -143,5 +143,12 @@ impl RecordError {
             Self::NonFiniteLoss { .. } => "non_finite_loss",
             Self::NegativeLoss { .. } => "negative_loss",
         }
+    }
+}
+
+// Not `#[from]`, which would make it a source, and whoever shows the whole chain would show it twice.
+impl From<prost::DecodeError> for RecordError {
+    fn from(error: prost::DecodeError) -> Self {
+        Self::Malformed(error)
     }
 }

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use prost::Message;
+use serde::{Deserialize, Serialize};
 
 pub use error::RecordError;
 pub use losses::{LossFormat, Losses, NEGATIVE_LOSS_TOLERANCE};
@@ -87,7 +88,7 @@ impl TokenizedDocument {
 }
 
 /// How the reference model saw a document.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContextPolicy {
     /// Longest run of tokens given to the model at once.
     pub window: u32,
@@ -100,7 +101,8 @@ pub struct ContextPolicy {
 /// What stands before the first token of a window: nothing, or the model's BOS token, by its id.
 ///
 /// A document that begins with that token gets no second one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Bos {
     /// Nothing: the first token of a document has no prediction.
     None,

@@ -2,15 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use clap::Args;
 
 use crate::evaluate::EvalFile;
 use crate::failure::{Classify, Failure};
 use crate::http;
-use crate::model::BurnLearner;
-use crate::model::ModelConfig;
 use crate::model::checkpoint::read_weights;
 use crate::model::config::CONFIG_FILE;
+use crate::model::device::DeviceError;
+use crate::model::{BurnLearner, DeviceName, ModelConfig, Precision};
 use crate::optimizer::AdamWConfig;
 use crate::pack::{BatchShape, FirstToken, Packing};
 use crate::schedule::{Schedule, Shape};
@@ -76,6 +77,8 @@ pub(super) struct ModelArguments {
     /// Width of the gated MLP [default: 8/3 of the hidden size, rounded up to a multiple of 64]
     #[arg(long, env = "SLUICE_TRAIN_INTERMEDIATE_SIZE", conflicts_with = "init")]
     pub intermediate_size: Option<usize>,
+    #[command(flatten)]
+    pub compute: ComputeArguments,
     /// Use the token embedding as the LM head too
     #[arg(long, env = "SLUICE_TRAIN_TIE_WORD_EMBEDDINGS", conflicts_with = "init")]
     pub tie_word_embeddings: bool,
@@ -90,8 +93,12 @@ impl ModelArguments {
         optimizer: AdamWConfig,
         seed: u64,
     ) -> anyhow::Result<BurnLearner> {
+        let device = self.compute.device()?;
         let Some(folder) = &self.init else {
-            return BurnLearner::new(self.config(tokenizer, sequence_length), optimizer, seed).or_usage();
+            let config = self.config(tokenizer, sequence_length);
+            return BurnLearner::new_on(device, config, optimizer, seed)
+                .map(|learner| self.compute.set(learner))
+                .or_usage();
         };
         if !folder.join(CONFIG_FILE).is_file() {
             let error =
@@ -119,7 +126,9 @@ impl ModelArguments {
             .or_usage();
         }
         let weights = read_weights(folder, &config).or_data()?;
-        BurnLearner::from_weights(config, optimizer, weights, burn::tensor::Device::flex()).or_data()
+        BurnLearner::from_weights(config, optimizer, weights, device)
+            .map(|learner| self.compute.set(learner))
+            .or_data()
     }
 
     /// The model of a checkpoint, with its optimizer, if it is the one that these flags describe.
@@ -131,7 +140,8 @@ impl ModelArguments {
         optimizer: AdamWConfig,
     ) -> anyhow::Result<BurnLearner> {
         optimizer.validate().or_usage()?;
-        let learner = BurnLearner::open(checkpoint, optimizer).or_data()?;
+        let learner = BurnLearner::open_on(self.compute.device()?, checkpoint, optimizer).or_data()?;
+        let learner = self.compute.set(learner);
         // With --init the flags say nothing of the shape.
         if self.init.is_none() && *learner.config() != self.config(tokenizer, sequence_length) {
             let error = anyhow::anyhow!(
@@ -158,6 +168,40 @@ impl ModelArguments {
             rms_norm_eps: 1e-6,
             tie_word_embeddings: self.tie_word_embeddings,
         }
+    }
+}
+
+/// Where and how to compute.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Computation")]
+pub(super) struct ComputeArguments {
+    /// cpu, cuda or cuda:N; the latter need a build with --features cuda
+    #[arg(long, env = "SLUICE_TRAIN_DEVICE", default_value_t = DeviceName::Cpu)]
+    device: DeviceName,
+    /// What products of matrices are computed in; weights, sums and softmaxes are f32 in any case
+    #[arg(long, env = "SLUICE_TRAIN_PRECISION", value_enum, default_value_t = Precision::F32)]
+    pub precision: Precision,
+    /// Keep the layers' inputs alone for the backward pass and run each layer forward once more: less memory, more time,
+    /// the same bits
+    #[arg(long, env = "SLUICE_TRAIN_RECOMPUTE_ACTIVATIONS")]
+    recompute_activations: bool,
+}
+
+impl ComputeArguments {
+    /// The device, once it has answered.
+    fn device(&self) -> anyhow::Result<Device> {
+        let mut probe = std::process::Command::new(std::env::current_exe().or_unavailable()?);
+        match self.device.open(probe.arg("probe-device")) {
+            Err(error @ DeviceError::NotBuilt) => Err(error).or_usage(),
+            device => device.or_unavailable(),
+        }
+    }
+
+    /// The same learner, which computes as these flags say.
+    fn set(&self, mut learner: BurnLearner) -> BurnLearner {
+        learner.compute_in(self.precision);
+        learner.recompute_activations(self.recompute_activations);
+        learner
     }
 }
 

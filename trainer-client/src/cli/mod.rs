@@ -14,6 +14,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::failure::{EXIT_USAGE, exit_code};
+use crate::model::DeviceName;
 
 /// Train language models on the tokens that are worth it (Selective Language Modeling, Rho-1, arXiv 2404.07965).
 ///
@@ -23,8 +24,8 @@ use crate::failure::{EXIT_USAGE, exit_code};
 #[derive(Debug, Parser)]
 #[command(name = "sluice-train", version, max_term_width = 110)]
 #[command(
-    after_help = "Exit codes: 0 done or stopped by a signal, 64 wrong arguments, 65 wrong data, 69 no broker or \
-                        no such topic, 1 anything else."
+    after_help = "Exit codes: 0 done or stopped by a signal, 64 wrong arguments, 65 wrong data, 66 no tokenizer, \
+                        69 no broker, no such topic or no such device, 1 anything else."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -41,6 +42,12 @@ enum Command {
     Export(inspect::ExportArguments),
     /// Measure a checkpoint's loss on held-out text; one JSON line per set on standard output
     Evaluate(inspect::EvaluateArguments),
+    /// Try a device; aborts where it cannot be used
+    #[command(hide = true)]
+    ProbeDevice {
+        /// As --device names it.
+        device: DeviceName,
+    },
     /// Compare runs: one self-contained HTML file, and the table on standard output
     Report(inspect::ReportArguments),
 }
@@ -67,6 +74,10 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Reference(arguments) => training::reference(arguments),
         Command::Export(arguments) => inspect::export(arguments),
         Command::Evaluate(arguments) => inspect::evaluate(arguments),
+        Command::ProbeDevice { device } => {
+            device.probe();
+            Ok(())
+        }
         Command::Report(arguments) => inspect::report(arguments),
     };
     match done {

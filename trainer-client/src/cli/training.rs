@@ -17,7 +17,7 @@ use crate::checkpoints::{Reached, State};
 use crate::evaluate::read_sets;
 use crate::failure::{Classify, Failure};
 use crate::learner::Learner;
-use crate::model::BurnLearner;
+use crate::model::{BurnLearner, Precision};
 use crate::progress::Progress;
 use crate::run_folder::{RunFolder, RunRecord};
 use crate::select::Objective;
@@ -122,7 +122,7 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let broker = arguments.broker.broker()?;
     let telemetry = arguments.output.telemetry()?;
     let broker = broker.observed(telemetry.clone());
-    let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_usage()?;
+    let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_no_input()?;
     let mut prepared =
         Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
     prepared.give_history(&arguments.selection)?;
@@ -135,7 +135,8 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
         .needing_entropies(plan.objective.needs().reference_entropy)
         .allowing(&arguments.reference_models)
-        .after(begun.as_ref().and_then(|begun| begun.reference_model));
+        .after(begun.as_ref().and_then(|begun| begun.reference_model))
+        .with_contexts(begun.as_ref().map(|begun| begun.snapshot.contexts.clone()).unwrap_or_default());
     let mut streams = Vec::with_capacity(arguments.world_size);
     for rank in 0..arguments.world_size {
         let shard = Shard { rank, world_size: arguments.world_size };
@@ -154,7 +155,7 @@ pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
     let broker = arguments.broker.broker()?;
     let telemetry = arguments.output.telemetry()?;
     let broker = broker.observed(telemetry.clone());
-    let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_usage()?;
+    let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_no_input()?;
     let prepared = Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
     let decoder = Decoder::new(TopicKind::Documents, tokenizer.fingerprint(), tokenizer.vocabulary());
     let extent = Extent::UntilEnd { epochs: 1 };
@@ -194,6 +195,7 @@ struct Prepared<'a> {
     checkpoint: Option<PathBuf>,
     optimization: &'a OptimizationArguments,
     output: &'a OutputArguments,
+    precision: Precision,
 }
 
 /// A run to go on with.
@@ -230,7 +232,16 @@ impl<'a> Prepared<'a> {
         if output.log_documents {
             folder.open_documents()?;
         }
-        Ok(Self { learner, tokenizer, evals, folder, checkpoint, optimization, output })
+        Ok(Self {
+            learner,
+            tokenizer,
+            evals,
+            folder,
+            checkpoint,
+            optimization,
+            output,
+            precision: model.compute.precision,
+        })
     }
 
     /// Gives the learner the history that its score looks at: as it was in the checkpoint, where there is one.
@@ -336,6 +347,7 @@ impl<'a> Prepared<'a> {
         settings.insert("model".into(), encode(serde_json::to_value(self.learner.config()))?);
         settings.insert("optimizer".into(), encode(serde_json::to_value(self.optimization.optimizer()))?);
         settings.insert("packing".into(), encode(serde_json::to_value(plan.packing))?);
+        settings.insert("precision".into(), encode(serde_json::to_value(self.precision))?);
         settings.insert("eval_every".into(), self.output.eval_every.into());
         settings.insert("checkpoint_every".into(), self.output.checkpoint_every.into());
         let evals = self.output.evals.iter().zip(&self.evals).map(|(file, set)| {

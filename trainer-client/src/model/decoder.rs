@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 
 use super::config::ModelConfig;
 use super::layers::{
-    AttentionShape, AttentionTape, MlpTape, NormTape, Rotary, mlp, mlp_backward, rms_norm, rms_norm_backward,
+    AttentionShape, AttentionTape, MlpTape, NormTape, Rotary, Rows, Visible, mlp, mlp_backward, rms_norm,
+    rms_norm_backward,
 };
 use super::weights::{Layer, Weights};
 use crate::batch::Batch;
@@ -17,15 +18,21 @@ pub(super) struct Group {
     /// Token ids, `[n]`.
     tokens: Tensor<1, Int>,
     rotary: Rotary,
-    /// True where a token (third dimension) must not look at another (fourth), `[rows, 1, len, len]`.
-    hidden: Tensor<4, Bool>,
+    visible: Visible,
 }
 
 /// What the gradient of a group's body needs.
 pub(super) struct Tape {
     group: Group,
-    layers: Vec<LayerTape>,
+    layers: Vec<Saved>,
     norm: NormTape,
+}
+
+/// What is kept of a layer between its forward and its backward pass.
+enum Saved {
+    Tape(Box<LayerTape>),
+    /// Its input alone, from which the tape is made again.
+    Input(Tensor<2>),
 }
 
 struct LayerTape {
@@ -71,6 +78,7 @@ impl Group {
         rows: Range<usize>,
         config: &ModelConfig,
         tables: &(Tensor<2>, Tensor<2>),
+        dtype: FloatDType,
         device: &Device,
     ) -> Self {
         let len = batch.len;
@@ -84,54 +92,119 @@ impl Group {
         let span = rows.start * len..rows.end * len;
         let positions = indices(&batch.positions[span.clone()], device);
         let angles = |table: &Tensor<2>| {
-            table.clone().select(0, positions.clone()).reshape([shape.rows, len, 1, shape.head_dim / 2])
+            table
+                .clone()
+                .select(0, positions.clone())
+                .reshape([shape.rows, len, 1, shape.head_dim / 2])
+                .cast(dtype)
         };
         let rotary = Rotary { cosine: angles(&tables.0), sine: angles(&tables.1) };
-        let mut hidden = Vec::with_capacity(span.len() * len);
-        for segments in batch.segments[span.clone()].chunks_exact(len) {
-            for (i, own) in segments.iter().enumerate() {
-                hidden.extend(segments.iter().enumerate().map(|(j, other)| j > i || other != own));
-            }
-        }
-        let hidden = Tensor::from_data(TensorData::new(hidden, [shape.rows, 1, len, len]), device);
-        Self { shape, tokens: indices(&batch.tokens[span], device), rotary, hidden }
+        let visible = visible(&batch.segments[span.clone()], shape, device);
+        Self { shape, tokens: indices(&batch.tokens[span], device), rotary, visible }
     }
 }
 
-/// Final normed hidden states of a group, `[n, hidden]`.
-pub(super) fn forward(group: Group, weights: &Weights<Tensor<2>>, eps: f64) -> (Tensor<2>, Tape) {
+/// What each token of some rows may look at, given the tokens' segments.
+fn visible(segments: &[u32], shape: AttentionShape, device: &Device) -> Visible {
+    let len = shape.len;
+    if *device == Device::flex() {
+        let spans = segments.chunks_exact(len).flat_map(|segments| {
+            let mut start = 0;
+            (0..len).map(move |i| {
+                if i > 0 && segments[i] != segments[i - 1] {
+                    start = i;
+                }
+                start..i + 1
+            })
+        });
+        return Visible::Spans(spans.collect());
+    }
+    let mut hidden = Vec::with_capacity(segments.len() * len);
+    for segments in segments.chunks_exact(len) {
+        for (i, own) in segments.iter().enumerate() {
+            hidden.extend(segments.iter().enumerate().map(|(j, other)| j > i || other != own));
+        }
+    }
+    Visible::Mask(Tensor::from_data(TensorData::new(hidden, [shape.rows, 1, len, len]), device))
+}
+
+/// Final normed hidden states of a group, `[n, hidden]`. With `recomputes`, layers keep their inputs alone, and run forward
+/// once more, with the same bits, when their gradient is wanted.
+pub(super) fn forward(
+    group: Group,
+    weights: &Weights<Tensor<2>>,
+    eps: f64,
+    recomputes: bool,
+) -> (Tensor<2>, Tape) {
     let mut x = weights.embedding.clone().select(0, group.tokens.clone());
     let mut layers = Vec::with_capacity(weights.layers.len());
     for layer in &weights.layers {
-        let (normed, input_norm) = rms_norm(x.clone(), &layer.input_norm, eps);
-        let (attended, attention) = group.shape.forward(normed, layer, &group.rotary, &group.hidden);
-        x = x + attended;
-        let (normed, mlp_norm) = rms_norm(x.clone(), &layer.mlp_norm, eps);
-        let (output, mlp) = mlp(normed, layer);
-        x = x + output;
-        layers.push(LayerTape { input_norm, attention, mlp_norm, mlp });
+        if recomputes {
+            layers.push(Saved::Input(x.clone()));
+            x = layer_forward(x, layer, &group, eps).0;
+        } else {
+            let (output, tape) = layer_forward(x, layer, &group, eps);
+            layers.push(Saved::Tape(Box::new(tape)));
+            x = output;
+        }
     }
     let (hidden_states, norm) = rms_norm(x, &weights.norm, eps);
     (hidden_states, Tape { group, layers, norm })
 }
 
-/// Gradients of [`forward`], given that of its output.
-pub(super) fn backward(d_hidden: Tensor<2>, weights: &Weights<Tensor<2>>, tape: Tape) -> BodyGradients {
+fn layer_forward(
+    x: Tensor<2>,
+    weights: &Layer<Tensor<2>>,
+    group: &Group,
+    eps: f64,
+) -> (Tensor<2>, LayerTape) {
+    let (normed, input_norm) = rms_norm(x.clone(), &weights.input_norm, eps);
+    let (attended, attention) = group.shape.forward(normed, weights, &group.rotary, &group.visible);
+    let x = x + attended;
+    let (normed, mlp_norm) = rms_norm(x.clone(), &weights.mlp_norm, eps);
+    let (output, mlp) = mlp(normed, weights);
+    (x + output, LayerTape { input_norm, attention, mlp_norm, mlp })
+}
+
+/// Gradients of [`forward`], given that of its output in some rows of the group (ascending; none elsewhere). Above the last
+/// layer's keys and values a row's gradient is its own, so what else there is of that layer costs the kept rows alone.
+pub(super) fn backward(
+    d_hidden: Tensor<2>,
+    kept: &[u32],
+    weights: &Weights<Tensor<2>>,
+    tape: Tape,
+    eps: f64,
+) -> BodyGradients {
     let Tape { group, layers: tapes, norm } = tape;
-    let (mut d_x, norm) = rms_norm_backward(d_hidden, &weights.norm, norm);
+    let tokens = group.shape.rows * group.shape.len;
+    let mut rows = if kept.len() == tokens {
+        Rows::all(tokens)
+    } else {
+        Rows::some(tokens, indices(kept, &d_hidden.device()))
+    };
+    let d_hidden = d_hidden.cast(weights.embedding.dtype());
+    let (mut d_x, norm) = rms_norm_backward(d_hidden, &weights.norm, norm.take(&rows));
     let mut layers = Vec::with_capacity(tapes.len());
-    for (weights, tape) in weights.layers.iter().zip(tapes).rev() {
-        let (d_normed, [gate, up, down]) = mlp_backward(d_x.clone(), weights, tape.mlp);
-        let (d_residual, mlp_norm) = rms_norm_backward(d_normed, &weights.mlp_norm, tape.mlp_norm);
+    for (weights, saved) in weights.layers.iter().zip(tapes).rev() {
+        let tape = match saved {
+            Saved::Tape(tape) => *tape,
+            Saved::Input(x) => layer_forward(x, weights, &group, eps).1,
+        };
+        let (d_normed, [gate, up, down]) = mlp_backward(d_x.clone(), weights, tape.mlp.take(&rows));
+        let (d_residual, mlp_norm) =
+            rms_norm_backward(d_normed, &weights.mlp_norm, tape.mlp_norm.take(&rows));
         d_x = d_x + d_residual;
         let (d_normed, [query, key, value, output]) =
-            group.shape.backward(d_x.clone(), weights, &group.rotary, tape.attention);
+            group.shape.backward(d_x.clone(), weights, &group.rotary, tape.attention, &rows);
         let (d_residual, input_norm) = rms_norm_backward(d_normed, &weights.input_norm, tape.input_norm);
-        d_x = d_x + d_residual;
-        layers.push(Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down });
+        d_x = rows.spread(d_x) + d_residual;
+        rows = Rows::all(tokens);
+        let gradients = Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down };
+        // Sums over groups and micro-batches are f32, whatever the products were.
+        layers.push(gradients.map(|gradient| gradient.cast(FloatDType::F32)));
     }
     layers.reverse();
-    BodyGradients { embedded: d_x, layers, norm }
+    BodyGradients { embedded: d_x.cast(FloatDType::F32), layers, norm }
 }
 
 /// Host indices as an integer tensor.

@@ -1,47 +1,59 @@
-//! The LM head: losses of all predicted tokens, then the gradient of the kept ones, in blocks of rows.
+//! The LM head: losses of all predicted tokens, then the gradient of the kept ones, in blocks of the vocabulary.
 //!
-//! `[tokens, vocab]` logits never exist whole. The head runs forward once, without a graph, and each block keeps
-//! its probabilities while all of them fit [`KEPT_PROBABILITIES`]; beyond, a block's kept rows are computed
-//! again, which bounds memory whatever the batch and the vocabulary.
+//! `[tokens, vocab]` logits never exist whole. The head runs forward once, without a graph. A block is some columns of the
+//! logits, for every token: its rows' largest logits and sums of exponentials add up to the softmax of the whole
+//! vocabulary, and its part of the head's gradient is complete by itself, so that no two `[vocab, hidden]` gradients are ever
+//! added. The first blocks keep their exponentials for the backward pass, up to [`KEPT_EXPONENTIALS`]; of the others, the
+//! kept rows are computed again, which bounds memory whatever the batch and the vocabulary.
 
-use burn::tensor::activation::softmax;
-use burn::tensor::{Device, IndexingUpdateOp, Tensor};
+use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Tensor};
 
 use super::decoder::indices;
-use super::layers::{linear, linear_weight_backward};
-use super::learner::to_host;
+use super::kernels::{self, RowSum};
+use super::layers::{from_host, linear, linear_weight_backward, on_host, to_host};
 use super::parallel;
 use crate::batch::{Batch, NO_TARGET};
 
-/// Logits in one block: at a vocabulary of 4,096 a block is 512 rows and 8 MiB.
+/// Logits in one block: 8 MiB.
 const BLOCK_LOGITS: usize = 1 << 21;
-/// Fewest rows in a block, below which matrix products lose their speed.
-const BLOCK_ROWS_MIN: usize = 64;
-/// Probabilities kept between the forward and the backward pass of a step: 256 MiB.
-const KEPT_PROBABILITIES: usize = 1 << 26;
+/// Fewest columns in a block, below which matrix products lose their speed.
+const BLOCK_COLUMNS_MIN: usize = 256;
+/// Exponentials kept between the forward and the backward pass of a step: 64 MiB, which hold a batch of 2,048 tokens and
+/// a vocabulary of 8,192 whole.
+const KEPT_EXPONENTIALS: usize = 1 << 24;
 
-/// Consecutive predicting positions of a batch, with what their gradient needs.
-pub(super) struct Block {
-    /// Flat positions in the batch, ascending.
+/// What the gradient needs of a forward pass.
+pub(super) struct Forward {
+    /// Flat positions in the batch that predict something, ascending: the rows of the blocks.
     positions: Vec<u32>,
-    /// Target of each position.
+    /// Target of each row.
     targets: Vec<u32>,
-    /// `[positions, vocab]`, if kept.
-    probabilities: Option<Tensor<2>>,
+    /// Logarithm of each row's sum of exponentials of logits.
+    log_sums: Vec<f32>,
+    /// In the order of the vocabulary.
+    blocks: Vec<Block>,
+}
+
+/// Some columns of the logits.
+struct Block {
+    /// First token id, and their number.
+    columns: (usize, usize),
+    /// `exp(logit - max)`, `[rows, columns]`, and each row's max; if kept.
+    exponentials: Option<(Tensor<2>, Vec<f32>)>,
 }
 
 /// Gradients of the loss summed over kept positions.
 pub(super) struct HeadGradients {
-    /// With respect to the hidden states, `[tokens, hidden]`; zero where nothing was kept.
+    /// With respect to the hidden states of the kept positions, `[kept, hidden]`.
     pub hidden: Tensor<2>,
     /// With respect to the head, `[vocab, hidden]`.
     pub weight: Tensor<2>,
 }
 
-/// Whether [`predict`] may keep probabilities for a later [`gradients`].
+/// Whether [`predict`] may keep exponentials for a later [`gradients`].
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Keep {
-    Probabilities,
+    Exponentials,
     Nothing,
 }
 
@@ -61,52 +73,55 @@ pub(super) fn predict(
     keep: Keep,
     wants_entropies: bool,
     device: &Device,
-) -> (Predictions, Vec<Block>) {
-    let vocab = weight.dims()[0];
+) -> (Predictions, Forward) {
     let (positions, targets): (Vec<u32>, Vec<u32>) = (0u32..)
         .zip(&batch.targets)
         .filter(|&(_, &target)| target != NO_TARGET)
         .map(|(position, &target)| (position, target))
         .unzip();
-    let keep = keep == Keep::Probabilities && positions.len() * vocab <= KEPT_PROBABILITIES;
-    let rows = (BLOCK_LOGITS / vocab).max(BLOCK_ROWS_MIN);
-    let blocks = positions.chunks(rows).zip(targets.chunks(rows)).collect();
-    let blocks =
-        parallel::map(parallel::workers(device), blocks, |(positions, targets): (&[u32], &[u32])| {
-            let logits = linear(hidden.clone().select(0, indices(positions, device)), weight);
-            let target = indices(targets, device).unsqueeze_dim(1);
-            // The largest probability is 1 / sum(exp(logit - max)), so this is the logarithm of a softmax without a
-            // pass of its own, and it cannot underflow.
-            let max = logits.clone().max_dim(1);
-            let below_max = max.clone() - logits.clone().gather(1, target);
-            let probabilities = softmax(logits.clone(), 1);
-            let log_sum = probabilities.clone().max_dim(1).clamp_max(1.0).log().neg();
-            // log p = logit - max - log_sum, so the entropy is the mean of max - logit, plus log_sum.
-            let entropies = if wants_entropies {
-                to_host((probabilities.clone() * (max - logits)).sum_dim(1) + log_sum.clone())
-            } else {
-                vec![]
-            };
-            let losses = below_max + log_sum;
-            let block = Block {
-                positions: positions.to_vec(),
-                targets: targets.to_vec(),
-                probabilities: keep.then_some(probabilities),
-            };
-            (to_host(losses), entropies, block)
-        });
-    let nothing = || vec![f32::NAN; batch.targets.len()];
-    let entropies = if wants_entropies { nothing() } else { vec![] };
-    let mut predictions = Predictions { losses: nothing(), entropies };
-    for (losses, entropies, block) in &blocks {
-        for (row, &position) in block.positions.iter().enumerate() {
-            predictions.losses[position as usize] = losses[row];
-            if wants_entropies {
-                predictions.entropies[position as usize] = entropies[row];
-            }
+    let rows = positions.len();
+    let mut sums = vec![RowSum { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 }; rows];
+    let mut target_logits = vec![f32::NAN; rows];
+    let mut blocks = Vec::new();
+    if rows > 0 {
+        let hidden = &rows_of(hidden, &positions, device);
+        let columns = blocks_of(weight.dims()[0], rows);
+        // The first blocks of the vocabulary fit.
+        let fits = |first: usize, count: usize| (first + count) * rows <= KEPT_EXPONENTIALS;
+        let run = |(first, count): (usize, usize)| {
+            let logits = linear(hidden.clone(), &weight.clone().narrow(0, first, count));
+            let mine =
+                |row: usize| targets[row].checked_sub(first as u32).filter(|&at| (at as usize) < count);
+            let (exponentials, sums, hits) = exponentials(logits, wants_entropies, &mine);
+            let max = sums.iter().map(|sum| sum.max).collect();
+            let is_kept = keep == Keep::Exponentials && fits(first, count);
+            (
+                sums,
+                hits,
+                Block { columns: (first, count), exponentials: is_kept.then_some((exponentials, max)) },
+            )
+        };
+        for (of_block, hits, block) in parallel::map(parallel::workers(device), columns, run) {
+            sums.iter_mut().zip(of_block).for_each(|(sum, other)| *sum = join(*sum, other));
+            hits.into_iter().for_each(|(row, logit)| target_logits[row] = logit);
+            blocks.push(block);
         }
     }
-    (predictions, blocks.into_iter().map(|(.., block)| block).collect())
+    let nothing = || vec![f32::NAN; batch.targets.len()];
+    let mut predictions =
+        Predictions { losses: nothing(), entropies: if wants_entropies { nothing() } else { vec![] } };
+    let mut log_sums = Vec::with_capacity(rows);
+    for ((&position, RowSum { max, sum, weighted }), logit) in positions.iter().zip(sums).zip(target_logits) {
+        // The sum is at least 1, that of the largest logit, so this cannot underflow, and a loss is never negative.
+        let log_sum = sum.ln();
+        predictions.losses[position as usize] = (max - logit) + log_sum;
+        if wants_entropies {
+            // log p = logit - max - log_sum, so the entropy is log_sum less the mean of logit - max.
+            predictions.entropies[position as usize] = log_sum - weighted / sum;
+        }
+        log_sums.push(max + log_sum);
+    }
+    (predictions, Forward { positions, targets, log_sums, blocks })
 }
 
 /// Gradients of the loss summed over `kept` (ascending flat positions, each with a target):
@@ -115,70 +130,163 @@ pub(super) fn predict(
 pub(super) fn gradients(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
-    blocks: Vec<Block>,
+    forward: Forward,
     kept: &[u32],
     device: &Device,
 ) -> HeadGradients {
-    let mut remaining = kept;
-    let mut work = Vec::new();
-    for block in blocks {
-        let end =
-            block.positions.last().map_or(0, |&last| remaining.partition_point(|&position| position <= last));
-        let (own, rest) = remaining.split_at(end);
-        remaining = rest;
-        if !own.is_empty() {
-            work.push((block, own));
-        }
-    }
-    assert!(remaining.is_empty(), "position {remaining:?} was selected but has no target");
+    let Forward { positions, targets, log_sums, blocks } = forward;
+    let rows: Vec<u32> = kept
+        .iter()
+        .map(|position| {
+            let Ok(row) = positions.binary_search(position) else {
+                panic!("position {position} was selected but has no target");
+            };
+            row as u32
+        })
+        .collect();
+    let of_kept = |values: &[f32]| -> Vec<f32> { rows.iter().map(|&row| values[row as usize]).collect() };
+    let log_sums = of_kept(&log_sums);
+    let targets: Vec<u32> = rows.iter().map(|&row| targets[row as usize]).collect();
+    let hidden = rows_of(hidden, kept, device);
 
-    let block_gradients = |(block, kept): (Block, &[u32])| {
-        let Block { positions, targets, probabilities } = block;
-        let local: Vec<u32> = kept
-            .iter()
-            .map(|position| {
-                let Ok(row) = positions.binary_search(position) else {
-                    panic!("position {position} was selected but has no target");
-                };
-                row as u32
-            })
-            .collect();
-        let hidden = hidden.clone().select(0, indices(kept, device));
-        let probabilities = match probabilities {
-            Some(all) if local.len() == positions.len() => all,
-            Some(all) => all.select(0, indices(&local, device)),
-            None => softmax(linear(hidden.clone(), weight), 1),
+    let block_gradients = |Block { columns: (first, count), exponentials }: Block| {
+        let weight = weight.clone().narrow(0, first, count);
+        let mut gradient = if let Some((all, max)) = exponentials {
+            let factors: Vec<f32> =
+                of_kept(&max).iter().zip(&log_sums).map(|(max, log)| (max - log).exp()).collect();
+            scaled_rows(all, &rows, &factors)
+        } else {
+            shifted_exponentials(linear(hidden.clone(), &weight), &log_sums)
         };
-        let targets: Vec<u32> = local.iter().map(|&row| targets[row as usize]).collect();
-        let target = indices(&targets, device).unsqueeze_dim(1);
-        let minus_one = Tensor::full([targets.len(), 1], -1.0, device);
-        let gradient = probabilities.scatter(1, target, minus_one, IndexingUpdateOp::Add);
-        let d_hidden = gradient.clone().matmul(weight.clone());
-        (d_hidden, linear_weight_backward(gradient, hidden))
+        let mine = |row: usize| targets[row].checked_sub(first as u32).filter(|&at| (at as usize) < count);
+        gradient = minus_one_at(gradient, &mine);
+        // Products in the precision of the weights, sums in f32.
+        let gradient = gradient.cast(weight.dtype());
+        let d_rows = gradient.clone().matmul(weight).cast(FloatDType::F32);
+        (d_rows, linear_weight_backward(gradient, hidden.clone()).cast(FloatDType::F32))
     };
 
     let workers = parallel::workers(device);
-    let mut rows = Vec::new();
-    let mut d_weight: Option<Tensor<2>> = None;
-    let mut work = work.into_iter();
+    let mut d_hidden: Option<Tensor<2>> = None;
+    let mut d_weight = Vec::with_capacity(blocks.len());
+    let mut work = blocks.into_iter();
     loop {
-        // Waves of as many blocks as there are workers bound the number of `[vocab, hidden]` gradients in
-        // memory; adding them in order keeps the bits independent of that number.
+        // Waves of as many blocks as there are workers bound what is in memory; adding them in order keeps the bits
+        // independent of that number.
         let wave: Vec<_> = work.by_ref().take(workers).collect();
         if wave.is_empty() {
             break;
         }
         for (d_rows, d_block) in parallel::map(workers, wave, block_gradients) {
-            rows.push(d_rows);
-            d_weight = Some(match d_weight {
-                Some(sum) => sum + d_block,
-                None => d_block,
+            d_weight.push(d_block);
+            d_hidden = Some(match d_hidden {
+                Some(sum) => sum + d_rows,
+                None => d_rows,
             });
         }
     }
-    let zeros = Tensor::zeros(hidden.dims(), device);
-    HeadGradients {
-        hidden: zeros.select_assign(0, indices(kept, device), Tensor::cat(rows, 0), IndexingUpdateOp::Add),
-        weight: d_weight.unwrap_or_else(|| Tensor::zeros(weight.dims(), device)),
+    let Some(hidden) = d_hidden else { unreachable!("a vocabulary has blocks, and something was kept") };
+    HeadGradients { hidden, weight: Tensor::cat(d_weight, 0) }
+}
+
+/// First column and number of columns of every block.
+fn blocks_of(vocab: usize, rows: usize) -> Vec<(usize, usize)> {
+    let columns = (BLOCK_LOGITS / rows).next_multiple_of(64).max(BLOCK_COLUMNS_MIN);
+    (0..vocab).step_by(columns).map(|first| (first, columns.min(vocab - first))).collect()
+}
+
+/// Sums of two blocks as those of one.
+fn join(a: RowSum, b: RowSum) -> RowSum {
+    let max = if b.max > a.max || b.max.is_nan() { b.max } else { a.max };
+    let part = |RowSum { max: own, sum, weighted }: RowSum| {
+        // Nothing has been added to the first one yet.
+        if sum == 0.0 {
+            return (0.0, 0.0);
+        }
+        let factor = (own - max).exp();
+        (sum * factor, (weighted + (own - max) * sum) * factor)
+    };
+    let ((a, weighted_a), (b, weighted_b)) = (part(a), part(b));
+    RowSum { max, sum: a + b, weighted: weighted_a + weighted_b }
+}
+
+fn rows_of(x: &Tensor<2>, rows: &[u32], device: &Device) -> Tensor<2> {
+    if rows.len() == x.dims()[0] { x.clone() } else { x.clone().select(0, indices(rows, device)) }
+}
+
+/// Row and logit of every target in a block.
+type Hits = Vec<(usize, f32)>;
+
+/// `exp(logit - max)` of a block's logits, the sums of its rows, and the logits of the targets that are in it.
+fn exponentials(
+    logits: Tensor<2>,
+    wants_entropies: bool,
+    target: &dyn Fn(usize) -> Option<u32>,
+) -> (Tensor<2>, Vec<RowSum>, Hits) {
+    let ([rows, columns], device) = (logits.dims(), logits.device());
+    let logits = logits.cast(FloatDType::F32);
+    if on_host(&logits) {
+        let mut values = to_host(logits);
+        let hits = (0..rows)
+            .filter_map(|row| target(row).map(|at| (row, values[row * columns + at as usize])))
+            .collect();
+        let sums = kernels::exponentials(&mut values, columns, wants_entropies);
+        return (from_host(values, [rows, columns], &device), sums, hits);
     }
+    let at: Vec<u32> = (0..rows).map(|row| target(row).unwrap_or(0)).collect();
+    let hits = to_host(logits.clone().gather(1, indices(&at, &device).unsqueeze_dim(1)));
+    let hits = (0..rows).filter(|&row| target(row).is_some()).map(|row| (row, hits[row])).collect();
+    let max = logits.clone().max_dim(1);
+    let below = logits - max.clone();
+    let exponentials = below.clone().exp();
+    let sum = to_host(exponentials.clone().sum_dim(1));
+    let weighted =
+        if wants_entropies { to_host((exponentials.clone() * below).sum_dim(1)) } else { vec![0.0; rows] };
+    let sums = to_host(max).into_iter().zip(sum).zip(weighted);
+    (exponentials, sums.map(|((max, sum), weighted)| RowSum { max, sum, weighted }).collect(), hits)
+}
+
+/// Some rows of a matrix, each times its factor.
+fn scaled_rows(all: Tensor<2>, rows: &[u32], factors: &[f32]) -> Tensor<2> {
+    let ([of, columns], device) = (all.dims(), all.device());
+    if !on_host(&all) {
+        return rows_of(&all, rows, &device) * from_host(factors.to_vec(), [rows.len(), 1], &device);
+    }
+    let mut values = to_host(all);
+    if rows.len() == of {
+        kernels::scale_rows(&mut values, columns, factors);
+    } else {
+        values = kernels::scaled_rows(&values, columns, rows, factors);
+    }
+    from_host(values, [rows.len(), columns], &device)
+}
+
+/// `exp(logit - shift)`, a shift for each row.
+fn shifted_exponentials(logits: Tensor<2>, shifts: &[f32]) -> Tensor<2> {
+    let ([rows, columns], device) = (logits.dims(), logits.device());
+    let logits = logits.cast(FloatDType::F32);
+    if !on_host(&logits) {
+        return (logits - from_host(shifts.to_vec(), [rows, 1], &device)).exp();
+    }
+    let mut values = to_host(logits);
+    kernels::shifted_exponentials(&mut values, columns, shifts);
+    from_host(values, [rows, columns], &device)
+}
+
+/// Takes one off each row's target, where it has one.
+fn minus_one_at(x: Tensor<2>, target: &dyn Fn(usize) -> Option<u32>) -> Tensor<2> {
+    let ([rows, columns], device) = (x.dims(), x.device());
+    if on_host(&x) {
+        let mut values = to_host(x);
+        for row in 0..rows {
+            if let Some(at) = target(row) {
+                values[row * columns + at as usize] -= 1.0;
+            }
+        }
+        return from_host(values, [rows, columns], &device);
+    }
+    let at: Vec<u32> = (0..rows).map(|row| target(row).unwrap_or(0)).collect();
+    let one = |row| if target(row).is_some() { -1.0 } else { 0.0 };
+    let minus_one = from_host((0..rows).map(one).collect(), [rows, 1], &device);
+    x.scatter(1, indices(&at, &device).unsqueeze_dim(1), minus_one, IndexingUpdateOp::Add)
 }

@@ -4,10 +4,66 @@
 //! forward function returns its output and a tape of what its `_backward` needs; `d_x` is the gradient of the
 //! loss with respect to `x`.
 
-use burn::tensor::activation::{sigmoid, softmax};
-use burn::tensor::{Bool, Tensor};
+use std::ops::Range;
 
+use burn::tensor::activation::{sigmoid, softmax};
+use burn::tensor::{Bool, DType, Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
+
+use super::kernels;
 use super::weights::Layer;
+
+/// Whether a tensor's values are f32 in this process's memory, where [`kernels`] can have them without a copy.
+pub(crate) fn on_host<const D: usize>(x: &Tensor<D>) -> bool {
+    x.dtype() == DType::F32 && x.device() == Device::flex()
+}
+
+/// Row-major values as a tensor; on the CPU without a copy.
+pub(crate) fn from_host<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+/// Copies a tensor's values to the host, row-major; on the CPU without a copy where nobody else holds them.
+pub(crate) fn to_host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    match tensor.try_into_vec_as::<f32>() {
+        Ok(values) => values,
+        Err(error) => panic!("cannot read a tensor from the device: {error}"),
+    }
+}
+
+/// The rows of a group that a gradient flows into.
+pub(super) struct Rows {
+    /// Tokens of the group.
+    tokens: usize,
+    /// Which of them, ascending; none for all of them.
+    some: Option<Tensor<1, Int>>,
+}
+
+impl Rows {
+    /// All `tokens` rows.
+    pub fn all(tokens: usize) -> Self {
+        Self { tokens, some: None }
+    }
+
+    /// These rows of `tokens`.
+    pub fn some(tokens: usize, rows: Tensor<1, Int>) -> Self {
+        Self { tokens, some: Some(rows) }
+    }
+
+    /// Those rows of a matrix of all.
+    pub fn take(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.some {
+            Some(rows) => x.select(0, rows.clone()),
+            None => x,
+        }
+    }
+
+    /// The inverse of [`Rows::take`], with zeros between.
+    pub fn spread(&self, x: Tensor<2>) -> Tensor<2> {
+        let Some(rows) = &self.some else { return x };
+        let zeros = Tensor::zeros([self.tokens, x.dims()[1]], (&x.device(), x.dtype()));
+        zeros.select_assign(0, rows.clone(), x, IndexingUpdateOp::Add)
+    }
+}
 
 /// `x W^T` for a weight stored `[out, in]`.
 pub(super) fn linear(x: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
@@ -27,11 +83,21 @@ pub(super) struct NormTape {
     inverse_rms: Tensor<2>,
 }
 
+impl NormTape {
+    /// Its rows that a gradient flows into.
+    pub fn take(self, rows: &Rows) -> Self {
+        Self { normed: rows.take(self.normed), inverse_rms: rows.take(self.inverse_rms) }
+    }
+}
+
 /// Root mean square norm: `x / sqrt(mean(x^2) + eps) * weight` (Zhang and Sennrich, arXiv 1910.07467).
 pub(super) fn rms_norm(x: Tensor<2>, weight: &Tensor<2>, eps: f64) -> (Tensor<2>, NormTape) {
+    let dtype = x.dtype();
+    let x = x.cast(FloatDType::F32);
     let inverse_rms = (x.clone() * x.clone()).mean_dim(1).add_scalar(eps).sqrt().recip();
     let normed = x * inverse_rms.clone();
-    (normed.clone() * weight.clone(), NormTape { normed, inverse_rms })
+    let output = (normed.clone() * weight.clone()).cast(dtype);
+    (output, NormTape { normed: normed.cast(dtype), inverse_rms })
 }
 
 /// Gradients of [`rms_norm`]: `(d_x, d_weight)`.
@@ -41,10 +107,12 @@ pub(super) fn rms_norm_backward(
     tape: NormTape,
 ) -> (Tensor<2>, Tensor<2>) {
     let NormTape { normed, inverse_rms } = tape;
+    let dtype = d_y.dtype();
+    let (d_y, normed) = (d_y.cast(FloatDType::F32), normed.cast(FloatDType::F32));
     let d_weight = (d_y.clone() * normed.clone()).sum_dim(0);
     let d_normed = d_y * weight.clone();
     let along = (d_normed.clone() * normed.clone()).mean_dim(1);
-    ((d_normed - normed * along) * inverse_rms, d_weight)
+    (((d_normed - normed * along) * inverse_rms).cast(dtype), d_weight)
 }
 
 /// Rotary angles of a group's tokens: cosines and sines, `[rows, len, 1, head_dim / 2]`.
@@ -77,6 +145,15 @@ impl Rotary {
 fn halves(x: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
     let half = x.dims()[3] / 2;
     (x.clone().narrow(3, 0, half), x.narrow(3, half, half))
+}
+
+/// What each token of a group may look at: itself, so that no row of a softmax is empty, and what stands before it in its
+/// segment.
+pub(super) enum Visible {
+    /// On the CPU: the span of its row for each token, `[rows * len]`.
+    Spans(Vec<Range<usize>>),
+    /// Elsewhere: true where a token (third dimension) must not look at another (fourth), `[rows, 1, len, len]`.
+    Mask(Tensor<4, Bool>),
 }
 
 /// Shape of a group's attention.
@@ -135,55 +212,72 @@ impl AttentionShape {
         x.reshape([self.rows * self.len, heads * self.head_dim])
     }
 
-    /// Grouped-query attention with its projections. `hidden` (`[rows, 1, len, len]`) is true where a token must
-    /// not look; every token may look at itself, so no row of the softmax is empty.
+    /// Grouped-query attention with its projections.
     pub(super) fn forward(
         self,
         x: Tensor<2>,
         weights: &Layer<Tensor<2>>,
         rotary: &Rotary,
-        hidden: &Tensor<4, Bool>,
+        visible: &Visible,
     ) -> (Tensor<2>, AttentionTape) {
         let query = rotary.rotate(self.split(linear(x.clone(), &weights.query)));
         let query = self.stack(query.mul_scalar(self.scale()));
         let key = self.stack(rotary.rotate(self.split(linear(x.clone(), &weights.key))));
         let value = self.stack(self.split(linear(x.clone(), &weights.value)));
         let scores = query.clone().matmul(key.clone().transpose());
-        let stacked = scores.dims();
-        let scores = scores.reshape([self.rows, self.heads, self.len, self.len]);
-        let probabilities = softmax(scores.mask_fill(hidden.clone(), f32::NEG_INFINITY), 3).reshape(stacked);
+        let probabilities = self.softmax(scores, visible);
         let attended = probabilities.clone().matmul(value.clone());
         let output = linear(self.merge(self.unstack(attended.clone())), &weights.output);
         (output, AttentionTape { x, query, key, value, probabilities, attended })
     }
 
-    /// Gradients of [`AttentionShape::forward`]: `d_x`, then those of the four projections' weights.
+    /// Softmax over the tokens that each may look at, in f32 whatever the scores are.
+    fn softmax(self, scores: Tensor<4>, visible: &Visible) -> Tensor<4> {
+        let (stacked, dtype, device) = (scores.dims(), scores.dtype(), scores.device());
+        let scores = scores.cast(FloatDType::F32);
+        let probabilities = match visible {
+            Visible::Spans(spans) => {
+                let mut values = to_host(scores);
+                kernels::masked_softmax(&mut values, self.len, spans, self.heads);
+                from_host(values, stacked, &device)
+            }
+            Visible::Mask(hidden) => {
+                let scores = scores.reshape([self.rows, self.heads, self.len, self.len]);
+                softmax(scores.mask_fill(hidden.clone(), f32::NEG_INFINITY), 3).reshape(stacked)
+            }
+        };
+        probabilities.cast(dtype)
+    }
+
+    /// Gradients of [`AttentionShape::forward`]: `d_x`, then those of the four projections' weights. `d_output` holds the
+    /// rows that a gradient flows into.
     pub(super) fn backward(
         self,
         d_output: Tensor<2>,
         weights: &Layer<Tensor<2>>,
         rotary: &Rotary,
         tape: AttentionTape,
+        rows: &Rows,
     ) -> (Tensor<2>, [Tensor<2>; 4]) {
         let AttentionTape { x, query, key, value, probabilities, attended } = tape;
-        let d_attended = self.stack(self.split(d_output.clone().matmul(weights.output.clone())));
+        let d_attended = self.stack(self.split(rows.spread(d_output.clone().matmul(weights.output.clone()))));
         // The softmax's row sums over `len` scores equal sums over `head_dim` outputs (Dao et al.,
         // arXiv 2205.14135, section 3.1): far fewer.
-        let along = (d_attended.clone() * attended.clone()).sum_dim(3);
-        let d_output_weight = linear_weight_backward(d_output, self.merge(self.unstack(attended)));
+        let along = (d_attended.clone() * attended.clone()).cast(FloatDType::F32).sum_dim(3);
+        let d_output_weight = linear_weight_backward(d_output, rows.take(self.merge(self.unstack(attended))));
         let d_value = probabilities.clone().transpose().matmul(d_attended.clone());
-        let d_scores = (d_attended.matmul(value.transpose()) - along) * probabilities;
+        let d_scores = softmax_backward(d_attended.matmul(value.transpose()), probabilities, along);
         let d_key = d_scores.clone().transpose().matmul(query);
         let d_query = d_scores.matmul(key).mul_scalar(self.scale());
 
-        let d_query = self.merge(rotary.rotate_backward(self.unstack(d_query)));
+        let d_query = rows.take(self.merge(rotary.rotate_backward(self.unstack(d_query))));
         let d_key = self.merge(rotary.rotate_backward(self.unstack(d_key)));
         let d_value = self.merge(self.unstack(d_value));
-        let d_x = d_query.clone().matmul(weights.query.clone())
+        let d_x = rows.spread(d_query.clone().matmul(weights.query.clone()))
             + d_key.clone().matmul(weights.key.clone())
             + d_value.clone().matmul(weights.value.clone());
         let d_weights = [
-            linear_weight_backward(d_query, x.clone()),
+            linear_weight_backward(d_query, rows.take(x.clone())),
             linear_weight_backward(d_key, x.clone()),
             linear_weight_backward(d_value, x),
             d_output_weight,
@@ -192,21 +286,49 @@ impl AttentionShape {
     }
 }
 
+/// Gradient of a softmax with respect to its scores, given that of its result and the row sums of their product.
+fn softmax_backward(d_result: Tensor<4>, result: Tensor<4>, along: Tensor<4>) -> Tensor<4> {
+    if !on_host(&d_result) {
+        let dtype = d_result.dtype();
+        return ((d_result.cast(FloatDType::F32) - along) * result.cast(FloatDType::F32)).cast(dtype);
+    }
+    let (shape, device) = (d_result.dims(), d_result.device());
+    let mut values = to_host(d_result);
+    kernels::softmax_backward(&mut values, &to_host(result), &to_host(along), shape[3]);
+    from_host(values, shape, &device)
+}
+
 /// What the gradient of the MLP needs; all but `x` are `[n, intermediate]`.
 pub(super) struct MlpTape {
     x: Tensor<2>,
     gate: Tensor<2>,
     up: Tensor<2>,
-    sigmoid: Tensor<2>,
+}
+
+impl MlpTape {
+    /// Its rows that a gradient flows into.
+    pub fn take(self, rows: &Rows) -> Self {
+        Self { x: rows.take(self.x), gate: rows.take(self.gate), up: rows.take(self.up) }
+    }
 }
 
 /// Gated MLP: `(silu(x G^T) * (x U^T)) D^T` (Shazeer, arXiv 2002.05202).
 pub(super) fn mlp(x: Tensor<2>, weights: &Layer<Tensor<2>>) -> (Tensor<2>, MlpTape) {
     let gate = linear(x.clone(), &weights.gate);
     let up = linear(x.clone(), &weights.up);
-    let sigmoid = sigmoid(gate.clone());
-    let output = linear(gate.clone() * sigmoid.clone() * up.clone(), &weights.down);
-    (output, MlpTape { x, gate, up, sigmoid })
+    let (inner, gate, up) = gated(gate, up);
+    (linear(inner, &weights.down), MlpTape { x, gate, up })
+}
+
+/// `silu(gate) * up`, and both of them again.
+fn gated(gate: Tensor<2>, up: Tensor<2>) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    if !on_host(&gate) {
+        return (gate.clone() * sigmoid(gate.clone()) * up.clone(), gate, up);
+    }
+    let (shape, device) = (gate.dims(), gate.device());
+    let (gate, up) = (to_host(gate), to_host(up));
+    let inner = kernels::gated(&gate, &up);
+    (from_host(inner, shape, &device), from_host(gate, shape, &device), from_host(up, shape, &device))
 }
 
 /// Gradients of [`mlp`]: `d_x`, then those of gate, up and down.
@@ -215,15 +337,26 @@ pub(super) fn mlp_backward(
     weights: &Layer<Tensor<2>>,
     tape: MlpTape,
 ) -> (Tensor<2>, [Tensor<2>; 3]) {
-    let MlpTape { x, gate, up, sigmoid } = tape;
-    let silu = gate * sigmoid.clone();
+    let MlpTape { x, gate, up } = tape;
     let d_inner = d_output.clone().matmul(weights.down.clone());
-    let d_down = linear_weight_backward(d_output, silu.clone() * up.clone());
-    let d_up = d_inner.clone() * silu.clone();
-    // silu'(a) = s + silu(a) (1 - s) with s = sigmoid(a).
-    let slope = (sigmoid.clone().neg().add_scalar(1.0) * silu) + sigmoid;
-    let d_gate = d_inner * up * slope;
+    let (d_gate, d_up, inner) = gated_backward(gate, up, d_inner);
+    let d_down = linear_weight_backward(d_output, inner);
     let d_x = d_gate.clone().matmul(weights.gate.clone()) + d_up.clone().matmul(weights.up.clone());
     let d_weights = [linear_weight_backward(d_gate, x.clone()), linear_weight_backward(d_up, x), d_down];
     (d_x, d_weights)
+}
+
+/// Gradients of [`gated`] with respect to gate and up, and its result once more.
+fn gated_backward(gate: Tensor<2>, up: Tensor<2>, d_inner: Tensor<2>) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    if !on_host(&gate) {
+        let sigmoid = sigmoid(gate.clone());
+        let silu = gate * sigmoid.clone();
+        // silu'(a) = s + silu(a) (1 - s) with s = sigmoid(a).
+        let slope = (sigmoid.clone().neg().add_scalar(1.0) * silu.clone()) + sigmoid;
+        return (d_inner.clone() * up.clone() * slope, d_inner * silu.clone(), silu * up);
+    }
+    let (shape, device) = (gate.dims(), gate.device());
+    let (mut gate, mut up, mut d_inner) = (to_host(gate), to_host(up), to_host(d_inner));
+    kernels::gated_backward(&mut gate, &mut up, &mut d_inner);
+    (from_host(gate, shape, &device), from_host(up, shape, &device), from_host(d_inner, shape, &device))
 }

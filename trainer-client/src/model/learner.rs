@@ -10,7 +10,10 @@ use super::checkpoint::{
 };
 use super::config::{CONFIG_FILE, ModelConfig};
 use super::decoder::{self, BodyGradients, Group, Tape, indices};
+use super::device::Precision;
 use super::head::{self, Keep, Predictions};
+use super::kernels;
+use super::layers::{from_host, on_host, to_host};
 use super::parallel;
 use super::weights::{self, NamedTensor, Weights};
 use crate::batch::{Batch, NO_TARGET};
@@ -38,6 +41,8 @@ pub struct BurnLearner {
     rotary_tables: (Tensor<2>, Tensor<2>),
     waiting: Option<Waiting>,
     history: Option<History>,
+    precision: Precision,
+    recomputes: bool,
 }
 
 /// What has been accumulated since the last optimizer step.
@@ -67,9 +72,7 @@ struct Forward {
 impl BurnLearner {
     /// A fresh model on the CPU, its weights decided by `seed` alone.
     pub fn new(config: ModelConfig, optimizer: AdamWConfig, seed: u64) -> Result<Self> {
-        config.validate()?;
-        let weights = weights::initial(&config, seed);
-        Self::from_weights(config, optimizer, weights, Device::flex())
+        Self::new_on(Device::flex(), config, optimizer, seed)
     }
 
     /// A model with the given weights (each one named, none beside them) and a fresh optimizer.
@@ -98,15 +101,40 @@ impl BurnLearner {
             rotary_tables,
             waiting: None,
             history: None,
+            precision: Precision::default(),
+            recomputes: false,
         })
+    }
+
+    /// A fresh model on a device, its weights decided by `seed` alone.
+    pub fn new_on(device: Device, config: ModelConfig, optimizer: AdamWConfig, seed: u64) -> Result<Self> {
+        config.validate()?;
+        let weights = weights::initial(&config, seed);
+        Self::from_weights(config, optimizer, weights, device)
+    }
+
+    /// Computes the products of matrices in this precision from here on.
+    pub fn compute_in(&mut self, precision: Precision) {
+        self.precision = precision;
+    }
+
+    /// Keeps a layer's input alone between its forward and its backward pass, and runs it forward once more instead: less
+    /// memory and more time for the same bits (Chen et al., arXiv 1604.06174).
+    pub fn recompute_activations(&mut self, recomputes: bool) {
+        self.recomputes = recomputes;
     }
 
     /// Opens a Hugging Face style folder (`config.json`, `model.safetensors`) on the CPU, with the optimizer's
     /// state if the folder has it.
     pub fn open(folder: &Path, optimizer: AdamWConfig) -> Result<Self> {
+        Self::open_on(Device::flex(), folder, optimizer)
+    }
+
+    /// As [`BurnLearner::open`], on a device.
+    pub fn open_on(device: Device, folder: &Path, optimizer: AdamWConfig) -> Result<Self> {
         let config = ModelConfig::read(folder)?;
         let weights = read_weights(folder, &config)?;
-        let mut learner = Self::from_weights(config, optimizer, weights, Device::flex())?;
+        let mut learner = Self::from_weights(config, optimizer, weights, device)?;
         learner.load_optimizer(folder)?;
         Ok(learner)
     }
@@ -142,8 +170,8 @@ impl BurnLearner {
     /// Gradients, before clipping, of the mean loss over `kept` positions (as [`Learner::step`] takes them).
     pub fn gradients(&self, batch: &Batch, kept: &[u32]) -> Vec<NamedTensor> {
         let forward = self.forward(&self.weights, batch, true);
-        let (_, blocks) = self.predict(&self.weights, &forward, batch, Keep::Probabilities, false);
-        let sums = self.backward(batch, forward, blocks, kept).into_vec();
+        let (_, predicted) = self.predict(&self.weights, &forward, batch, Keep::Exponentials, false);
+        let sums = self.backward(batch, forward, predicted, kept).into_vec();
         let means = sums.into_iter().map(|sum| sum.div_scalar(kept.len() as f64)).collect();
         weights::download(&self.config, means)
     }
@@ -157,11 +185,19 @@ impl BurnLearner {
         (0..batch.rows).step_by(rows).map(|start| start..(start + rows).min(batch.rows)).collect()
     }
 
+    /// Weights as products take them; norms stay f32.
+    fn computing(&self, weights: &Weights<Tensor<2>>) -> Weights<Tensor<2>> {
+        let dtype = self.precision.dtype();
+        weights.clone().map(|weight| if weight.dims()[0] == 1 { weight } else { weight.cast(dtype) })
+    }
+
     fn forward(&self, weights: &Weights<Tensor<2>>, batch: &Batch, keep_tapes: bool) -> Forward {
         self.check(batch);
+        let (weights, dtype) = (&self.computing(weights), self.precision.dtype());
         let run = |rows| {
-            let group = Group::new(batch, rows, &self.config, &self.rotary_tables, &self.device);
-            let (hidden, tape) = decoder::forward(group, weights, self.config.rms_norm_eps);
+            let group = Group::new(batch, rows, &self.config, &self.rotary_tables, dtype, &self.device);
+            let (hidden, tape) =
+                decoder::forward(group, weights, self.config.rms_norm_eps, self.recomputes || !keep_tapes);
             (hidden, keep_tapes.then_some(tape))
         };
         let (hidden, tapes): (Vec<_>, Vec<_>) =
@@ -176,8 +212,9 @@ impl BurnLearner {
         batch: &Batch,
         keep: Keep,
         wants_entropies: bool,
-    ) -> (Predictions, Vec<head::Block>) {
-        head::predict(&forward.hidden, weights.head(), batch, keep, wants_entropies, &self.device)
+    ) -> (Predictions, head::Forward) {
+        let weight = weights.head().clone().cast(self.precision.dtype());
+        head::predict(&forward.hidden, &weight, batch, keep, wants_entropies, &self.device)
     }
 
     /// Losses under the history.
@@ -200,21 +237,26 @@ impl BurnLearner {
         &self,
         batch: &Batch,
         forward: Forward,
-        blocks: Vec<head::Block>,
+        predicted: head::Forward,
         kept: &[u32],
     ) -> Weights<Tensor<2>> {
         let Forward { hidden, tapes } = forward;
-        let head = head::gradients(&hidden, self.weights.head(), blocks, kept, &self.device);
+        let (weights, eps) = (&self.computing(&self.weights), self.config.rms_norm_eps);
+        let head = head::gradients(&hidden, weights.head(), predicted, kept, &self.device);
         let workers = parallel::workers(&self.device);
-        let mut work = tapes
-            .into_iter()
-            .zip(self.groups(batch))
-            .map(|(tape, rows)| {
-                let d_hidden = head.hidden.clone().narrow(0, rows.start * batch.len, rows.len() * batch.len);
-                (tape, d_hidden)
-            })
-            .collect::<Vec<_>>()
-            .into_iter();
+        let mut remaining = kept;
+        let mut work = Vec::with_capacity(tapes.len());
+        for (tape, rows) in tapes.into_iter().zip(self.groups(batch)) {
+            let (start, end) = ((rows.start * batch.len) as u32, (rows.end * batch.len) as u32);
+            let count = remaining.partition_point(|&position| position < end);
+            let first = kept.len() - remaining.len();
+            let own: Vec<u32> = remaining[..count].iter().map(|position| position - start).collect();
+            remaining = &remaining[count..];
+            // Nothing flows back into a group of which nothing was kept.
+            let flows = (count > 0).then(|| (tape, own, head.hidden.clone().narrow(0, first, count)));
+            work.push((flows, (end - start) as usize));
+        }
+        let mut work = work.into_iter();
         let mut embedded = Vec::new();
         let mut body: Option<BodyGradients> = None;
         loop {
@@ -224,8 +266,16 @@ impl BurnLearner {
             if wave.is_empty() {
                 break;
             }
-            let run = |(tape, d_hidden)| decoder::backward(d_hidden, &self.weights, tape);
-            for gradients in parallel::map(workers, wave, run) {
+            let run = |(flows, tokens): (Option<(Tape, Vec<u32>, Tensor<2>)>, usize)| {
+                let gradients =
+                    flows.map(|(tape, own, d_hidden)| decoder::backward(d_hidden, &own, weights, tape, eps));
+                (gradients, tokens)
+            };
+            for (gradients, tokens) in parallel::map(workers, wave, run) {
+                let Some(gradients) = gradients else {
+                    embedded.push(Tensor::zeros([tokens, self.config.hidden_size], &self.device));
+                    continue;
+                };
                 embedded.push(gradients.embedded.clone());
                 body = Some(match body {
                     Some(sum) => sum.add(gradients),
@@ -274,19 +324,24 @@ impl BurnLearner {
     /// Steps along the mean of a gradient summed over `kept` tokens, and gives the mean's norm.
     fn descend(&mut self, gradients: Weights<Tensor<2>>, kept: usize, learning_rate: f64) -> f64 {
         let gradients = gradients.into_vec();
-        let workers = parallel::workers(&self.device);
-        let squares = parallel::map(workers, gradients.iter().collect(), |gradient: &Tensor<2>| {
-            let gradient = gradient.clone();
-            to_host((gradient.clone() * gradient).sum().unsqueeze())[0]
-        });
-        let norm = squares.iter().map(|&square| f64::from(square)).sum::<f64>().sqrt() / kept as f64;
+        let mut squares = 0.0;
+        let mut own = Vec::with_capacity(gradients.len());
+        for gradient in gradients {
+            let (square, gradient) = sum_of_squares(gradient);
+            squares += square;
+            own.push(gradient);
+        }
+        let norm = squares.sqrt() / kept as f64;
         if !norm.is_finite() {
             return norm;
         }
         self.steps += 1;
         let step = AdamWStep::new(self.optimizer, self.steps, learning_rate, norm, kept);
-        let work = self.weights.as_vec_mut().into_iter().zip(&mut self.moments).zip(gradients).collect();
-        parallel::map(workers, work, |((weight, moments), gradient)| step.apply(weight, moments, gradient));
+        for ((weight, moments), gradient) in
+            self.weights.as_vec_mut().into_iter().zip(&mut self.moments).zip(own)
+        {
+            step.apply(weight, moments, gradient);
+        }
         self.move_history();
         norm
     }
@@ -341,8 +396,8 @@ impl Learner for BurnLearner {
 
     fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>) {
         let forward = self.forward(&self.weights, batch, true);
-        let (predictions, blocks) =
-            self.predict(&self.weights, &forward, batch, Keep::Probabilities, needs.entropy);
+        let (predictions, predicted) =
+            self.predict(&self.weights, &forward, batch, Keep::Exponentials, needs.entropy);
         let measured = self.measured(predictions, batch, needs);
         let kept = select(&measured);
         assert!(kept.is_sorted_by(|a, b| a < b), "selected positions must ascend without repeats");
@@ -350,7 +405,7 @@ impl Learner for BurnLearner {
             return;
         }
         let loss_sum: f64 = kept.iter().map(|&position| f64::from(measured.losses[position as usize])).sum();
-        let gradients = self.backward(batch, forward, blocks, &kept);
+        let gradients = self.backward(batch, forward, predicted, &kept);
         self.waiting = Some(match self.waiting.take() {
             None => Waiting { gradients, kept: kept.len(), loss_sum },
             Some(waiting) => Waiting {
@@ -413,10 +468,13 @@ fn fresh_moments(tensors: &[Tensor<2>], device: &Device) -> Vec<Moments> {
     tensors.iter().map(|tensor| Moments { mean: zeros(tensor), square: zeros(tensor) }).collect()
 }
 
-/// Copies a tensor's values to the host, row-major.
-pub(super) fn to_host(tensor: Tensor<2>) -> Vec<f32> {
-    match tensor.try_into_vec_as::<f32>() {
-        Ok(values) => values,
-        Err(error) => panic!("cannot read a tensor from the device: {error}"),
+/// Sum of a gradient's squares, and the gradient.
+fn sum_of_squares(gradient: Tensor<2>) -> (f64, Tensor<2>) {
+    if on_host(&gradient) {
+        let (shape, device) = (gradient.dims(), gradient.device());
+        let values = to_host(gradient);
+        return (kernels::sum_of_squares(&values), from_host(values, shape, &device));
     }
+    let square = to_host((gradient.clone() * gradient.clone()).sum().unsqueeze::<2>())[0];
+    (f64::from(square), gradient)
 }

@@ -4,23 +4,26 @@
 //! - [`weights`]: every weight under its Hugging Face name, and its seeded start;
 //! - [`checkpoint`]: those weights in safetensors files;
 //! - `layers`: the decoder's operations, each with its gradient; `decoder`: the body made of them;
-//! - `head`: the LM head, its losses and its gradient, in blocks of rows;
+//! - [`device`]: where a model computes, and in which precision;
+//! - `kernels`: what the CPU does in one pass over slices where tensor operations take several;
+//! - `head`: the LM head, its losses and its gradient, in blocks of the vocabulary;
 //! - [`learner`]: all of it behind [`Learner`](crate::learner::Learner).
 //!
-//! The body's gradient is written out next to each operation instead of being recorded by Burn's autodiff: under
-//! autodiff attention is unfused, and its passes over `[rows, heads, len, len]` run on one core. Written out, and
-//! in groups of rows side by side (see `parallel`), the body's forward and backward took 0.6 of autodiff's time
-//! on two cores (16 x 256 tokens, hidden 128 and 256).
+//! The body's gradient is written out next to each operation instead of being recorded by Burn's autodiff, which keeps what
+//! no gradient needs and knows no operation of `kernels`. Groups of rows run side by side (see `parallel`).
 
 pub mod checkpoint;
 pub mod config;
 pub(crate) mod decoder;
+pub mod device;
 mod head;
-mod layers;
+pub(crate) mod kernels;
+pub(crate) mod layers;
 pub mod learner;
 mod parallel;
 pub mod weights;
 
 pub use config::ModelConfig;
+pub use device::{DeviceName, Precision};
 pub use learner::BurnLearner;
 pub use weights::NamedTensor;

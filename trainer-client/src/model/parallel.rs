@@ -5,20 +5,31 @@
 //! the caches.
 
 use std::num::NonZero;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::thread;
 
 use burn::tensor::Device;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// Number of pieces of work to run side by side on a device: the host's cores, or 1 on an accelerator.
 pub(super) fn workers(device: &Device) -> usize {
     if *device == Device::flex() { thread::available_parallelism().map_or(1, NonZero::get) } else { 1 }
 }
 
+/// A pool of one thread for each core. Within one, Burn does not cut its operations into parts for all cores, which would
+/// wait for one another where every core has work of its own; and memory that a thread frees is there for its next piece.
+fn pools() -> &'static [ThreadPool] {
+    static POOLS: OnceLock<Vec<ThreadPool>> = OnceLock::new();
+    POOLS.get_or_init(|| {
+        let cores = thread::available_parallelism().map_or(1, NonZero::get);
+        (0..cores).filter_map(|_| ThreadPoolBuilder::new().num_threads(1).build().ok()).collect()
+    })
+}
+
 /// Applies `work` to every item on `workers` threads. Results come in the order of the items and do not depend
 /// on which thread ran what.
 pub(super) fn map<T: Send, R: Send>(workers: usize, items: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
-    if workers <= 1 || items.len() <= 1 {
+    if workers <= 1 || items.len() <= 1 || pools().is_empty() {
         return items.into_iter().map(work).collect();
     }
     let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
@@ -34,10 +45,9 @@ pub(super) fn map<T: Send, R: Send>(workers: usize, items: Vec<T>, work: impl Fn
     };
     // A panic in a thread is raised again here when the scope ends.
     thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(run);
+        for pool in pools().iter().take(threads) {
+            scope.spawn(|| pool.install(run));
         }
-        run();
     });
     drop(queue);
     results.into_iter().flatten().collect()

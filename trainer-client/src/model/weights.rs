@@ -87,6 +87,11 @@ impl<T> Layer<T> {
         Self { input_norm, query, key, value, output, mlp_norm, gate, up, down }
     }
 
+    /// Changes every weight.
+    pub fn map(self, change: impl Fn(T) -> T) -> Self {
+        Self::from_array(self.into_array().map(change))
+    }
+
     /// Combines two layers weight by weight.
     pub fn zip_with(self, other: Self, combine: impl Fn(T, T) -> T) -> Self {
         let mut others = other.into_array().into_iter();
@@ -127,6 +132,16 @@ impl<T> Weights<T> {
         values.push(self.norm);
         values.extend(self.head);
         values
+    }
+
+    /// Changes every value.
+    pub fn map(self, change: impl Fn(T) -> T) -> Self {
+        Self {
+            embedding: change(self.embedding),
+            layers: self.layers.into_iter().map(|layer| layer.map(&change)).collect(),
+            norm: change(self.norm),
+            head: self.head.map(&change),
+        }
     }
 
     /// Combines the values of two decoders of one shape, weight by weight.
@@ -229,7 +244,7 @@ pub(crate) fn download(config: &ModelConfig, tensors: Vec<Tensor<2>>) -> Vec<Nam
         .map(|(Spec { name, shape }, tensor)| NamedTensor {
             name,
             shape,
-            values: super::learner::to_host(tensor),
+            values: super::layers::to_host(tensor),
         })
         .collect()
 }

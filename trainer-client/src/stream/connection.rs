@@ -46,8 +46,10 @@ impl Broker {
     /// Brokers at `servers` (`host:port,...`), with further librdkafka settings, of which `NAME.from_file` reads the
     /// value of `NAME` from a file.
     pub fn new(servers: String, properties: Vec<(String, String)>) -> Result<Self, StreamError> {
-        let properties: Vec<_> =
-            sluice_kafka::resolve(&properties.into_iter().collect())?.into_iter().collect();
+        let properties: Vec<_> = sluice_kafka::resolve(&properties.into_iter().collect())
+            .map_err(StreamError::PropertyFile)?
+            .into_iter()
+            .collect();
         if let Some((key, _)) = properties.iter().find(|(key, _)| PROPERTIES_OWNED.contains(&key.as_str())) {
             return Err(StreamError::OwnedProperty(key.clone()));
         }

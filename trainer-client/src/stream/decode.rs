@@ -54,6 +54,9 @@ impl std::fmt::Display for TopicKind {
     }
 }
 
+/// How reference models saw their documents, by fingerprint.
+pub type Contexts = BTreeMap<Fingerprint, ContextPolicy>;
+
 /// Decodes records and holds them against the run's tokenizer and reference model.
 #[derive(Clone, Debug)]
 pub struct Decoder {
@@ -65,7 +68,7 @@ pub struct Decoder {
     /// Shared by the decoders of all ranks.
     reference_model: Arc<OnceLock<Fingerprint>>,
     /// Shared as well: how each reference model has seen its documents so far.
-    contexts: Arc<Mutex<BTreeMap<Fingerprint, ContextPolicy>>>,
+    contexts: Arc<Mutex<Contexts>>,
 }
 
 impl Decoder {
@@ -101,6 +104,17 @@ impl Decoder {
     pub fn after(self, reference_model: Option<Fingerprint>) -> Self {
         let reference_model = reference_model.map(OnceLock::from).unwrap_or_default();
         Self { reference_model: Arc::new(reference_model), ..self }
+    }
+
+    /// The same decoder, which has seen reference models score in these contexts already.
+    #[must_use]
+    pub fn with_contexts(self, contexts: Contexts) -> Self {
+        Self { contexts: Arc::new(Mutex::new(contexts)), ..self }
+    }
+
+    /// How each reference model has seen its documents so far, of this decoder and its clones.
+    pub fn contexts(&self) -> Contexts {
+        self.contexts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The reference model of the first scored record, of this decoder and its clones.

@@ -26,7 +26,7 @@ pub enum StreamError {
     },
     /// A setting whose value should come from a file and does not.
     #[error("--property: {0}")]
-    PropertyFile(#[from] sluice_kafka::PropertyError),
+    PropertyFile(sluice_kafka::PropertyError),
     /// The client refused its settings; the words are librdkafka's and hold no property's value.
     #[error("librdkafka refused its settings: {0}; check the --property flags")]
     Settings(String),

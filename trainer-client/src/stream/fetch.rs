@@ -19,7 +19,7 @@ use sluice_schemas::names;
 
 use super::DocumentStream;
 use super::connection::{Broker, Listener, is_unknown_topic};
-use super::decode::{Decoder, TopicKind};
+use super::decode::{Contexts, Decoder, TopicKind};
 use super::error::{Origin, StreamError};
 use super::place::{PartitionPosition, Position, Shard, starting_position};
 use super::rotation::{Range, Record, Rotation, Turn};
@@ -69,6 +69,8 @@ pub struct KafkaStream {
     reader: Option<JoinHandle<()>>,
     position: Position,
     reference_model: Option<Fingerprint>,
+    /// Shares what it has seen with the reader's.
+    decoder: Decoder,
 }
 
 impl KafkaStream {
@@ -122,7 +124,7 @@ impl KafkaStream {
             broker,
             topic: topic.to_owned(),
             consumer,
-            decoder,
+            decoder: decoder.clone(),
             sender,
             queued_tokens: Arc::clone(&queued_tokens),
             closed: Arc::clone(&closed),
@@ -141,6 +143,7 @@ impl KafkaStream {
             reader: Some(thread),
             position,
             reference_model: None,
+            decoder,
         })
     }
 }
@@ -190,6 +193,10 @@ impl DocumentStream for KafkaStream {
 
     fn parts(&self) -> usize {
         self.position.partitions.len()
+    }
+
+    fn contexts(&self) -> Contexts {
+        self.decoder.contexts()
     }
 
     fn reference_model(&self) -> Option<Fingerprint> {

@@ -12,7 +12,7 @@ mod throttle;
 use sluice_schemas::fingerprint::Fingerprint;
 
 pub use connection::{Broker, PROPERTIES_OWNED};
-pub use decode::{Decoder, TopicKind};
+pub use decode::{Contexts, Decoder, TopicKind};
 pub use error::{Origin, StreamError};
 pub use fetch::{Extent, KafkaStream};
 pub use memory::ShuffledDocuments;
@@ -31,6 +31,12 @@ pub trait DocumentStream {
     /// Parts that documents come from in turn; a document of each shows whether all of them fit the run.
     fn parts(&self) -> usize {
         1
+    }
+
+    /// How each reference model saw the documents read so far; a checkpoint carries it, so that a run that goes on still
+    /// knows a record whose losses are not to be compared with the others'.
+    fn contexts(&self) -> Contexts {
+        Contexts::new()
     }
 
     /// Fingerprint of the model that made the reference losses, once a document has shown it.

@@ -6,6 +6,7 @@
 )]
 
 pub mod bigram;
+pub mod model;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,134 @@
+//! Where a model computes, and in which precision.
+
+use std::fmt;
+use std::str::FromStr;
+
+use burn::tensor::{Device, FloatDType};
+use serde::{Deserialize, Serialize};
+
+/// A device by the name that people give it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceName {
+    /// This machine's processor.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU, by its number.
+    Cuda(usize),
+}
+
+/// Why a device cannot be had.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum DeviceError {
+    /// The program was built without it.
+    #[error("this build knows no CUDA: build sluice-train with --features cuda, or give --device cpu")]
+    NotBuilt,
+    /// The device did not answer.
+    #[error(
+        "{0} cannot be used: {1}; check the NVIDIA driver (libcuda.so.1) and NVRTC (libnvrtc.so), or give --device cpu"
+    )]
+    Unusable(DeviceName, String),
+}
+
+/// What the products of matrices are computed in. Weights, sums of gradients, the optimizer, norms and softmaxes are f32 in
+/// any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Single precision
+    #[default]
+    F32,
+    /// bfloat16: for a GPU; the CPU only emulates it
+    Bf16,
+}
+
+impl Precision {
+    /// Burn's name for it.
+    pub(super) fn dtype(self) -> FloatDType {
+        match self {
+            Self::F32 => FloatDType::F32,
+            Self::Bf16 => FloatDType::BF16,
+        }
+    }
+}
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "cpu" {
+            return Ok(Self::Cpu);
+        }
+        let number = text.strip_prefix("cuda").and_then(|rest| match rest.strip_prefix(':') {
+            Some(number) => number.parse().ok(),
+            None => rest.is_empty().then_some(0),
+        });
+        number.map(Self::Cuda).ok_or_else(|| "must be cpu, cuda or cuda:N".to_owned())
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl DeviceName {
+    /// The device, after a computation on it has come back. Burn aborts the process where there is no driver, so a process
+    /// of its own tries first: `probe` is this program's command for that, without the device.
+    pub fn open(self, probe: &mut std::process::Command) -> Result<Device, DeviceError> {
+        match self {
+            Self::Cpu => Ok(Device::flex()),
+            Self::Cuda(_) if cfg!(not(feature = "cuda")) => Err(DeviceError::NotBuilt),
+            Self::Cuda(_) => {
+                let unusable = |why: String| DeviceError::Unusable(self, why);
+                let tried =
+                    probe.arg(self.to_string()).output().map_err(|error| unusable(error.to_string()))?;
+                if tried.status.success() {
+                    return Ok(self.unchecked());
+                }
+                let said = String::from_utf8_lossy(&tried.stderr).into_owned();
+                let said =
+                    said.lines().map(str::trim).find(|line| line.contains("Unable") || line.contains("rror"));
+                Err(unusable(said.unwrap_or("no driver answered").chars().take(160).collect()))
+            }
+        }
+    }
+
+    /// Computes something on the device; aborts where it cannot be used.
+    pub fn probe(self) {
+        let two = burn::tensor::Tensor::<1>::ones([2], &self.unchecked()).sum();
+        assert!(super::layers::to_host(two) == [2.0], "the device computes something else");
+    }
+
+    #[cfg(feature = "cuda")]
+    fn unchecked(self) -> Device {
+        match self {
+            Self::Cpu => Device::flex(),
+            Self::Cuda(number) => Device::cuda(number),
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn unchecked(self) -> Device {
+        Device::flex()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for name in ["cpu", "cuda:0", "cuda:3"] {
+            assert_eq!(name.parse::<DeviceName>().map(|device| device.to_string()), Ok(name.to_owned()));
+        }
+        assert_eq!("cuda".parse(), Ok(DeviceName::Cuda(0)));
+        for wrong in ["gpu", "cuda:", "cuda:x", "cuda0", ""] {
+            assert!(wrong.parse::<DeviceName>().is_err(), "{wrong}");
+        }
+    }
+}
