@@ -94,8 +94,11 @@ fn split(run: &RecordedRun) -> (Vec<StepMetric>, Vec<EvalMetric>) {
     for metric in run.metrics.clone() {
         match metric {
             // Wall time is the one thing that may differ between two runs.
-            Metric::Step(step) => lines.0.push(StepMetric { seconds: 0.0, data_wait_seconds: 0.0, ..step }),
+            Metric::Step(step) => {
+                lines.0.push(StepMetric { seconds: 0.0, data_wait_seconds: 0.0, cpu_seconds: 0.0, ..step });
+            }
             Metric::Eval(eval) => lines.1.push(eval),
+            Metric::Scores(_) => {}
         }
     }
     lines

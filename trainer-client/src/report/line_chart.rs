@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::html::{count, escape};
+use super::html::{PALETTE, count, escape};
 
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 340.0;
@@ -14,7 +14,7 @@ const BOTTOM: f64 = 46.0;
 const LABEL_DISTANCE: f64 = 16.0;
 
 /// One line of a chart.
-pub(super) struct Series {
+pub(crate) struct Series {
     pub label: String,
     /// Index into the palette; also decides the dashes, so that colour is not alone in telling lines apart.
     pub style: usize,
@@ -23,7 +23,7 @@ pub(super) struct Series {
 }
 
 /// A chart of a few lines.
-pub(super) struct LineChart<'a> {
+pub(crate) struct LineChart<'a> {
     /// What the chart shows, for those who cannot see it.
     pub title: &'a str,
     pub x_label: &'a str,
@@ -31,7 +31,23 @@ pub(super) struct LineChart<'a> {
     pub series: Vec<Series>,
     /// Marks each point, for curves of a few measurements.
     pub has_markers: bool,
+    /// How much of the curves is shown.
+    pub frame: Frame,
+    /// Decimals of the last value, which stands beside its line's label; none without.
+    pub label_decimals: Option<usize>,
 }
+
+/// How much of the curves a chart shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Frame {
+    /// Every point.
+    Whole,
+    /// The height of the last three quarters of them: the first fall so steeply that they would flatten the rest.
+    Settled,
+}
+
+/// Colours and lines of a chart that stands alone.
+const STANDALONE_STYLE: &str = include_str!("standalone.css");
 
 /// Maps values to places in the drawing.
 struct Scale {
@@ -68,13 +84,30 @@ impl LineChart<'_> {
         Some((svg, is_cut))
     }
 
-    /// A frame around the points. The first quarter of each curve falls so steeply that it would flatten all the
-    /// rest, so the height of the frame is that of the rest.
+    /// The chart as a file of its own, on white; `None` without a point.
+    pub fn standalone(&self) -> Option<String> {
+        let (svg, _) = self.svg("frame")?;
+        let open = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{}\" height=\"{}\" ",
+            2.0 * WIDTH,
+            2.0 * HEIGHT
+        );
+        let (tag, rest) = svg.split_once('>')?;
+        let tag = tag.replacen("<svg ", &open, 1);
+        Some(format!(
+            "{tag}>\n<style>\n{STANDALONE_STYLE}</style>\n<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>{rest}"
+        ))
+    }
+
+    /// A frame around the points.
     fn scale(&self) -> Option<(Scale, bool)> {
         let points = || self.series.iter().flat_map(|series| &series.points);
         let x_max = points().map(|point| point.0).max_by(f64::total_cmp)?;
         let x_min = points().map(|point| point.0).min_by(f64::total_cmp)?;
-        let settled = x_min + (x_max - x_min) / 4.0;
+        let settled = match self.frame {
+            Frame::Whole => x_min,
+            Frame::Settled => x_min + (x_max - x_min) / 4.0,
+        };
         let low = points().map(|point| point.1).min_by(f64::total_cmp)?;
         let high = points().filter(|point| point.0 >= settled).map(|point| point.1).max_by(f64::total_cmp)?;
         let highest = points().map(|point| point.1).max_by(f64::total_cmp)?;
@@ -136,14 +169,14 @@ impl LineChart<'_> {
             writeln!(
                 svg,
                 "<polyline class=\"line series-{}\" points=\"{}\"/>",
-                series.style % 6,
+                series.style % PALETTE,
                 places.join(" ")
             )?;
             for &(x, y) in series.points.iter().filter(|_| self.has_markers) {
                 writeln!(
                     svg,
                     "<circle class=\"marker series-{}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\"><title>{}: {y:.3} at {}</title></circle>",
-                    series.style % 6,
+                    series.style % PALETTE,
                     scale.x(x),
                     scale.y(y),
                     escape(&series.label),
@@ -174,10 +207,11 @@ impl LineChart<'_> {
             highest = label.1;
         }
         for (x, y, series, value) in labels {
+            let value = self.label_decimals.map_or(String::new(), |decimals| format!("{value:.decimals$}"));
             writeln!(
                 svg,
-                "<text class=\"label series-{}\" x=\"{:.1}\" y=\"{:.1}\">{} <tspan class=\"value\">{value:.3}</tspan></text>",
-                series.style % 6,
+                "<text class=\"label series-{}\" x=\"{:.1}\" y=\"{:.1}\">{} <tspan class=\"value\">{value}</tspan></text>",
+                series.style % PALETTE,
                 x + 8.0,
                 y + 4.0,
                 escape(&shortened(&series.label))
