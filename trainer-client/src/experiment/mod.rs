@@ -129,7 +129,11 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
         let students = plan.students().into_iter().filter(|student| student.group == *group);
         let runs: Vec<RecordedRun> = students
             .filter(|student| student.seed == plan.seeds[0])
-            .map(|student| RecordedRun::read(&options.out.join(student.folder())))
+            .map(|student| {
+                let run = RecordedRun::read(&options.out.join(student.folder()))?;
+                // All of one seed, which the title names.
+                Ok(RecordedRun { name: student.kind.name(), ..run })
+            })
             .collect::<anyhow::Result<_>>()?;
         let name = format!("{}-{}", group.setting.name(), group.size.name);
         let page = report::page(&format!("Experiment 1: {name}, seed {}", plan.seeds[0]), &runs);

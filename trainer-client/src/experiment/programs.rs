@@ -70,7 +70,7 @@ impl Programs {
     }
 
     fn run(&self, command: &mut Command) -> anyhow::Result<()> {
-        let mut child = Running::start(command.stdin(Stdio::null()).stdout(Stdio::inherit()))?;
+        let mut child = Running::start(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
         loop {
             let ended = child.0.try_wait().context("cannot wait for a program")?;
             // A run that was interrupted ends well, but it is not done.

@@ -27,6 +27,8 @@ const GSM8K_PROBLEMS: usize = 40;
 const CHECKPOINT_EVERY: u64 = 100;
 /// Name of the first evaluation set, which decides.
 pub(super) const TARGET: &str = "math";
+/// Tokens between the starts of two windows of a long document: a quarter of a window is read twice, as context.
+const STRIDE: usize = SEQUENCE_LENGTH / 4 * 3;
 const CURATED_TOPIC: &str = "curated";
 const GENERAL_TOPIC: &str = "general";
 
@@ -271,6 +273,8 @@ impl<'a> Stages<'a> {
         ]));
         // The broker in memory has no transactions; nothing is killed between here and the last document.
         arguments.extend(words(["--kafka-group-id", &group, "--kafka-delivery", "at-least-once"]));
+        arguments.extend(words(["--score-window-tokens", &SEQUENCE_LENGTH.to_string()]));
+        arguments.extend(words(["--score-stride-tokens", &STRIDE.to_string()]));
         arguments.extend(["--model-path".into(), self.out.join(model_folder(setting)).into()]);
         let started = Instant::now();
         let mut server = self.programs.serve(&arguments, &library, &self.out.join("sluiced.log"))?;

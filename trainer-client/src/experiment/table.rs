@@ -39,6 +39,7 @@ fn write_page(page: &mut String, results: &Results) -> std::fmt::Result {
     for group in &results.groups {
         write_group(page, group, &results.settings[group.setting.name()])?;
     }
+    writeln!(page, "\n## Shares\n\n![Tokens to plain's final loss over the share kept](tokens-over-k.svg)")?;
     writeln!(page, "\n## Before the students\n")?;
     writeln!(page, "| setting | what | tokens | TFLOP | wall s | CPU s | loss on held-out mathematics |")?;
     writeln!(page, "|---|---|---|---|---|---|---|")?;

@@ -7,9 +7,11 @@ use super::html::{PALETTE, count, escape};
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 340.0;
 const LEFT: f64 = 52.0;
-const RIGHT: f64 = 128.0;
+const RIGHT: f64 = 168.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 46.0;
+/// Half a marker, which may stand out of the frame to the left and right.
+const MARKER: f64 = 4.0;
 /// Least distance between two labels' base lines.
 const LABEL_DISTANCE: f64 = 16.0;
 
@@ -71,9 +73,10 @@ impl LineChart<'_> {
         let (scale, is_cut) = self.scale()?;
         let mut svg = format!(
             "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">\n<defs><clipPath id=\"{id}\">\
-             <rect x=\"{LEFT}\" y=\"{TOP}\" width=\"{}\" height=\"{}\"/></clipPath></defs>\n",
+             <rect x=\"{}\" y=\"{TOP}\" width=\"{}\" height=\"{}\"/></clipPath></defs>\n",
             escape(self.title),
-            WIDTH - LEFT - RIGHT + 4.0,
+            LEFT - MARKER,
+            WIDTH - LEFT - RIGHT + 2.0 * MARKER,
             HEIGHT - TOP - BOTTOM,
         );
         // Writing to a string cannot fail, and what it returns holds nothing to act on.
@@ -119,9 +122,9 @@ impl LineChart<'_> {
 
     fn axes(&self, svg: &mut String, scale: &Scale) -> std::fmt::Result {
         let (right, bottom) = (WIDTH - RIGHT, HEIGHT - BOTTOM);
-        let (ticks, step) = ticks(scale.y, 6);
+        let (marks, step) = ticks(scale.y, 6);
         let decimals = decimals(step);
-        for tick in ticks {
+        for tick in marks {
             let y = scale.y(tick);
             writeln!(svg, "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>")?;
             let x = LEFT - 8.0;
@@ -131,7 +134,8 @@ impl LineChart<'_> {
                 y + 4.0
             )?;
         }
-        for tick in ticks_of(scale.x, 6) {
+        let (marks, step) = ticks(scale.x, 6);
+        for tick in marks {
             let x = scale.x(tick);
             writeln!(
                 svg,
@@ -142,7 +146,7 @@ impl LineChart<'_> {
                 svg,
                 "<text class=\"tick\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{}\">{}</text>",
                 bottom + 18.0,
-                count(tick)
+                short(tick, step)
             )?;
         }
         writeln!(svg, "<line class=\"axis\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{bottom}\" y2=\"{bottom}\"/>")?;
@@ -214,7 +218,7 @@ impl LineChart<'_> {
                 series.style % PALETTE,
                 x + 8.0,
                 y + 4.0,
-                escape(&shortened(&series.label))
+                escape(&shortened(&series.label, self.label_decimals.is_some()))
             )?;
         }
         Ok(())
@@ -222,16 +226,12 @@ impl LineChart<'_> {
 }
 
 /// As much of a label as the margin holds.
-fn shortened(label: &str) -> String {
-    const LABEL_CHARACTERS_MAX: usize = 12;
-    if label.chars().count() <= LABEL_CHARACTERS_MAX {
+fn shortened(label: &str, has_value: bool) -> String {
+    let characters_max = if has_value { 12 } else { 17 };
+    if label.chars().count() <= characters_max {
         return label.to_owned();
     }
-    label.chars().take(LABEL_CHARACTERS_MAX - 1).chain(['…']).collect()
-}
-
-fn ticks_of(range: (f64, f64), most: u32) -> Vec<f64> {
-    ticks(range, most).0
+    label.chars().take(characters_max - 1).chain(['…']).collect()
 }
 
 /// Round numbers within a range, at most `most + 1`, and the distance between them: 1, 2 or 5 times a power of ten.
@@ -246,6 +246,17 @@ fn ticks(range: (f64, f64), most: u32) -> (Vec<f64>, f64) {
     (ticks.take_while(|&tick| tick <= range.1 + step * 1e-9).collect(), step)
 }
 
+/// The number at a tick: with as many decimals as tell it from its neighbours, or shortened.
+fn short(tick: f64, step: f64) -> String {
+    if step >= 1.0 {
+        return count(tick);
+    }
+    let decimals = decimals(step);
+    // Rounding leaves minus signs before zeros.
+    let tick = if tick.abs() < step / 2.0 { 0.0 } else { tick };
+    format!("{tick:.decimals$}")
+}
+
 /// Decimals that tell ticks of this distance apart.
 fn decimals(step: f64) -> usize {
     (-step.log10().floor()).max(0.0) as usize
@@ -253,7 +264,7 @@ fn decimals(step: f64) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{decimals, ticks};
+    use super::{decimals, short, ticks};
 
     #[test]
     fn ticks_are_round_numbers_within_the_range() {
@@ -263,5 +274,12 @@ mod tests {
         assert_eq!(found, ["3.0", "3.1", "3.2", "3.3", "3.4"]);
         assert_eq!(decimals(0.05), 2);
         assert_eq!(decimals(50.0), 0);
+    }
+
+    #[test]
+    fn numbers_at_ticks_are_told_apart() {
+        let shown: Vec<String> = [-0.5, -1e-17, 0.5].map(|tick| short(tick, 0.5)).into();
+        assert_eq!(shown, ["-0.5", "0.0", "0.5"]);
+        assert_eq!([short(20_000.0, 5000.0), short(-4.0, 2.0)], ["20k", "-4"]);
     }
 }
