@@ -44,8 +44,10 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
         assert!(Instant::now() < deadline && first.try_wait().unwrap().is_none(), "no student is done");
         std::thread::sleep(Duration::from_millis(50));
     }
-    first.kill().unwrap();
-    first.wait().unwrap();
+    // Killed outright it would leave the student that is in training to finish by itself.
+    let terminate = Command::new("kill").args(["-TERM", &first.id().to_string()]).status().unwrap();
+    assert!(terminate.success());
+    assert_eq!(first.wait().unwrap().code(), Some(0));
     let before = marks(&out);
 
     let output = experiment(&out).output().unwrap();
