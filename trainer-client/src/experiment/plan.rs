@@ -202,7 +202,7 @@ impl Plan {
             groups: vec![
                 group(Setting::Continual, SMALL, &sweep(&[0.8, 0.4, 0.3, 0.1]), 200, 20),
                 group(Setting::Scratch, SMALL, &sweep(&[0.8, 0.4, 0.3]), 320, 32),
-                group(Setting::Scratch, LARGE, &sweep(&[0.3]), 140, 20),
+                group(Setting::Scratch, LARGE, &sweep(&[0.3]), 140, 28),
             ],
             is_quick: false,
         }

@@ -22,7 +22,7 @@ use crate::run_folder::RecordedRun;
 use crate::text::TextTokenizer;
 
 /// Problems of GSM8K to evaluate on.
-const GSM8K_PROBLEMS: usize = 40;
+const GSM8K_PROBLEMS: usize = 20;
 /// Steps between checkpoints: what an interruption costs at most.
 const CHECKPOINT_EVERY: u64 = 100;
 /// Name of the first evaluation set, which decides.
