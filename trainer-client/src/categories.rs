@@ -76,7 +76,8 @@ pub fn categories(checkpoints: &[&[f32]]) -> Vec<Category> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Category, categories};
+    use super::Category::{HighHigh, HighLow, LowHigh, LowLow};
+    use super::categories;
 
     #[test]
     fn agrees_with_slopes_worked_out_by_hand() {
@@ -92,7 +93,6 @@ mod tests {
             &[2.4, 1.1, 3.9, 0.5, 2.1],
             &[1.9, 1.6, 4.0, 0.45, 2.15],
         ];
-        use Category::{HighHigh, HighLow, LowHigh, LowLow};
         assert_eq!(categories(&checkpoints), [HighLow, LowHigh, HighHigh, LowLow, LowHigh]);
     }
 

@@ -1,6 +1,6 @@
 //! Floating point operations of training and scoring, from the shapes alone.
 //!
-//! PaLM (arXiv 2204.02311), appendix B: a token costs 6 N for the matrix products, forward and backward, and 12 L H Q T for
+//! `PaLM` (arXiv 2204.02311), appendix B: a token costs 6 N for the matrix products, forward and backward, and 12 L H Q T for
 //! attention over T positions, where H Q is the width; a third of both is the forward pass. Here N leaves out the embedding,
 //! which is looked up, and the head is counted apart from the body: its backward pass is done for kept tokens alone.
 

@@ -17,7 +17,7 @@ use crate::failure::Classify;
 /// How often a program that runs is looked at.
 const POLL: Duration = Duration::from_millis(100);
 /// Longest time in which a daemon says its address.
-const START_MAX: Duration = Duration::from_secs(60);
+const START_MAX: Duration = Duration::from_mins(1);
 
 /// Where the programs are.
 #[derive(Clone, Debug)]
@@ -122,9 +122,9 @@ impl Programs {
         while started.elapsed() < START_MAX {
             self.check()?;
             let text = std::fs::read_to_string(log).unwrap_or_default();
-            let lines = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-            if let Some(address) = lines.filter_map(|line| Some(line["address"].as_str()?.to_owned())).next()
-            {
+            let mut lines =
+                text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+            if let Some(address) = lines.find_map(|line| Some(line["address"].as_str()?.to_owned())) {
                 server.address = address;
                 return Ok(server);
             }

@@ -168,7 +168,7 @@ impl<'a> Stages<'a> {
                         ("--schedule", "constant"),
                     ],
                 )?;
-                let init = words(["--init"]).into_iter().chain([self.base_checkpoint()?.into()]).collect();
+                let init = ["--init".into(), self.base_checkpoint()?.into()];
                 self.train_reference(
                     &folder,
                     CURATED_TOPIC,
@@ -191,7 +191,7 @@ impl<'a> Stages<'a> {
         &mut self,
         folder: &Path,
         topic: &str,
-        model: &Vec<OsString>,
+        model: &[OsString],
         flags: &[(&str, &str)],
     ) -> Result<()> {
         if self.is_done(folder) {
@@ -309,8 +309,9 @@ impl<'a> Stages<'a> {
     /// Publishes a file of documents, and counts them.
     fn ingest(&mut self, topic: &str, file: &str) -> Result<u64> {
         let path = self.text().join(file);
-        let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let count = text.iter().filter(|&&byte| byte == b'\n').count() as u64;
+        let text =
+            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let count = text.lines().count() as u64;
         if !self.filled.contains(topic) {
             let servers = self.servers()?;
             let mut arguments =
