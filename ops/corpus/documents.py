@@ -26,9 +26,6 @@ SOURCES = [
     Source("sqlalchemy", prose.docstrings("sqlalchemy"), 0.10, 3.3),
 ]
 MATHEMATICS_CHARACTERS_PER_TOKEN = 2.9
-# Of the mix, in tokens; the rest is the noise inside the mathematics.
-MATHEMATICS_SHARE = 0.20
-PROSE_SHARE = 0.76
 
 DOCUMENT_CHARACTERS_MIN = 350
 DOCUMENT_CHARACTERS_TYPICAL = (450, 2_000)
@@ -38,13 +35,29 @@ LONG_SHARE = 0.03
 PROSE_POOL_DOCUMENTS = 2_500
 # Of the groups (articles, services, modules) of a prose source, one in so many is kept for evaluation.
 HELD_OUT_ONE_IN = 6
-NOISY_MATHEMATICS_SHARE = 1 / 3
+
+
+class Mix(NamedTuple):
+    name: str
+    # Of the mix, in tokens; the rest is the noise inside the mathematics.
+    mathematics_share: float
+    prose_share: float
+    # Of the documents of mathematics, those with noise inside.
+    noisy_share: float
+
+
+MIXED = Mix("mixed", 0.20, 0.76, 1 / 3)
+# Mathematics is rarer, and none of it is clean: nearer to what a model is trained on further in Rho-1.
+NOISY = Mix("noisy", 0.05, 0.925, 1.0)
 
 
 class Document(NamedTuple):
     id: str
     text: str
     source: str
+
+
+Streams = dict[Source, Iterator[str]]
 
 
 def target_length(random: Random) -> int:
@@ -106,26 +119,43 @@ def curated(wheels: Path, tokens: int) -> Iterator[Document]:
         yield Document(f"curated-{index:06}", text, "gsm_symbolic")
 
 
-def mixed(wheels: Path, tokens: int) -> list[Document]:
-    """One part of mathematics to four of prose, and some of the prose put inside some of the mathematics."""
+def mixed(wheels: Path, tokens: int, mix: Mix = MIXED, streams: "Streams | None" = None) -> list[Document]:
+    """Mathematics and prose, and some of the prose put inside some of the mathematics."""
     random = Random("noise")
-    prose_streams = {source: prose_texts(source, wheels, held_out=False) for source in SOURCES}
-    problems = mathematics.Problems(wheels, mathematics.TRAINING, "mixed")
-    texts = up_to(mathematics_texts(problems, "mixed"), MATHEMATICS_SHARE * tokens * MATHEMATICS_CHARACTERS_PER_TOKEN)
+    streams = streams or prose_streams(wheels)
+    problems = mathematics.Problems(wheels, mathematics.TRAINING, mix.name)
+    characters = mix.mathematics_share * tokens * MATHEMATICS_CHARACTERS_PER_TOKEN
+    texts = up_to(mathematics_texts(problems, mix.name), characters)
 
     documents = []
     for index, text in enumerate(texts):
         label = "gsm_symbolic"
-        if random.random() < NOISY_MATHEMATICS_SHARE:
+        if random.random() < mix.noisy_share:
             source = random.choice(SOURCES)
-            text = with_noise(text, next(prose_streams[source]), random)
+            text = with_noise(text, next(streams[source]), random)
             label = f"gsm_symbolic+{source.name}"
-        documents.append(Document(f"mixed-mathematics-{index:06}", text, label))
-    for source, stream in prose_streams.items():
-        characters = PROSE_SHARE * tokens * source.share * source.characters_per_token
+        documents.append(Document(f"{mix.name}-mathematics-{index:06}", text, label))
+    return in_one_order([*documents, *prose_documents(streams, mix.name, mix.prose_share * tokens)])
+
+
+def general(streams: Streams, tokens: int) -> list[Document]:
+    """Prose alone; what it takes of the streams is not taken again."""
+    return in_one_order(prose_documents(streams, "general", tokens))
+
+
+def prose_streams(wheels: Path) -> Streams:
+    return {source: prose_texts(source, wheels, held_out=False) for source in SOURCES}
+
+
+def prose_documents(streams: Streams, name: str, tokens: float) -> Iterator[Document]:
+    for source, stream in streams.items():
+        characters = tokens * source.share * source.characters_per_token
         for index, text in enumerate(up_to(stream, characters)):
-            documents.append(Document(f"mixed-{source.name}-{index:06}", text, source.name))
-    # An order that no run, Python or size of the corpus changes.
+            yield Document(f"{name}-{source.name}-{index:06}", text, source.name)
+
+
+def in_one_order(documents: Iterable[Document]) -> list[Document]:
+    """An order that no run, Python or size of the corpus changes."""
     return sorted(documents, key=lambda document: prose.stable_hash(document.id))
 
 
@@ -141,6 +171,14 @@ def held_out_mathematics(wheels: Path, count: int) -> Iterator[Document]:
     problems = mathematics.Problems(wheels, mathematics.HELD_OUT, "held out")
     for index, text in zip(range(count), mathematics_texts(problems, "held out")):
         yield Document(f"eval-math-{index:06}", text, "gsm_symbolic")
+
+
+def held_out_answers(wheels: Path, count: int) -> Iterator[dict[str, str]]:
+    """Single problems of held-out templates, the answer apart from the question and the worked solution before it."""
+    problems = mathematics.Problems(wheels, mathematics.HELD_OUT, "held out answers")
+    for index in range(count):
+        solution, mark, answer = problems.next().rpartition("#### ")
+        yield {"id": f"eval-answers-{index:06}", "context": solution + mark.rstrip(), "text": " " + answer}
 
 
 def held_out_prose(wheels: Path, count: int) -> list[Document]:

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use sha2::{Digest, Sha256};
 
+use crate::histogram::ScoreHistogram;
 use crate::metrics::{SourceCount, StepMetric};
 use crate::pack::{PackedBatch, Piece};
 use crate::select::{Choice, Objective};
@@ -22,6 +23,7 @@ pub(crate) struct Books {
     threshold: Option<f32>,
     sources: BTreeMap<String, SourceCount>,
     digest: Sha256,
+    histogram: Option<ScoreHistogram>,
 }
 
 impl Books {
@@ -35,7 +37,13 @@ impl Books {
             threshold: None,
             sources: BTreeMap::new(),
             digest: Sha256::new(),
+            histogram: None,
         }
+    }
+
+    /// The same books, which also count how often which score occurs.
+    pub fn counting_scores(self) -> Self {
+        Self { histogram: Some(ScoreHistogram::default()), ..self }
     }
 
     /// Enters a micro-batch with its losses in nats and what was chosen of it, by the names of its sources.
@@ -50,6 +58,9 @@ impl Books {
                 continue;
             }
             let is_eligible = !score.is_nan();
+            if let Some(histogram) = &mut self.histogram {
+                histogram.add(score, is_kept);
+            }
             if is_kept { &mut self.selected } else { &mut self.unselected }.add(loss);
             self.scored += u64::from(is_eligible);
             if is_kept && self.has_threshold {
@@ -75,6 +86,11 @@ impl Books {
         self.scored > 0
     }
 
+    /// The counts of scores, where they were asked for.
+    pub fn take_scores(&mut self) -> Option<ScoreHistogram> {
+        self.histogram.take()
+    }
+
     /// What the books say of a step; the rest of the metric is 0.
     pub fn into_metric(self) -> StepMetric {
         let all = Mean {
@@ -97,6 +113,7 @@ impl Books {
             gradient_norm: 0.0,
             seconds: 0.0,
             data_wait_seconds: 0.0,
+            cpu_seconds: 0.0,
             sources: self.sources,
             digest: digest[..DIGEST_DIGITS].to_owned(),
         }

@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, NO_TARGET};
 use crate::document::Document;
 use crate::failure::Classify;
 use crate::learner::Learner;
-use crate::pack::{BatchShape, Packer};
+use crate::pack::{BatchShape, PackedBatch, Packer};
 use crate::text::TextTokenizer;
 
 /// `NAME=FILE` of a command line: a name for an evaluation set and its JSON Lines file.
@@ -44,9 +44,11 @@ pub struct EvalSet {
     pub name: String,
     /// Documents in the set.
     pub documents: u64,
-    /// Tokens that are predicted: all but each document's first.
+    /// Tokens that are predicted: all but each document's first, and its context.
     pub predictions: u64,
     batches: Vec<Batch>,
+    /// For each prediction the index of its document, where documents have contexts.
+    predicted: Option<Vec<usize>>,
 }
 
 /// The loss of one set.
@@ -58,11 +60,24 @@ pub struct EvalLoss {
     pub loss: f64,
     /// Tokens predicted.
     pub predictions: u64,
+    /// Share of documents whose every predicted token has a probability above one half; absent where documents have no
+    /// context.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sure: Option<f64>,
 }
 
 #[derive(Deserialize)]
 struct Line {
     text: String,
+    /// What stands before the text, to be read and not predicted.
+    #[serde(default)]
+    context: String,
+}
+
+/// Tokens of a document, and how many of the first of them are context.
+struct WithContext {
+    document: Document,
+    context: usize,
 }
 
 impl EvalSet {
@@ -77,12 +92,16 @@ impl EvalSet {
             if line.trim().is_empty() {
                 continue;
             }
-            let Line { text } = serde_json::from_str(&line)
+            let Line { text, context } = serde_json::from_str(&line)
                 .with_context(|| format!("{shown}, line {number} is not a JSON object with a \"text\" field"))
                 .or_data()?;
-            documents.push(Document::plain(format!("{number}"), file.name.clone(), tokenizer.encode(&text)?));
+            let mut tokens = tokenizer.encode(&context)?;
+            let context = tokens.len();
+            tokens.extend(tokenizer.encode(&text)?);
+            let document = Document::plain(documents.len().to_string(), file.name.clone(), tokens);
+            documents.push(WithContext { document, context });
         }
-        let set = Self::pack(&file.name, &documents, shape);
+        let set = Self::pack_with_contexts(&file.name, &documents, shape);
         if set.predictions == 0 {
             return Err(anyhow!("evaluation set {shown} holds no document of two tokens or more")).or_data();
         }
@@ -91,31 +110,89 @@ impl EvalSet {
 
     /// Packs tokenized documents.
     pub fn pack(name: &str, documents: &[Document], shape: BatchShape) -> Self {
+        let numbered = documents.iter().enumerate().map(|(index, document)| {
+            let document =
+                Document::plain(index.to_string(), document.source().to_owned(), document.tokens().to_vec());
+            WithContext { document, context: 0 }
+        });
+        Self::pack_with_contexts(name, &numbered.collect::<Vec<_>>(), shape)
+    }
+
+    /// Packs documents whose ids are their indices.
+    fn pack_with_contexts(name: &str, documents: &[WithContext], shape: BatchShape) -> Self {
         let mut packer = Packer::new(shape);
-        for document in documents {
+        for WithContext { document, .. } in documents {
             packer.push(document);
         }
-        let batches: Vec<Batch> = std::iter::from_fn(|| packer.flush()).map(|packed| packed.batch).collect();
-        let predictions = batches.iter().map(|batch| batch.predictions() as u64).sum();
-        Self { name: name.to_owned(), documents: documents.len() as u64, predictions, batches }
+        let has_contexts = documents.iter().any(|document| document.context > 0);
+        let mut predicted = Vec::new();
+        let mut batches = Vec::new();
+        while let Some(packed) = packer.flush() {
+            batches.push(without_contexts(packed, documents, &mut predicted));
+        }
+        let predictions = predicted.len() as u64;
+        let predicted = has_contexts.then_some(predicted);
+        Self { name: name.to_owned(), documents: documents.len() as u64, predictions, batches, predicted }
     }
 
     /// Mean loss over the set; `None` if `stop` was set before the last batch.
     pub fn loss(&self, learner: &dyn Learner, stop: &AtomicBool) -> Option<EvalLoss> {
-        let mut sum = 0.0;
+        Some(self.summary(&self.token_losses(learner, stop)?))
+    }
+
+    /// Loss in nats of each predicted token, in an order that does not change; `None` if `stop` was set before the last
+    /// batch.
+    pub fn token_losses(&self, learner: &dyn Learner, stop: &AtomicBool) -> Option<Vec<f32>> {
+        let mut all = Vec::with_capacity(self.predictions as usize);
         for batch in &self.batches {
             if stop.load(Ordering::Relaxed) {
                 return None;
             }
             let losses = learner.losses(batch);
-            sum += losses.iter().filter(|loss| !loss.is_nan()).map(|&loss| f64::from(loss)).sum::<f64>();
+            all.extend(losses.into_iter().filter(|loss| !loss.is_nan()));
         }
-        Some(EvalLoss {
+        Some(all)
+    }
+
+    /// What the losses of all predicted tokens come to.
+    pub fn summary(&self, losses: &[f32]) -> EvalLoss {
+        let sum: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
+        let sure = self.predicted.as_ref().map(|predicted| {
+            let mut is_sure = vec![true; self.documents as usize];
+            for (&document, &loss) in predicted.iter().zip(losses) {
+                is_sure[document] &= loss < std::f32::consts::LN_2;
+            }
+            is_sure.iter().filter(|&&is_sure| is_sure).count() as f64 / self.documents as f64
+        });
+        EvalLoss {
             set: self.name.clone(),
             loss: sum / self.predictions as f64,
             predictions: self.predictions,
-        })
+            sure,
+        }
     }
+}
+
+/// A batch that predicts nothing of its documents' contexts; adds the index of each prediction's document to `predicted`.
+fn without_contexts(packed: PackedBatch, documents: &[WithContext], predicted: &mut Vec<usize>) -> Batch {
+    let mut batch = packed.batch;
+    for (row, pieces) in packed.rows.iter().enumerate() {
+        let mut at = row * batch.len;
+        for piece in pieces {
+            // The ids of these documents are their indices.
+            let index: usize = piece.document.id().parse().unwrap_or_default();
+            for offset in 0..piece.document.tokens().len() {
+                let target = &mut batch.targets[at + offset];
+                if piece.start + offset + 1 < documents[index].context {
+                    *target = NO_TARGET;
+                } else if *target != NO_TARGET {
+                    predicted.push(index);
+                }
+            }
+            at += piece.document.tokens().len();
+        }
+    }
+    batch
 }
 
 /// Reads several sets; a name given twice is an error.

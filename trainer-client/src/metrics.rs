@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::histogram::ScoreHistogram;
+
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
@@ -12,6 +14,8 @@ pub enum Metric {
     Step(StepMetric),
     /// After an evaluation.
     Eval(EvalMetric),
+    /// The scores of a step, at every evaluation and after the first step.
+    Scores(ScoresMetric),
 }
 
 /// What one optimizer step saw and did. Losses are in nats, under the model before the step.
@@ -46,6 +50,9 @@ pub struct StepMetric {
     pub seconds: f64,
     /// Part of `seconds` spent waiting for documents.
     pub data_wait_seconds: f64,
+    /// CPU time of the process over `seconds`, to a hundredth of a second.
+    #[serde(default)]
+    pub cpu_seconds: f64,
     /// Kept and scored tokens by source of the document.
     pub sources: BTreeMap<String, SourceCount>,
     /// Digest over the token ids, the kept positions and the bits of all losses: two steps with one digest saw and
@@ -75,4 +82,32 @@ pub struct EvalMetric {
     pub loss: f64,
     /// Tokens predicted.
     pub predictions: u64,
+    /// Share of the documents of which the model is sure: it gives each token that is predicted a probability above one half,
+    /// so that greedy decoding would write them. Absent where the set's documents have no context.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sure: Option<f64>,
+}
+
+/// How often which score occurred in one step, where scores decide.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScoresMetric {
+    /// The step, counted from 1.
+    pub step: u64,
+    /// Counts.
+    #[serde(flatten)]
+    pub histogram: ScoreHistogram,
+}
+
+/// Tokens seen when the loss first came down to `goal`, on a straight line between evaluations on one set, which are in order.
+pub fn tokens_to_reach<'a>(evals: impl IntoIterator<Item = &'a EvalMetric>, goal: f64) -> Option<f64> {
+    let mut before: Option<&EvalMetric> = None;
+    for eval in evals {
+        if eval.loss <= goal {
+            let Some(before) = before else { return Some(eval.tokens as f64) };
+            let share = (before.loss - goal) / (before.loss - eval.loss);
+            return Some(before.tokens as f64 + share * (eval.tokens - before.tokens) as f64);
+        }
+        before = Some(eval);
+    }
+    None
 }

@@ -13,13 +13,14 @@ use sluice_schemas::fingerprint::Fingerprint;
 use crate::checkpoints::{CHECKPOINTS, Reached, latest_checkpoint, write_checkpoint};
 use crate::files::{read_json, recreate, write_json, write_synced};
 use crate::learner::Learner;
-use crate::metrics::Metric;
+use crate::metrics::{EvalMetric, Metric, StepMetric};
 use crate::pack::{PackedBatch, Piece};
 use crate::picture::TokenPicture;
 use crate::schedule::Schedule;
 use crate::select::Objective;
 use crate::snapshot::Snapshot;
 use crate::text::TextTokenizer;
+use crate::token_losses::{self, TokenLosses};
 
 /// What was asked for.
 pub const RUN_FILE: &str = "run.json";
@@ -107,6 +108,8 @@ pub struct RunFolder {
     metrics: File,
     /// Open where the run writes down its documents.
     documents: Option<File>,
+    /// Names of the evaluation sets whose every loss is written down.
+    token_losses: Vec<String>,
     checkpoints_kept: usize,
     /// Step of the last checkpoint that this run wrote.
     saved_step: Option<u64>,
@@ -139,7 +142,15 @@ impl RunFolder {
         let metrics = path.join(METRICS_FILE);
         let file = File::create(&metrics).with_context(|| format!("cannot create {}", metrics.display()))?;
         let path = path.to_owned();
-        Ok(Self { path, metrics: file, documents: None, checkpoints_kept: 2, saved_step: None, _lock: lock })
+        Ok(Self {
+            path,
+            metrics: file,
+            documents: None,
+            token_losses: vec![],
+            checkpoints_kept: 2,
+            saved_step: None,
+            _lock: lock,
+        })
     }
 
     /// Opens a folder to go on with the run in it, and locks it. What was written down after the last checkpoint is cut
@@ -159,12 +170,14 @@ impl RunFolder {
         let metrics = path.join(METRICS_FILE);
         cut_lines(&metrics, last_step)?;
         cut_lines(&path.join(DOCUMENTS_FILE), last_step)?;
+        token_losses::cut(path, last_step)?;
         let file = append_to(&metrics)?;
         let path = path.to_owned();
         let run = Self {
             path,
             metrics: file,
             documents: None,
+            token_losses: vec![],
             checkpoints_kept: 2,
             saved_step: last_step,
             _lock: lock,
@@ -195,6 +208,19 @@ impl RunFolder {
         }
         let written = file.write_all(&lines);
         written.with_context(|| format!("cannot write {}", self.path.join(DOCUMENTS_FILE).display()))
+    }
+
+    /// From here on writes down the loss of every token of these evaluation sets at each evaluation.
+    pub fn keep_token_losses(&mut self, sets: &[String]) {
+        self.token_losses = sets.to_vec();
+    }
+
+    /// Writes down the losses of a set (by number and name) after a step, if that was asked for.
+    pub fn log_token_losses(&self, set: (usize, &str), step: u64, losses: &[f32]) -> anyhow::Result<()> {
+        if self.token_losses.iter().any(|name| name == set.1) {
+            token_losses::write(&self.path, set, step, losses)?;
+        }
+        Ok(())
     }
 
     /// The step of the checkpoint that this run was resumed from, or wrote last.
@@ -358,6 +384,8 @@ pub struct RecordedRun {
     pub metrics: Vec<Metric>,
     /// The token picture, if the run came to its end.
     pub picture: Option<TokenPicture>,
+    /// Losses of single tokens, where the run wrote them down.
+    pub token_losses: Vec<TokenLosses>,
 }
 
 impl RecordedRun {
@@ -372,7 +400,27 @@ impl RecordedRun {
             record: read_json(&path.join(RUN_FILE))?,
             metrics: read_metrics(&path.join(METRICS_FILE))?,
             picture: if picture.exists() { Some(read_json(&picture)?) } else { None },
+            token_losses: token_losses::read(path)?,
         })
+    }
+
+    /// Its steps, in order.
+    pub fn steps(&self) -> impl Iterator<Item = &StepMetric> {
+        self.metrics
+            .iter()
+            .filter_map(|metric| if let Metric::Step(step) = metric { Some(step) } else { None })
+    }
+
+    /// Its evaluations on all sets, in order.
+    pub fn all_evals(&self) -> impl Iterator<Item = &EvalMetric> {
+        self.metrics
+            .iter()
+            .filter_map(|metric| if let Metric::Eval(eval) = metric { Some(eval) } else { None })
+    }
+
+    /// Its evaluations on one set, in order.
+    pub fn evals(&self, set: &str) -> impl Iterator<Item = &EvalMetric> {
+        self.all_evals().filter(move |eval| eval.set == set)
     }
 }
 

@@ -27,6 +27,7 @@ fn metric(threshold: Option<f32>, loss_unselected: Option<f64>) -> StepMetric {
         learning_rate: 0.25,
         gradient_norm: 3.0,
         seconds: 0.5,
+        cpu_seconds: 0.5,
         data_wait_seconds: 0.1,
         sources: BTreeMap::new(),
         digest: String::new(),

@@ -12,13 +12,14 @@ use crate::checkpoints::{Reached, latest_checkpoint};
 use crate::evaluate::EvalSet;
 use crate::failure::Failure;
 use crate::learner::{Learner, Measured, StepOutcome};
-use crate::metrics::{EvalMetric, Metric, StepMetric};
+use crate::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric};
 use crate::pack::{BatchShape, PackedBatch, Packing};
 use crate::picture::PictureRule;
+use crate::process::own_cpu_seconds;
 use crate::progress::Progress;
 use crate::run_folder::{RunFolder, RunRecord};
 use crate::schedule::Schedule;
-use crate::select::{Choice, KeepRatio, Needs, Objective, Signals, Turn};
+use crate::select::{Choice, KeepRatio, Needs, Objective, Score, Signals, Turn};
 use crate::snapshot::{RankSnapshot, Snapshot};
 use crate::sources::SourceNames;
 use crate::stream::DocumentStream;
@@ -154,9 +155,9 @@ impl Training<'_> {
         let mut documents = self.documents();
         while reached.step < steps {
             self.telemetry.enter(Stage::Data);
-            let started = Instant::now();
+            let (started, cpu_before) = (Instant::now(), own_cpu_seconds());
             let batch = data.supply.next_batches(&mut self.streams, self.plan.accumulate, self.stop)?;
-            let waited = started.elapsed().as_secs_f64();
+            let (waited, cpu_waited) = (started.elapsed().as_secs_f64(), own_cpu_seconds() - cpu_before);
             let documents_before = std::mem::replace(&mut documents, self.documents());
             self.telemetry.documents(documents - documents_before);
             self.telemetry.set_buffered(data.supply.buffered());
@@ -173,10 +174,10 @@ impl Training<'_> {
                 self.telemetry.begin(&record, self.folder.path(), reached.step);
                 self.evaluate(reached)?;
             }
-            let step_started = Instant::now();
+            let (step_started, cpu_before) = (Instant::now(), own_cpu_seconds());
             let thresholds = reached.thresholds;
-            let mut metric = match self.step(&batch, reached, &mut data.sources) {
-                Ok(metric) => metric,
+            let (mut metric, scores) = match self.step(&batch, reached, &mut data.sources) {
+                Ok(done) => done,
                 Err(error) => {
                     // The step was not taken, so a checkpoint must hold its micro-batches.
                     reached.thresholds = thresholds;
@@ -186,6 +187,7 @@ impl Training<'_> {
             };
             metric.data_wait_seconds = waited;
             metric.seconds = waited + step_started.elapsed().as_secs_f64();
+            metric.cpu_seconds = cpu_waited + own_cpu_seconds() - cpu_before;
             reached.step += 1;
             let tokens = batch.iter().map(|packed| packed.batch.predictions() as u64).sum();
             reached.tokens += tokens;
@@ -197,6 +199,9 @@ impl Training<'_> {
             self.progress.step(&metric);
             self.folder.log_documents(reached.step, &batch)?;
             self.folder.log(&Metric::Step(metric))?;
+            if let Some(scores) = scores {
+                self.folder.log(&Metric::Scores(scores))?;
+            }
             // Before the checkpoint, so that a run that goes on from there has nothing to catch up on.
             if reached.step.is_multiple_of(self.plan.eval_every) && reached.step < steps {
                 self.evaluate(reached)?;
@@ -302,13 +307,16 @@ impl Training<'_> {
         batch: &[PackedBatch],
         reached: &mut Reached,
         sources: &mut SourceNames,
-    ) -> anyhow::Result<StepMetric> {
+    ) -> anyhow::Result<(StepMetric, Option<ScoresMetric>)> {
         let step = reached.step + 1;
         let thresholds = &mut reached.thresholds;
         let turn = self.turn(step);
         let Plan { objective, schedule, shape, .. } = &self.plan;
         let mut needs = objective.needs();
         let mut books = Books::new(objective);
+        if self.counts_scores(step) {
+            books = books.counting_scores();
+        }
         let mut decided = None;
         if batch.len() > 1 && objective.needs_whole_batch(step) {
             self.telemetry.enter(Stage::Forward);
@@ -358,13 +366,23 @@ impl Training<'_> {
             );
         }
         let loss = (kept > 0).then_some(kept_loss);
-        Ok(StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() })
+        let scores = books.take_scores().map(|histogram| ScoresMetric { step, histogram });
+        Ok((StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() }, scores))
+    }
+
+    /// Whether a step's scores are written down: at the first step, at every evaluation and at the last.
+    fn counts_scores(&self, step: u64) -> bool {
+        let Plan { objective, schedule, eval_every, .. } = &self.plan;
+        let is_scored = objective.selection().is_some_and(|selection| selection.score != Score::Random);
+        is_scored && (step == 1 || step == schedule.steps || step.is_multiple_of(*eval_every))
     }
 
     fn evaluate(&mut self, reached: &Reached) -> anyhow::Result<()> {
         self.telemetry.enter(Stage::Evaluate);
-        for set in self.evals {
-            let Some(loss) = set.loss(self.learner, self.stop) else { break };
+        for (index, set) in self.evals.iter().enumerate() {
+            let Some(losses) = set.token_losses(self.learner, self.stop) else { break };
+            let loss = set.summary(&losses);
+            self.folder.log_token_losses((index, &set.name), reached.step, &losses)?;
             self.progress.say(&format!("step {}: loss {:.4} on {}", reached.step, loss.loss, loss.set));
             let metric = EvalMetric {
                 step: reached.step,
@@ -372,6 +390,7 @@ impl Training<'_> {
                 set: loss.set,
                 loss: loss.loss,
                 predictions: loss.predictions,
+                sure: loss.sure,
             };
             self.telemetry.evaluated(&metric);
             self.folder.log(&Metric::Eval(metric))?;

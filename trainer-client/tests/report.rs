@@ -4,12 +4,14 @@
 use std::collections::BTreeMap;
 
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_trainer::metrics::{EvalMetric, Metric, SourceCount, StepMetric};
+use sluice_trainer::histogram::ScoreHistogram;
+use sluice_trainer::metrics::{EvalMetric, Metric, ScoresMetric, SourceCount, StepMetric};
 use sluice_trainer::picture::{PictureDocument, PictureToken, TokenPicture};
 use sluice_trainer::report;
 use sluice_trainer::run_folder::{RecordedRun, RunRecord};
 use sluice_trainer::schedule::{Schedule, Shape};
 use sluice_trainer::select::{KeepRatio, Objective, Score};
+use sluice_trainer::token_losses::TokenLosses;
 
 const STEPS: u64 = 40;
 const TOKENS: u64 = 1000;
@@ -31,6 +33,7 @@ fn step(number: u64, kept: u64) -> Metric {
         gradient_norm: 1.0,
         seconds: 1.5,
         data_wait_seconds: 0.0,
+        cpu_seconds: 1.0,
         sources: BTreeMap::from([
             ("math <i>".to_owned(), SourceCount { kept: kept / 4 * 3, scored: TOKENS / 2 }),
             ("rest".to_owned(), SourceCount { kept: kept - kept / 4 * 3, scored: TOKENS - TOKENS / 2 }),
@@ -57,6 +60,7 @@ fn run(name: &str, objective: Objective, final_loss: f64, picture: Option<TokenP
                     set: set.to_owned(),
                     loss: 8.0 + share * (last - 8.0),
                     predictions: 99,
+                    sure: None,
                 }));
             }
         }
@@ -81,7 +85,7 @@ fn run(name: &str, objective: Objective, final_loss: f64, picture: Option<TokenP
         settings: BTreeMap::new(),
         versions: BTreeMap::new(),
     };
-    RecordedRun { name: name.to_owned(), record, metrics, picture }
+    RecordedRun { name: name.to_owned(), record, metrics, picture, token_losses: vec![] }
 }
 
 fn picture() -> TokenPicture {
@@ -138,14 +142,56 @@ fn every_section_has_its_numbers() {
     assert!(page.contains("slm ended 1.000 nats below plain&lt;b&gt; (3.000 against 4.000)"));
     assert!(page.contains("random ended 0.500 nats above"));
     assert!(page.contains("All runs began with the same weights"));
-    // Two charts of three lines, two charts of three lines.
-    assert_eq!(page.matches("<svg").count(), 4);
-    assert_eq!(page.matches("<polyline").count(), 12);
+    // Held-out: two sets, whole and closer, three lines each. Two charts of three lines, and one of two for k.
+    assert_eq!(page.matches("<svg").count(), 7);
+    assert_eq!(page.matches("<polyline").count(), 4 * 3 + 2 * 3 + 2);
+    assert!(page.contains("k over time") && page.contains(">tokens kept, %<"));
+    // Settings that differ stand first and in bold; those that do not stand there as well.
+    let differing = page.find("<b>random</b>").unwrap();
+    assert!(differing < page.find(">sequence_length<").unwrap() && page.contains("<td>256</td>"));
     // Half of the stream, 450 of 500 tokens kept, three quarters of what was kept.
     assert!(["50 %", "90 %", "75 %"].iter().all(|share| page.contains(share)));
     assert!(page.contains("reference 0.50, current 3.25, excess 2.75 nats: kept"));
     assert!(page.contains("reference 7.00, current 6.00, excess -1.00 nats: left out"));
     assert!(page.contains("class=\"n2\"") && page.contains("class=\"p6\"") && page.contains("class=\"r7\""));
+}
+
+#[test]
+fn the_beginning_of_a_held_out_curve_is_in_its_whole_chart() {
+    let page = report::page("runs", &[run("slm", Objective::Clm, 3.0, None)]);
+    // Ten steps between evaluations from 8 down to 3: the first point is the highest, so it lies near the top of the frame,
+    // which begins at 14, and not above it.
+    let heights = |id: &str| -> Vec<f64> {
+        let chart = &page[page.find(&format!("clip-path=\"url(#{id})\"")).unwrap()..];
+        let points = chart.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
+        points.split(' ').map(|point| point.split(',').nth(1).unwrap().parse().unwrap()).collect()
+    };
+    let whole = heights("eval-0");
+    assert!(whole.len() == 5 && whole[0] > 14.0 && whole[0] < 40.0, "{whole:?}");
+    assert!(heights("eval-0-closer")[0] < 14.0, "the other chart is closer");
+}
+
+#[test]
+fn scores_and_categories_have_their_pictures_and_shares() {
+    let mut slm = run("slm", Objective::slm(Score::Excess, keep(0.6)), 3.0, None);
+    let mut histogram = ScoreHistogram::default();
+    for (score, is_kept) in [(1.0, true), (1.1, true), (-0.5, false)] {
+        histogram.add(score, is_kept);
+    }
+    slm.metrics.push(Metric::Scores(ScoresMetric { step: 1, histogram: histogram.clone() }));
+    slm.metrics.push(Metric::Scores(ScoresMetric { step: STEPS, histogram }));
+    // Before the first step all are high, which must not count. Then one of four tokens falls, one rises, one stays low and one
+    // high.
+    let at =
+        |step, losses: [f32; 4]| TokenLosses { step, set: "math & co".to_owned(), losses: losses.to_vec() };
+    slm.token_losses = vec![at(0, [9.0; 4]), at(20, [3.0, 1.0, 0.5, 4.0]), at(40, [2.0, 2.0, 0.5, 4.0])];
+    let page = report::page("runs", &[slm]);
+    assert!(page.contains("slm, step 1<") && page.contains(&format!("slm, step {STEPS}<")));
+    assert_eq!(page.matches("<td>25 %</td>").count(), 4, "a quarter of each kind");
+    for (kind, last) in [("H→H", "4.00"), ("L→H", "2.00"), ("H→L", "2.00"), ("L→L", "0.50")] {
+        let label = format!("{kind} <tspan class=\"value\">{last}</tspan>");
+        assert!(page.contains(&label), "{label} is missing");
+    }
 }
 
 #[test]

@@ -73,6 +73,7 @@ fn story(out: &Path) -> (Vec<Value>, Vec<Value>) {
         let line = line.as_object_mut().unwrap();
         line.remove("seconds");
         line.remove("data_wait_seconds");
+        line.remove("cpu_seconds");
     }
     (metrics, lines(out, "documents.jsonl"))
 }

@@ -96,8 +96,11 @@ fn split(run: &RecordedRun) -> (Vec<StepMetric>, Vec<EvalMetric>) {
     for metric in run.metrics.clone() {
         match metric {
             // Wall time is the one thing that may differ between two runs.
-            Metric::Step(step) => lines.0.push(StepMetric { seconds: 0.0, data_wait_seconds: 0.0, ..step }),
+            Metric::Step(step) => {
+                lines.0.push(StepMetric { seconds: 0.0, data_wait_seconds: 0.0, cpu_seconds: 0.0, ..step });
+            }
             Metric::Eval(eval) => lines.1.push(eval),
+            Metric::Scores(_) => {}
         }
     }
     lines
@@ -238,4 +241,26 @@ fn pieces_of_text_join_to_the_text() {
     assert_eq!(pieces.len(), tokens.len());
     assert_eq!(pieces.concat(), text);
     assert_eq!(pieces[1..3], ["", "²"], "a character stands with its last byte");
+}
+
+#[test]
+fn what_stands_before_an_answer_is_read_and_not_predicted() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = TextTokenizer::read(&write_tokenizer(folder.path())).unwrap();
+    let path = folder.path().join("answers.jsonl");
+    // A token for each byte. The second document goes on in a second row of 32, in the middle of its context.
+    let long = "x".repeat(40);
+    let lines = format!(
+        "{{\"context\": \"2+2=\", \"text\": \"44\"}}\n{{\"context\": \"{long}\", \"text\": \"yz\"}}\n"
+    );
+    std::fs::write(&path, lines).unwrap();
+    let sets = read_sets(&[EvalFile { name: "answers".into(), path }], &tokenizer, SHAPE).unwrap();
+    assert_eq!((sets[0].documents, sets[0].predictions), (2, 4));
+    let losses = sets[0].token_losses(&Bigram::new(256), &AtomicBool::new(false)).unwrap();
+    assert_eq!(losses.len(), 4);
+    assert!(losses.iter().all(|loss| (loss - 256f32.ln()).abs() < 1e-5), "{losses:?}");
+    // Below ln 2 = 0.693 a token has more than half of the probability: so have both of the first answer's.
+    let summary = sets[0].summary(&[0.1, 0.6, 0.1, 0.7]);
+    assert_eq!(summary.sure, Some(0.5));
+    assert!((summary.loss - 0.375).abs() < 1e-6);
 }

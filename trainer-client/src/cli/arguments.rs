@@ -319,6 +319,10 @@ pub(super) struct OutputArguments {
     /// [default: not served]
     #[arg(long, env = "SLUICE_TRAIN_METRICS_LISTEN", value_name = "HOST:PORT")]
     pub metrics_listen: Option<String>,
+    /// Write down the loss of every token of this evaluation set at each evaluation (token-losses/); repeatable, in the
+    /// environment one a line
+    #[arg(long, env = "SLUICE_TRAIN_TOKEN_LOSSES", value_name = "NAME", value_delimiter = '\n')]
+    pub token_losses: Vec<String>,
     /// Steps between checkpoints; one follows the last step, or a signal, in any case
     #[arg(long, env = "SLUICE_TRAIN_CHECKPOINT_EVERY", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
     pub checkpoint_every: u64,

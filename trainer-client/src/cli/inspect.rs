@@ -162,14 +162,14 @@ fn checkpoint_in(folder: &Path) -> anyhow::Result<PathBuf> {
 
 /// Whoever reads standard output.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Reader {
+pub(super) enum Reader {
     /// Takes what is written.
     Listens,
     /// Has closed the pipe, having seen enough (`head`): no failure.
     Gone,
 }
 
-fn print_line(line: &str) -> anyhow::Result<Reader> {
+pub(super) fn print_line(line: &str) -> anyhow::Result<Reader> {
     let mut output = std::io::stdout();
     match writeln!(output, "{line}").and_then(|()| output.flush()) {
         Ok(()) => Ok(Reader::Listens),

@@ -214,6 +214,12 @@ impl<'a> Prepared<'a> {
     ) -> anyhow::Result<Self> {
         optimization.packing()?;
         let evals = read_sets(&output.evals, tokenizer, optimization.shape())?;
+        if let Some(name) =
+            output.token_losses.iter().find(|&name| !output.evals.iter().any(|file| file.name == *name))
+        {
+            let error = format!("--token-losses {name} names no evaluation set: give --eval {name}=FILE too");
+            return Err(Failure::Usage(error).into());
+        }
         let OptimizationArguments { sequence_length, seed, .. } = *optimization;
         let optimizer = optimization.optimizer();
         let (mut folder, checkpoint, learner) = if output.resume && output.out.is_dir() {
@@ -229,6 +235,7 @@ impl<'a> Prepared<'a> {
             (RunFolder::create(&output.out).or_usage()?, None, learner)
         };
         folder.keep_checkpoints(output.checkpoints_keep);
+        folder.keep_token_losses(&output.token_losses);
         if output.log_documents {
             folder.open_documents()?;
         }
@@ -395,7 +402,7 @@ fn stream_settings(topic: &str, broker: &BrokerArguments) -> Value {
 }
 
 /// A flag that the first SIGINT or SIGTERM sets; a second one ends the process at once.
-fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
+pub(super) fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for (signal, code) in [(signal_hook::consts::SIGINT, 130), (signal_hook::consts::SIGTERM, 143)] {
         // Registered first, so that it still sees the flag unset when the first signal arrives.

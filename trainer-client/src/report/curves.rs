@@ -1,7 +1,7 @@
 //! Loss over a run: on held-out text, and on the tokens that were selected or left out.
 
 use super::html::{Html, escape};
-use super::line_chart::{LineChart, Series};
+use super::line_chart::{Frame, LineChart, Series};
 use super::summary::Comparison;
 use crate::metrics::StepMetric;
 
@@ -15,29 +15,67 @@ pub(super) fn evaluation_section(html: &mut Html, comparison: &Comparison<'_>) {
         "Each line is a run: further down is better, and a line that comes down further to the left has needed fewer \
          tokens. The number at its end is the final loss.",
     );
-    let mut any_cut = false;
     html.push("<div class=\"charts\">");
     for (index, &set) in comparison.sets.iter().enumerate() {
-        let series = comparison.runs.iter().enumerate().map(|(style, run)| Series {
-            label: run.name().to_owned(),
-            style,
-            points: run.evals(set).map(|eval| (eval.tokens as f64, eval.loss)).collect(),
-        });
-        let chart = LineChart {
-            title: &format!("Loss on {set} over tokens seen"),
-            x_label: "tokens seen",
-            y_label: "loss, nats per token",
-            series: series.filter(|series| !series.points.is_empty()).collect(),
-            has_markers: true,
-        };
-        any_cut |= figure(html, set, &chart, &format!("eval-{index}"));
+        // Whole, and closer, because the steep beginning flattens the end.
+        for (frame, caption, id) in [
+            (Frame::Whole, set.to_owned(), format!("eval-{index}")),
+            (Frame::Settled, format!("{set}, closer"), format!("eval-{index}-closer")),
+        ] {
+            let series = comparison.runs.iter().enumerate().map(|(style, run)| Series {
+                label: run.name().to_owned(),
+                style,
+                points: run.evals(set).map(|eval| (eval.tokens as f64, eval.loss)).collect(),
+            });
+            let chart = LineChart {
+                title: &format!("Loss on {caption} over tokens seen"),
+                x_label: "tokens seen",
+                y_label: "loss, nats per token",
+                series: series.filter(|series| !series.points.is_empty()).collect(),
+                has_markers: true,
+                frame,
+                label_decimals: Some(3),
+            };
+            figure(html, &caption, &chart, &id);
+        }
     }
     if comparison.sets.is_empty() {
         html.push("<p class=\"none\">No run was evaluated; give <code>--eval NAME=FILE</code>.</p>");
     }
-    html.push("</div>");
-    note_of_cut(html, any_cut);
-    html.push("</section>");
+    html.push("</div></section>");
+}
+
+/// The share that each run keeps, over the steps.
+pub(super) fn keep_section(html: &mut Html, comparison: &Comparison<'_>) {
+    let series: Vec<Series> = comparison
+        .selecting()
+        .map(|(style, run)| Series {
+            label: run.name().to_owned(),
+            style,
+            points: smoothed(&run.steps, |step| Some(100.0 * step.kept as f64 / step.scored.max(1) as f64)),
+        })
+        .filter(|series| !series.points.is_empty())
+        .collect();
+    if series.is_empty() {
+        return;
+    }
+    html.section(
+        "How much is kept",
+        "The share of the tokens that each step learns from: level for a constant k, falling for a curriculum, and moving \
+         with the text where a threshold decides.",
+    );
+    let chart = LineChart {
+        title: "Share kept over steps",
+        x_label: "step",
+        y_label: "tokens kept, %",
+        series,
+        has_markers: false,
+        frame: Frame::Whole,
+        label_decimals: Some(0),
+    };
+    html.push("<div class=\"charts\">");
+    figure(html, "k over time", &chart, "keep");
+    html.push("</div></section>");
 }
 
 /// A chart for each run that leaves tokens out.
@@ -67,6 +105,8 @@ pub(super) fn selection_section(html: &mut Html, comparison: &Comparison<'_>) {
             y_label: "loss, nats per token",
             series: series.into_iter().filter(|series| !series.points.is_empty()).collect(),
             has_markers: false,
+            frame: Frame::Settled,
+            label_decimals: Some(3),
         };
         any_cut |= figure(html, run.name(), &chart, &format!("selection-{index}"));
         any = true;
@@ -80,7 +120,7 @@ pub(super) fn selection_section(html: &mut Html, comparison: &Comparison<'_>) {
 }
 
 /// One chart with its caption; whether it leaves out the beginning of a curve.
-fn figure(html: &mut Html, caption: &str, chart: &LineChart<'_>, id: &str) -> bool {
+pub(super) fn figure(html: &mut Html, caption: &str, chart: &LineChart<'_>, id: &str) -> bool {
     let Some((svg, is_cut)) = chart.svg(id) else { return false };
     html.push(&format!("<figure><figcaption>{}</figcaption>", escape(caption)));
     html.push(&svg);

@@ -1,5 +1,8 @@
 //! Text to HTML, and numbers to text for people.
 
+/// Colours that lines, and what belongs to them, are told apart by.
+pub(super) const PALETTE: usize = 8;
+
 /// A page under construction.
 #[derive(Debug, Default)]
 pub(super) struct Html(String);

@@ -2,19 +2,21 @@
 
 use std::fmt::Write;
 
-use super::html::{count, escape};
+use super::html::{PALETTE, count, escape};
 
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 340.0;
 const LEFT: f64 = 52.0;
-const RIGHT: f64 = 128.0;
+const RIGHT: f64 = 168.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 46.0;
+/// Half a marker, which may stand out of the frame to the left and right.
+const MARKER: f64 = 4.0;
 /// Least distance between two labels' base lines.
 const LABEL_DISTANCE: f64 = 16.0;
 
 /// One line of a chart.
-pub(super) struct Series {
+pub(crate) struct Series {
     pub label: String,
     /// Index into the palette; also decides the dashes, so that colour is not alone in telling lines apart.
     pub style: usize,
@@ -23,7 +25,7 @@ pub(super) struct Series {
 }
 
 /// A chart of a few lines.
-pub(super) struct LineChart<'a> {
+pub(crate) struct LineChart<'a> {
     /// What the chart shows, for those who cannot see it.
     pub title: &'a str,
     pub x_label: &'a str,
@@ -31,7 +33,23 @@ pub(super) struct LineChart<'a> {
     pub series: Vec<Series>,
     /// Marks each point, for curves of a few measurements.
     pub has_markers: bool,
+    /// How much of the curves is shown.
+    pub frame: Frame,
+    /// Decimals of the last value, which stands beside its line's label; none without.
+    pub label_decimals: Option<usize>,
 }
+
+/// How much of the curves a chart shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Frame {
+    /// Every point.
+    Whole,
+    /// The height of the last three quarters of them: the first fall so steeply that they would flatten the rest.
+    Settled,
+}
+
+/// Colours and lines of a chart that stands alone.
+const STANDALONE_STYLE: &str = include_str!("standalone.css");
 
 /// Maps values to places in the drawing.
 struct Scale {
@@ -55,9 +73,10 @@ impl LineChart<'_> {
         let (scale, is_cut) = self.scale()?;
         let mut svg = format!(
             "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">\n<defs><clipPath id=\"{id}\">\
-             <rect x=\"{LEFT}\" y=\"{TOP}\" width=\"{}\" height=\"{}\"/></clipPath></defs>\n",
+             <rect x=\"{}\" y=\"{TOP}\" width=\"{}\" height=\"{}\"/></clipPath></defs>\n",
             escape(self.title),
-            WIDTH - LEFT - RIGHT + 4.0,
+            LEFT - MARKER,
+            WIDTH - LEFT - RIGHT + 2.0 * MARKER,
             HEIGHT - TOP - BOTTOM,
         );
         // Writing to a string cannot fail, and what it returns holds nothing to act on.
@@ -68,13 +87,30 @@ impl LineChart<'_> {
         Some((svg, is_cut))
     }
 
-    /// A frame around the points. The first quarter of each curve falls so steeply that it would flatten all the
-    /// rest, so the height of the frame is that of the rest.
+    /// The chart as a file of its own, on white; `None` without a point.
+    pub fn standalone(&self) -> Option<String> {
+        let (svg, _) = self.svg("frame")?;
+        let open = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{}\" height=\"{}\" ",
+            2.0 * WIDTH,
+            2.0 * HEIGHT
+        );
+        let (tag, rest) = svg.split_once('>')?;
+        let tag = tag.replacen("<svg ", &open, 1);
+        Some(format!(
+            "{tag}>\n<style>\n{STANDALONE_STYLE}</style>\n<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>{rest}"
+        ))
+    }
+
+    /// A frame around the points.
     fn scale(&self) -> Option<(Scale, bool)> {
         let points = || self.series.iter().flat_map(|series| &series.points);
         let x_max = points().map(|point| point.0).max_by(f64::total_cmp)?;
         let x_min = points().map(|point| point.0).min_by(f64::total_cmp)?;
-        let settled = x_min + (x_max - x_min) / 4.0;
+        let settled = match self.frame {
+            Frame::Whole => x_min,
+            Frame::Settled => x_min + (x_max - x_min) / 4.0,
+        };
         let low = points().map(|point| point.1).min_by(f64::total_cmp)?;
         let high = points().filter(|point| point.0 >= settled).map(|point| point.1).max_by(f64::total_cmp)?;
         let highest = points().map(|point| point.1).max_by(f64::total_cmp)?;
@@ -86,9 +122,9 @@ impl LineChart<'_> {
 
     fn axes(&self, svg: &mut String, scale: &Scale) -> std::fmt::Result {
         let (right, bottom) = (WIDTH - RIGHT, HEIGHT - BOTTOM);
-        let (ticks, step) = ticks(scale.y, 6);
+        let (marks, step) = ticks(scale.y, 6);
         let decimals = decimals(step);
-        for tick in ticks {
+        for tick in marks {
             let y = scale.y(tick);
             writeln!(svg, "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>")?;
             let x = LEFT - 8.0;
@@ -98,7 +134,8 @@ impl LineChart<'_> {
                 y + 4.0
             )?;
         }
-        for tick in ticks_of(scale.x, 6) {
+        let (marks, step) = ticks(scale.x, 6);
+        for tick in marks {
             let x = scale.x(tick);
             writeln!(
                 svg,
@@ -109,7 +146,7 @@ impl LineChart<'_> {
                 svg,
                 "<text class=\"tick\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{}\">{}</text>",
                 bottom + 18.0,
-                count(tick)
+                short(tick, step)
             )?;
         }
         writeln!(svg, "<line class=\"axis\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{bottom}\" y2=\"{bottom}\"/>")?;
@@ -136,14 +173,14 @@ impl LineChart<'_> {
             writeln!(
                 svg,
                 "<polyline class=\"line series-{}\" points=\"{}\"/>",
-                series.style % 6,
+                series.style % PALETTE,
                 places.join(" ")
             )?;
             for &(x, y) in series.points.iter().filter(|_| self.has_markers) {
                 writeln!(
                     svg,
                     "<circle class=\"marker series-{}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\"><title>{}: {y:.3} at {}</title></circle>",
-                    series.style % 6,
+                    series.style % PALETTE,
                     scale.x(x),
                     scale.y(y),
                     escape(&series.label),
@@ -174,13 +211,14 @@ impl LineChart<'_> {
             highest = label.1;
         }
         for (x, y, series, value) in labels {
+            let value = self.label_decimals.map_or(String::new(), |decimals| format!("{value:.decimals$}"));
             writeln!(
                 svg,
-                "<text class=\"label series-{}\" x=\"{:.1}\" y=\"{:.1}\">{} <tspan class=\"value\">{value:.3}</tspan></text>",
-                series.style % 6,
+                "<text class=\"label series-{}\" x=\"{:.1}\" y=\"{:.1}\">{} <tspan class=\"value\">{value}</tspan></text>",
+                series.style % PALETTE,
                 x + 8.0,
                 y + 4.0,
-                escape(&shortened(&series.label))
+                escape(&shortened(&series.label, self.label_decimals.is_some()))
             )?;
         }
         Ok(())
@@ -188,16 +226,12 @@ impl LineChart<'_> {
 }
 
 /// As much of a label as the margin holds.
-fn shortened(label: &str) -> String {
-    const LABEL_CHARACTERS_MAX: usize = 12;
-    if label.chars().count() <= LABEL_CHARACTERS_MAX {
+fn shortened(label: &str, has_value: bool) -> String {
+    let characters_max = if has_value { 12 } else { 17 };
+    if label.chars().count() <= characters_max {
         return label.to_owned();
     }
-    label.chars().take(LABEL_CHARACTERS_MAX - 1).chain(['…']).collect()
-}
-
-fn ticks_of(range: (f64, f64), most: u32) -> Vec<f64> {
-    ticks(range, most).0
+    label.chars().take(characters_max - 1).chain(['…']).collect()
 }
 
 /// Round numbers within a range, at most `most + 1`, and the distance between them: 1, 2 or 5 times a power of ten.
@@ -212,6 +246,17 @@ fn ticks(range: (f64, f64), most: u32) -> (Vec<f64>, f64) {
     (ticks.take_while(|&tick| tick <= range.1 + step * 1e-9).collect(), step)
 }
 
+/// The number at a tick: with as many decimals as tell it from its neighbours, or shortened.
+fn short(tick: f64, step: f64) -> String {
+    if step >= 1.0 {
+        return count(tick);
+    }
+    let decimals = decimals(step);
+    // Rounding leaves minus signs before zeros.
+    let tick = if tick.abs() < step / 2.0 { 0.0 } else { tick };
+    format!("{tick:.decimals$}")
+}
+
 /// Decimals that tell ticks of this distance apart.
 fn decimals(step: f64) -> usize {
     (-step.log10().floor()).max(0.0) as usize
@@ -219,7 +264,7 @@ fn decimals(step: f64) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{decimals, ticks};
+    use super::{decimals, short, ticks};
 
     #[test]
     fn ticks_are_round_numbers_within_the_range() {
@@ -229,5 +274,12 @@ mod tests {
         assert_eq!(found, ["3.0", "3.1", "3.2", "3.3", "3.4"]);
         assert_eq!(decimals(0.05), 2);
         assert_eq!(decimals(50.0), 0);
+    }
+
+    #[test]
+    fn numbers_at_ticks_are_told_apart() {
+        let shown: Vec<String> = [-0.5, -1e-17, 0.5].map(|tick| short(tick, 0.5)).into();
+        assert_eq!(shown, ["-0.5", "0.0", "0.5"]);
+        assert_eq!([short(20_000.0, 5000.0), short(-4.0, 2.0)], ["20k", "-4"]);
     }
 }

@@ -1,8 +1,11 @@
 //! Runs compared on one self-contained HTML page, readable without scripts, network or prior knowledge.
 
+mod categories;
 mod curves;
 mod html;
-mod line_chart;
+pub(crate) mod line_chart;
+mod scores;
+mod settings;
 mod shares;
 mod summary;
 mod table;
@@ -25,8 +28,12 @@ pub fn page(title: &str, runs: &[RecordedRun]) -> String {
     table::section(&mut body, &comparison);
     curves::evaluation_section(&mut body, &comparison);
     curves::selection_section(&mut body, &comparison);
+    curves::keep_section(&mut body, &comparison);
+    scores::section(&mut body, &comparison);
+    categories::section(&mut body, &comparison);
     shares::section(&mut body, &comparison);
     token_picture::section(&mut body, &comparison);
+    settings::section(&mut body, &comparison);
     body.push("<footer>Made by <code>sluice-train report</code>; losses are in nats (natural logarithms), lower is better.</footer>");
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\

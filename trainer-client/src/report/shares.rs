@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::html::{Html, escape, percent};
+use super::html::{Html, PALETTE, escape, percent};
 use super::summary::{Comparison, RunSummary};
 use crate::metrics::SourceCount;
 
@@ -23,7 +23,7 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
     for (index, _) in &runs {
         html.push(&format!(
             "<th scope=\"colgroup\" colspan=\"2\" class=\"group\"><i class=\"dot series-{}\"></i>{}</th>",
-            index % 6,
+            index % PALETTE,
             escape(comparison.runs[*index].name())
         ));
     }
@@ -71,7 +71,7 @@ fn bar(part: u64, whole: u64, series: Option<usize>) -> String {
         return "–".to_owned();
     }
     let share = part as f64 / whole as f64;
-    let class = series.map(|index| format!(" series-{}", index % 6)).unwrap_or_default();
+    let class = series.map(|index| format!(" series-{}", index % PALETTE)).unwrap_or_default();
     format!(
         "<span class=\"bar{class}\"><span style=\"width:{:.1}%\"></span></span> {}",
         100.0 * share,

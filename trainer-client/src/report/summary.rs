@@ -1,6 +1,6 @@
 //! The numbers behind the page: what each run came to, and how it stands to the plain one.
 
-use crate::metrics::{EvalMetric, Metric, StepMetric};
+use crate::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric, tokens_to_reach};
 use crate::run_folder::RecordedRun;
 use crate::select::Objective;
 
@@ -17,6 +17,7 @@ pub(super) struct RunSummary<'a> {
     pub run: &'a RecordedRun,
     pub steps: Vec<&'a StepMetric>,
     evals: Vec<&'a EvalMetric>,
+    pub scores: Vec<&'a ScoresMetric>,
     /// Tokens needed to reach the plain run's final loss on the target set, over the tokens the plain run saw.
     pub tokens_to_plain: Option<f64>,
 }
@@ -37,7 +38,7 @@ impl<'a> Comparison<'a> {
             {
                 for run in summaries.iter_mut().filter(|run| !run.is_plain()) {
                     run.tokens_to_plain =
-                        run.tokens_to_reach(target, goal).map(|needed| needed / tokens as f64);
+                        tokens_to_reach(run.evals(target), goal).map(|needed| needed / tokens as f64);
                 }
             }
         }
@@ -60,13 +61,15 @@ impl<'a> RunSummary<'a> {
     fn of(run: &'a RecordedRun) -> Self {
         let mut steps = Vec::new();
         let mut evals = Vec::new();
+        let mut scores = Vec::new();
         for metric in &run.metrics {
             match metric {
                 Metric::Step(step) => steps.push(step),
                 Metric::Eval(eval) => evals.push(eval),
+                Metric::Scores(metric) => scores.push(metric),
             }
         }
-        Self { run, steps, evals, tokens_to_plain: None }
+        Self { run, steps, evals, scores, tokens_to_plain: None }
     }
 
     pub fn name(&self) -> &'a str {
@@ -103,19 +106,5 @@ impl<'a> RunSummary<'a> {
     /// Wall time of all steps, without evaluations.
     pub fn seconds(&self) -> f64 {
         self.steps.iter().map(|step| step.seconds).sum()
-    }
-
-    /// Tokens seen when the loss on a set first came down to `goal`, on a straight line between evaluations.
-    fn tokens_to_reach(&self, set: &str, goal: f64) -> Option<f64> {
-        let mut before: Option<&EvalMetric> = None;
-        for eval in self.evals(set) {
-            if eval.loss <= goal {
-                let Some(before) = before else { return Some(eval.tokens as f64) };
-                let share = (before.loss - goal) / (before.loss - eval.loss);
-                return Some(before.tokens as f64 + share * (eval.tokens - before.tokens) as f64);
-            }
-            before = Some(eval);
-        }
-        None
     }
 }

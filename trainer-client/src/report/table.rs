@@ -1,6 +1,6 @@
 //! The headline table, on the page and in the terminal.
 
-use super::html::{Html, count, duration, escape, percent};
+use super::html::{Html, PALETTE, count, duration, escape, percent};
 use super::summary::{Comparison, RunSummary};
 
 /// Rows of cells, the first column being names.
@@ -83,7 +83,9 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
         for (column, cell) in row.iter().enumerate() {
             let text = escape(&cell.text);
             html.push(&match (column, cell.is_best) {
-                (0, _) => format!("<th scope=\"row\"><i class=\"dot series-{}\"></i>{text}</th>", index % 6),
+                (0, _) => {
+                    format!("<th scope=\"row\"><i class=\"dot series-{}\"></i>{text}</th>", index % PALETTE)
+                }
                 (_, true) => format!("<td><b>{text}</b></td>"),
                 (_, false) => format!("<td>{text}</td>"),
             });

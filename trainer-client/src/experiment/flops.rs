@@ -1,0 +1,61 @@
+//! Floating point operations of training and scoring, from the shapes alone.
+//!
+//! `PaLM` (arXiv 2204.02311), appendix B: a token costs 6 N for the matrix products, forward and backward, and 12 L H Q T for
+//! attention over T positions, where H Q is the width; a third of both is the forward pass. Here N leaves out the embedding,
+//! which is looked up, and the head is counted apart from the body: its backward pass is done for kept tokens alone.
+
+use serde::Serialize;
+
+use super::plan::SEQUENCE_LENGTH;
+use crate::model::ModelConfig;
+
+/// What one token costs a model.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Cost {
+    /// Forward pass of a position through all layers, attention over a whole sequence included.
+    pub body_forward: f64,
+    /// Forward pass of a prediction through the head.
+    pub head_forward: f64,
+}
+
+impl Cost {
+    /// That of a model of this shape, in sequences of [`SEQUENCE_LENGTH`].
+    pub fn of(config: &ModelConfig) -> Self {
+        let ModelConfig { vocab_size, hidden_size, intermediate_size, layers, kv_heads, .. } = *config;
+        let attention = 2 * hidden_size * hidden_size + 2 * hidden_size * kv_heads * config.head_dim();
+        let layer = attention + 3 * hidden_size * intermediate_size;
+        let body = 2 * layers * layer + 4 * layers * hidden_size * SEQUENCE_LENGTH;
+        Self { body_forward: body as f64, head_forward: (2 * vocab_size * hidden_size) as f64 }
+    }
+
+    /// Training: three forward passes' worth of the body for each position, and of the head one for each prediction and two
+    /// for each kept token.
+    pub fn training(self, positions: u64, predictions: u64, kept: u64) -> f64 {
+        3.0 * self.body_forward * positions as f64
+            + self.head_forward * (predictions as f64 + 2.0 * kept as f64)
+    }
+
+    /// Scoring: a forward pass for each token that goes through the model.
+    pub fn scoring(self, tokens: u64) -> f64 {
+        (self.body_forward + self.head_forward) * tokens as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cost;
+    use crate::experiment::plan::Size;
+
+    #[test]
+    fn agrees_with_a_count_by_hand() {
+        // Width 4, 2 layers, MLP width 64 (8/3 of 4, rounded up to a multiple of 64), vocabulary 10, sequences of 256:
+        // a layer has 4 * 16 + 3 * 256 = 832 weights, 2 FLOPs each; attention is 4 * 4 * 256 = 4096 a layer.
+        let config = Size { name: "", hidden: 4, layers: 2, heads: 2 }.config(10);
+        let cost = Cost::of(&config);
+        assert_eq!(cost, Cost { body_forward: 2.0 * (1664.0 + 4096.0), head_forward: 80.0 });
+        // Two positions, one of them a prediction that is kept: 6 * 11520 + 3 * 80.
+        assert!((cost.training(2, 1, 1) - 69_360.0).abs() < 1e-9);
+        assert!((cost.training(2, 1, 0) - 69_200.0).abs() < 1e-9);
+        assert!((cost.scoring(3) - 34_800.0).abs() < 1e-9);
+    }
+}

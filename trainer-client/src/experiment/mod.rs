@@ -1,0 +1,156 @@
+//! `sluice-train experiment 1`: selective language modeling against plain training and random selection, from text to
+//! table and plot, through the real daemon. Every part has a folder of its own and a mark once it is done, so that an
+//! experiment that was interrupted goes on.
+
+mod budget;
+mod flops;
+mod plan;
+mod plot;
+mod programs;
+mod results;
+mod stages;
+mod table;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, anyhow};
+use serde_json::Value;
+
+use crate::failure::Classify;
+use crate::files::{read_json, write_json, write_synced};
+use crate::report;
+use crate::run_folder::RecordedRun;
+use budget::Budget;
+use plan::{Plan, Setting, Student};
+use programs::Programs;
+use results::Results;
+use stages::Stages;
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Whether all is small.
+    pub is_quick: bool,
+    /// Folder of the runs.
+    pub out: PathBuf,
+    /// Folder of the results.
+    pub results: PathBuf,
+    /// A checkout of this repository.
+    pub sources: PathBuf,
+    /// The daemon, if it does not lie beside this program.
+    pub daemon: Option<PathBuf>,
+    /// A folder with GSM8K's `train.jsonl`, to evaluate on as well.
+    pub gsm8k: Option<PathBuf>,
+    /// The command that asked for it, for the results.
+    pub command: String,
+}
+
+/// Somebody has asked the experiment to stop.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted; the same command goes on from here")]
+pub struct Interrupted;
+
+/// Runs whatever of the experiment is not done yet, and writes its results. Returns the table.
+pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> {
+    let plan = if options.is_quick { Plan::quick() } else { Plan::full() };
+    let programs = Programs::find(&options.sources, options.daemon.as_deref(), Arc::clone(stop))?;
+    if let Some(folder) = &options.gsm8k {
+        stages::check_gsm8k(folder)?;
+    }
+    begin(options, &plan)?;
+    let mut stages = Stages::new(&programs, &plan, &options.out);
+    stages.prepare(options.gsm8k.as_deref())?;
+    let students = plan.students();
+    let mut budget = Budget::measure(&plan, stages.predictions_of_evaluation()?)?;
+    let todo: Vec<&Student> = students.iter().filter(|student| !stages.is_done(&student.folder())).collect();
+    budget.say_start(&plan, &todo);
+    for setting in plan.settings() {
+        stages.reference(setting)?;
+    }
+    for (done, student) in todo.iter().enumerate() {
+        stages.say(&format!(
+            "{} [{} of {}], {}",
+            student.folder().display(),
+            done + 1,
+            todo.len(),
+            budget.left(&todo[done..])
+        ));
+        let started = std::time::Instant::now();
+        stages.student(student)?;
+        budget.took(student, started.elapsed().as_secs_f64());
+    }
+    let results = Results::read(&plan, &options.out, &options.command)?;
+    write(options, &plan, &results)
+}
+
+/// Makes the folder of a new experiment, or sees that what is there is this one.
+fn begin(options: &Options, plan: &Plan) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&options.out)
+        .with_context(|| format!("cannot create {}", options.out.display()))?;
+    let mut asked = serde_json::to_value(plan).context("cannot encode the plan")?;
+    asked["gsm8k"] = options.gsm8k.is_some().into();
+    let path = options.out.join("plan.json");
+    if path.exists() {
+        let before: Value = read_json(&path).or_data()?;
+        if before != asked {
+            let error = anyhow!(
+                "{} holds an experiment with another plan (plan.json); remove it or give another --out",
+                options.out.display()
+            );
+            return Err(error).or_usage();
+        }
+        return Ok(());
+    }
+    let is_empty = std::fs::read_dir(&options.out)
+        .with_context(|| format!("cannot list {}", options.out.display()))?
+        .next()
+        .is_none();
+    if !is_empty {
+        let error =
+            anyhow!("{} is not empty and holds no experiment; give another --out", options.out.display());
+        return Err(error).or_usage();
+    }
+    write_json(&path, &asked)
+}
+
+/// Writes data, table and plots, and a report of the first seed's runs of each group beside the runs.
+fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<String> {
+    std::fs::create_dir_all(&options.results)
+        .with_context(|| format!("cannot create {}", options.results.display()))?;
+    write_json(&options.results.join("results.json"), results)?;
+    let table = table::markdown(results);
+    write_synced(&options.results.join("README.md"), table.as_bytes())?;
+    for (name, svg) in plot::all(results) {
+        write_synced(&options.results.join(name), svg.as_bytes())?;
+    }
+    for group in &plan.groups {
+        let students = plan.students().into_iter().filter(|student| student.group == *group);
+        let runs: Vec<RecordedRun> = students
+            .filter(|student| student.seed == plan.seeds[0])
+            .map(|student| {
+                let run = RecordedRun::read(&options.out.join(student.folder()))?;
+                // All of one seed, which the title names.
+                Ok(RecordedRun { name: student.kind.name(), ..run })
+            })
+            .collect::<anyhow::Result<_>>()?;
+        let name = format!("{}-{}", group.setting.name(), group.size.name);
+        let page = report::page(&format!("Experiment 1: {name}, seed {}", plan.seeds[0]), &runs);
+        write_synced(&options.out.join(format!("report-{name}.html")), page.as_bytes())?;
+    }
+    Ok(table)
+}
+
+/// The settings' topics: what is scored, and what comes of it.
+fn topics(setting: Setting) -> (String, String) {
+    (format!("{}.documents", setting.name()), format!("{}.scored", setting.name()))
+}
+
+/// Whether a part is done.
+fn is_done(folder: &Path) -> bool {
+    folder.join(DONE_FILE).is_file()
+}
+
+/// In the folder of each part that is done, with what it took.
+const DONE_FILE: &str = "done.json";

@@ -1,0 +1,69 @@
+//! The results as pictures.
+
+use super::results::{GroupResults, Results, stat};
+use super::stages::TARGET;
+use crate::report::line_chart::{Frame, LineChart, Series};
+
+/// File names and SVG texts: for each group the loss over tokens, and for all together the tokens that are needed over k.
+pub(super) fn all(results: &Results) -> Vec<(String, String)> {
+    let mut plots = Vec::new();
+    for group in &results.groups {
+        let name = format!("{}-{}", group.setting.name(), group.size);
+        let chart = LineChart {
+            title: &format!("Loss on held-out mathematics over tokens seen, {name}"),
+            x_label: "tokens seen",
+            y_label: "loss, nats per token, mean over seeds",
+            series: curves(group),
+            has_markers: true,
+            frame: Frame::Settled,
+            label_decimals: Some(3),
+        };
+        plots.extend(chart.standalone().map(|svg| (format!("loss-{name}.svg"), svg)));
+    }
+    let chart = LineChart {
+        title: "Tokens to plain training's final loss, over the share kept",
+        x_label: "share of the tokens kept, %",
+        y_label: "tokens over plain's, mean over seeds",
+        series: ratios(results),
+        has_markers: true,
+        frame: Frame::Whole,
+        label_decimals: None,
+    };
+    plots.extend(chart.standalone().map(|svg| ("tokens-over-k.svg".to_owned(), svg)));
+    plots
+}
+
+/// A line for each kind of student, the mean over its seeds.
+fn curves(group: &GroupResults) -> Vec<Series> {
+    let mut series = Vec::new();
+    for (style, row) in group.rows.iter().enumerate() {
+        let runs: Vec<Vec<(f64, f64)>> = group
+            .runs
+            .iter()
+            .filter(|run| run.kind == row.kind)
+            .map(|run| {
+                let evals = run.curve.iter().filter(|eval| eval.set == TARGET);
+                evals.map(|eval| (eval.tokens as f64, eval.loss)).collect()
+            })
+            .collect();
+        let evaluations = runs.iter().map(Vec::len).min().unwrap_or(0);
+        let mean = |at: usize, of: fn(&(f64, f64)) -> f64| stat(runs.iter().map(|run| of(&run[at])));
+        let point = |at| Some((mean(at, |point| point.0)?.mean, mean(at, |point| point.1)?.mean));
+        let points = (0..evaluations).filter_map(point).collect();
+        series.push(Series { label: row.kind.clone(), style, points });
+    }
+    series
+}
+
+fn ratios(results: &Results) -> Vec<Series> {
+    let series = results.groups.iter().enumerate().map(|(style, group)| {
+        let mut points: Vec<(f64, f64)> = group
+            .rows
+            .iter()
+            .filter_map(|row| Some((100.0 * row.slm_keep?, row.tokens_ratio?.mean)))
+            .collect();
+        points.sort_by(|left, right| left.0.total_cmp(&right.0));
+        Series { label: format!("{}-{}", group.setting.name(), group.size), style, points }
+    });
+    series.filter(|series| !series.points.is_empty()).collect()
+}

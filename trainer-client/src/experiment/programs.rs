@@ -1,0 +1,197 @@
+//! The programs that an experiment runs: this one, the daemon, and the scripts beside the sources.
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+
+use super::Interrupted;
+use crate::failure::Classify;
+
+/// How often a program that runs is looked at.
+const POLL: Duration = Duration::from_millis(100);
+/// Longest time in which a daemon says its address.
+const START_MAX: Duration = Duration::from_mins(1);
+
+/// Where the programs are.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    sources: PathBuf,
+    daemon: PathBuf,
+    trainer: PathBuf,
+    stop: Arc<AtomicBool>,
+}
+
+impl Programs {
+    /// `sources` is a checkout of this repository; the daemon lies beside this program unless named.
+    pub fn find(sources: &Path, daemon: Option<&Path>, stop: Arc<AtomicBool>) -> anyhow::Result<Self> {
+        let trainer = std::env::current_exe().context("cannot find this program's own file")?;
+        let daemon = daemon.map_or_else(|| trainer.with_file_name("sluiced"), Path::to_owned);
+        if !daemon.is_file() {
+            let error = anyhow!("there is no {}; build it, or give its path to --daemon", daemon.display());
+            return Err(error).or_usage();
+        }
+        if !sources.join("ops/corpus/build").is_file() {
+            let error = anyhow!(
+                "{} holds no ops/corpus/build; run this in a checkout of Sluice, or give one to --sources",
+                sources.display()
+            );
+            return Err(error).or_usage();
+        }
+        Ok(Self { sources: sources.to_owned(), daemon, trainer, stop })
+    }
+
+    /// Runs a script of the checkout; the last line it prints.
+    pub fn script(&self, name: &str, arguments: &[&str]) -> anyhow::Result<String> {
+        let mut command = Command::new(self.sources.join(name));
+        let output = command.args(arguments).stderr(Stdio::inherit()).output();
+        let output = output.with_context(|| format!("cannot run {name}"))?;
+        if !output.status.success() {
+            bail!("{name} failed ({}); see its message above", output.status);
+        }
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text.trim_end().lines().last().unwrap_or_default().to_owned())
+    }
+
+    /// Runs this program with other arguments, to its end.
+    pub fn train(&self, arguments: &[impl AsRef<OsStr>]) -> anyhow::Result<()> {
+        self.run(Command::new(&self.trainer).args(arguments))
+    }
+
+    /// Runs a command of the daemon's, to its end.
+    pub fn daemon(&self, arguments: &[impl AsRef<OsStr>]) -> anyhow::Result<()> {
+        self.run(Command::new(&self.daemon).args(arguments))
+    }
+
+    fn run(&self, command: &mut Command) -> anyhow::Result<()> {
+        let mut child = Running::start(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
+        loop {
+            let ended = child.0.try_wait().context("cannot wait for a program")?;
+            // A run that was interrupted ends well, but it is not done.
+            self.check()?;
+            match ended {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => bail!("`{command:?}` failed ({status}); see its message above"),
+                None => std::thread::sleep(POLL),
+            }
+        }
+    }
+
+    /// Fails once somebody has asked to stop.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if self.stop.load(Ordering::Relaxed) { Err(Interrupted.into()) } else { Ok(()) }
+    }
+
+    /// Starts a broker in memory with these topics (NAME:PARTITIONS); it ends with the value that comes with its address.
+    pub fn broker(&self, topics: &[String]) -> anyhow::Result<(Running, String)> {
+        let mut command = Command::new(&self.daemon);
+        command.args(["dev-broker", "--until-stdin-closes"]);
+        for topic in topics {
+            command.args(["--topic", topic]);
+        }
+        let mut broker = Running::start(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
+        let output = broker.0.stdout.take().context("the broker's output is not to be had")?;
+        let mut address = String::new();
+        BufReader::new(output).read_line(&mut address).context("cannot read the broker's address")?;
+        if address.trim().is_empty() {
+            bail!("the broker in memory did not start; see its message above");
+        }
+        Ok((broker, address.trim().to_owned()))
+    }
+
+    /// Starts `sluiced serve`, its log in a file, and waits until it says where its metrics are.
+    pub fn serve(
+        &self,
+        arguments: &[impl AsRef<OsStr>],
+        library: &str,
+        log: &Path,
+    ) -> anyhow::Result<Server> {
+        let file = std::fs::File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
+        let mut command = Command::new(&self.daemon);
+        command.args(["serve", "--http-listen", "127.0.0.1:0"]).args(arguments);
+        command.env("ORT_DYLIB_PATH", library).env("SLUICED_LOG_FORMAT", "json");
+        let running = Running::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file))?;
+        let mut server = Server { running, address: String::new(), log: log.to_owned() };
+        let started = Instant::now();
+        while started.elapsed() < START_MAX {
+            self.check()?;
+            let text = std::fs::read_to_string(log).unwrap_or_default();
+            let mut lines =
+                text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+            if let Some(address) = lines.find_map(|line| Some(line["address"].as_str()?.to_owned())) {
+                server.address = address;
+                return Ok(server);
+            }
+            server.check()?;
+            std::thread::sleep(POLL);
+        }
+        bail!("sluiced said no address within {} s; its log is {}", START_MAX.as_secs(), log.display())
+    }
+}
+
+/// A program, killed with this value.
+#[derive(Debug)]
+pub struct Running(Child);
+
+impl Running {
+    fn start(command: &mut Command) -> anyhow::Result<Self> {
+        let shown = command.get_program().to_owned();
+        Ok(Self(command.spawn().with_context(|| format!("cannot run {}", Path::new(&shown).display()))?))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // One that has ended cannot be killed, which is as well.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A daemon that scores.
+#[derive(Debug)]
+pub struct Server {
+    running: Running,
+    address: String,
+    log: PathBuf,
+}
+
+impl Server {
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.running.0.id()
+    }
+
+    /// Fails if it has ended.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        match self.running.0.try_wait().context("cannot wait for sluiced")? {
+            Some(status) => bail!("sluiced ended ({status}); its log is {}", self.log.display()),
+            None => Ok(()),
+        }
+    }
+
+    /// The sum of the metrics whose names begin so.
+    pub fn metric(&self, name: &str) -> anyhow::Result<u64> {
+        let text = http_get(&self.address, "/metrics").with_context(|| {
+            format!("cannot read the metrics of sluiced; its log is {}", self.log.display())
+        })?;
+        let values = text.lines().filter(|line| line.starts_with(name));
+        Ok(values.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>() as u64)
+    }
+}
+
+fn http_get(address: &str, path: &str) -> anyhow::Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (_, body) = answer.split_once("\r\n\r\n").context("that was no answer in HTTP")?;
+    Ok(body.to_owned())
+}
