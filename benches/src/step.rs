@@ -53,7 +53,7 @@ pub fn batch(vocabulary: usize) -> Batch {
     let rows = ROWS;
     let mut random = fastrand::Rng::with_seed(5);
     let tokens: Vec<u32> = (0..rows * LEN).map(|_| random.u32(0..vocabulary as u32)).collect();
-    let target = |index: usize| if (index + 1) % LEN == 0 { NO_TARGET } else { tokens[index + 1] };
+    let target = |index: usize| if (index + 1).is_multiple_of(LEN) { NO_TARGET } else { tokens[index + 1] };
     let targets: Vec<u32> = (0..tokens.len()).map(target).collect();
     let reference = targets
         .iter()

@@ -306,7 +306,9 @@ fn a_run_that_goes_on_still_knows_the_context_its_losses_were_scored_in() {
     // The same model, but with half the context.
     let tokenizer = Fingerprint::of_bytes(&std::fs::read(place.out("tokenizer.json")).unwrap());
     let mut later = mixture(PARTITIONS as usize, tokenizer, Fingerprint::of_bytes(b"model"));
-    later.iter_mut().for_each(|scored| (scored.context.window, scored.context.stride) = (128, 128));
+    for scored in &mut later {
+        (scored.context.window, scored.context.stride) = (128, 128);
+    }
     produce_scored(&place.cluster, "scored", PARTITIONS, &later);
     let mut child = place.run(&out, &flags).stderr(Stdio::piped()).spawn().unwrap();
     let begun = Instant::now();

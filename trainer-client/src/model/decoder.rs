@@ -28,7 +28,8 @@ pub(super) struct Tape {
     norm: NormTape,
 }
 
-/// What is kept of a layer between its forward and its backward pass.
+/// What is kept of a layer between its forward and its backward pass: a handful, so their size does not matter.
+#[allow(clippy::large_enum_variant)]
 enum Saved {
     Tape(Box<LayerTape>),
     /// Its input alone, from which the tape is made again.

@@ -97,7 +97,11 @@ impl DeviceName {
         }
     }
 
-    /// Computes something on the device; aborts where it cannot be used.
+    /// Computes something on the device.
+    ///
+    /// # Panics
+    ///
+    /// Where the device cannot be used: the process that tries it is there for that.
     pub fn probe(self) {
         let two = burn::tensor::Tensor::<1>::ones([2], &self.unchecked()).sum();
         assert!(super::layers::to_host(two) == [2.0], "the device computes something else");
@@ -111,7 +115,9 @@ impl DeviceName {
         }
     }
 
+    // Only a build with CUDA has a choice.
     #[cfg(not(feature = "cuda"))]
+    #[allow(clippy::unused_self)]
     fn unchecked(self) -> Device {
         Device::flex()
     }

@@ -103,7 +103,9 @@ pub(super) fn predict(
         };
         for (of_block, hits, block) in parallel::map(parallel::workers(device), columns, run) {
             sums.iter_mut().zip(of_block).for_each(|(sum, other)| *sum = join(*sum, other));
-            hits.into_iter().for_each(|(row, logit)| target_logits[row] = logit);
+            for (row, logit) in hits {
+                target_logits[row] = logit;
+            }
             blocks.push(block);
         }
     }

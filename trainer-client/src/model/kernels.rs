@@ -1,7 +1,9 @@
 //! Elementwise work on the CPU: one pass over slices, in vector instructions, where tensor operations take several passes,
 //! each over new memory and with the C library's scalar `exp`.
 //!
-//! Sums go over [`LANES`] partial sums whatever the machine's width, so the bits are the same with every instruction set.
+//! `dispatch` compiles what is inlined into it for each instruction set, hence all the `inline(always)`. Sums go over [`LANES`] partial sums whatever the machine's width, so the bits are the same with every instruction set.
+
+#![allow(clippy::inline_always)]
 
 use std::ops::Range;
 
@@ -101,7 +103,9 @@ pub(super) fn shifted_exponentials(logits: &mut [f32], columns: usize, shifts: &
         #[inline(always)]
         || {
             for (row, &shift) in logits.chunks_exact_mut(columns).zip(shifts) {
-                row.iter_mut().for_each(|x| *x = exp(*x - shift));
+                for x in row {
+                    *x = exp(*x - shift);
+                }
             }
         },
     );
@@ -128,7 +132,9 @@ pub(super) fn scale_rows(values: &mut [f32], columns: usize, factors: &[f32]) {
         #[inline(always)]
         || {
             for (row, &factor) in values.chunks_exact_mut(columns).zip(factors) {
-                row.iter_mut().for_each(|x| *x *= factor);
+                for x in row {
+                    *x *= factor;
+                }
             }
         },
     );
@@ -148,7 +154,9 @@ pub(super) fn masked_softmax(scores: &mut [f32], len: usize, visible: &[Range<us
                     let row = &mut row[span.clone()];
                     let max = max(row);
                     let factor = 1.0 / map_sum(row, |x| exp(x - max), |_, e| e);
-                    row.iter_mut().for_each(|x| *x *= factor);
+                    for x in row {
+                        *x *= factor;
+                    }
                 }
             }
         },

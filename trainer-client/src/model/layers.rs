@@ -148,7 +148,8 @@ fn halves(x: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
 }
 
 /// What each token of a group may look at: itself, so that no row of a softmax is empty, and what stands before it in its
-/// segment.
+/// segment. There is one of a group.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Visible {
     /// On the CPU: the span of its row for each token, `[rows * len]`.
     Spans(Vec<Range<usize>>),
