@@ -112,9 +112,12 @@ struct Totals {
 /// Scores text and prints a line of JSON for each document, or one for all.
 pub fn score(config: &Config, asked: &ScoreText) -> anyhow::Result<()> {
     let path = config.model.path.join("tokenizer.json");
-    let mut tokenizer = Tokenizer::from_file(&path)
-        .map_err(|error| anyhow!("cannot read the tokenizer {}: {error}", path.display()))
+    let json = std::fs::read(&path)
+        .with_context(|| format!("cannot read the tokenizer {}", path.display()))
         .exit_code(NO_INPUT)?;
+    let mut tokenizer = Tokenizer::from_bytes(&json)
+        .map_err(|error| anyhow!("{} is no tokenizer: {error}", path.display()))
+        .exit_code(DATA)?;
     // As `sluiced ingest` does: the document's own tokens, neither cut nor padded.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| anyhow!(error))?;

@@ -86,7 +86,7 @@ fn validate_says_what_is_missing() {
     }
     let bytes = std::fs::read(golden("tiny-llama").join("model.onnx")).unwrap();
     std::fs::write(folder.path().join("model.onnx"), &bytes[..bytes.len() / 2]).unwrap();
-    validate(servers, text(folder.path()), 66, &["model.onnx is not an ONNX file, or is cut short"]);
+    validate(servers, text(folder.path()), 65, &["model.onnx is not an ONNX file, or is cut short"]);
 }
 
 #[test]
@@ -107,7 +107,7 @@ fn a_context_of_one_token_is_refused_and_not_scored_wrongly() {
     validate("{\"max_position_embeddings\":0}", &["a window of 0 tokens predicts nothing"], 64);
     validate("{\"vocab_size\":0,\"max_position_embeddings\":64}", &["the vocabulary is empty"], 66);
     std::fs::write(folder.path().join("tokenizer.json"), "{garbage").unwrap();
-    validate("{\"max_position_embeddings\":64}", &["tokenizer.json is no tokenizer"], 66);
+    validate("{\"max_position_embeddings\":64}", &["tokenizer.json is no tokenizer"], 65);
 }
 
 #[test]
@@ -225,6 +225,6 @@ fn bad_lines_are_counted_and_the_good_ones_go_in() {
     assert_eq!(documents(&broker, "documents").len(), 4, "what follows a document that is too large goes in");
     with(text(&tokenizer), text(folder.path()), 66, &["is a folder"]);
     with("/no/tokenizer.json", text(&file), 66, &["/no/tokenizer.json"]);
-    with(text(&file), text(&file), 66, &["lines.jsonl is no tokenizer.json"]);
+    with(text(&file), text(&file), 65, &["lines.jsonl is no tokenizer.json"]);
     with(text(&tokenizer), "/no/lines.jsonl", 66, &["/no/lines.jsonl does not exist"]);
 }

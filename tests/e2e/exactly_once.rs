@@ -101,7 +101,7 @@ fn two_daemons_under_one_name_fence_each_other_and_say_so() {
     second.wait("readiness", |daemon| daemon.get("/ready").0 == 200);
     cluster.send(0..200, 20);
     second.wait("all documents", |daemon| daemon.finished() >= 200);
-    first.wait_for_end(1);
+    first.wait_for_end(78);
     assert_eq!(second.stop().code(), Some(0));
     cluster.assert_each_once(200);
 }

@@ -6,6 +6,8 @@ use anyhow::{Context, anyhow};
 use sluice_schemas::fingerprint::Fingerprint;
 use tokenizers::Tokenizer;
 
+use crate::failure::Classify;
+
 /// A Hugging Face tokenizer and the file it came from.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
@@ -14,13 +16,18 @@ pub struct TextTokenizer {
 }
 
 impl TextTokenizer {
-    /// Reads a `tokenizer.json`.
+    /// Reads a `tokenizer.json`. A file that cannot be read is another [`crate::failure::Failure`] than one that is no
+    /// tokenizer.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let file =
-            std::fs::read(path).with_context(|| format!("cannot read tokenizer {}", path.display()))?;
+        let file = std::fs::read(path)
+            .with_context(|| format!("cannot read tokenizer {}", path.display()))
+            .or_no_input()?;
         let tokenizer = Tokenizer::from_bytes(&file)
-            .map_err(|error| anyhow!("{} is not a Hugging Face tokenizer: {error}", path.display()))?;
-        Self::new(tokenizer, file).with_context(|| format!("cannot use tokenizer {}", path.display()))
+            .map_err(|error| anyhow!("{} is not a Hugging Face tokenizer: {error}", path.display()))
+            .or_data()?;
+        Self::new(tokenizer, file)
+            .with_context(|| format!("cannot use tokenizer {}", path.display()))
+            .or_data()
     }
 
     fn new(mut tokenizer: Tokenizer, file: Vec<u8>) -> anyhow::Result<Self> {

@@ -109,7 +109,7 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
     let fingerprint = Fingerprint::of_bytes(&json);
     let mut tokenizer = Tokenizer::from_bytes(&json)
         .map_err(|error| anyhow!("{} is no tokenizer.json: {error}", ingest.tokenizer.display()))
-        .exit_code(NO_INPUT)?;
+        .exit_code(DATA)?;
     // A record holds the document's own tokens, neither cut nor padded, whatever the file says.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| anyhow!(error))?;

@@ -119,7 +119,7 @@ impl ModelArguments {
         }
         if config.max_position_embeddings < sequence_length {
             return Err(anyhow::anyhow!(
-                "the model in {} reads at most {} tokens; give --sequence-length {0} or less",
+                "the model in {} reads at most {} tokens; give --sequence-length {1} or less",
                 folder.display(),
                 config.max_position_embeddings
             ))

@@ -100,7 +100,7 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<()> {
     let checkpoint = checkpoint_in(&arguments.checkpoint).or_usage()?;
     let learner = BurnLearner::open(&checkpoint, AdamWConfig::default()).or_data()?;
     let tokenizer = match &arguments.tokenizer {
-        Some(file) => TextTokenizer::read(file).or_no_input()?,
+        Some(file) => TextTokenizer::read(file)?,
         None => TextTokenizer::read(&checkpoint.join(TOKENIZER_FILE)).or_data()?,
     };
     let config = learner.config();

@@ -122,7 +122,7 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let broker = arguments.broker.broker()?;
     let telemetry = arguments.output.telemetry()?;
     let broker = broker.observed(telemetry.clone());
-    let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_no_input()?;
+    let tokenizer = TextTokenizer::read(&arguments.tokenizer)?;
     let mut prepared =
         Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
     prepared.give_history(&arguments.selection)?;
@@ -155,7 +155,7 @@ pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
     let broker = arguments.broker.broker()?;
     let telemetry = arguments.output.telemetry()?;
     let broker = broker.observed(telemetry.clone());
-    let tokenizer = TextTokenizer::read(&arguments.tokenizer).or_no_input()?;
+    let tokenizer = TextTokenizer::read(&arguments.tokenizer)?;
     let prepared = Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
     let decoder = Decoder::new(TopicKind::Documents, tokenizer.fingerprint(), tokenizer.vocabulary());
     let extent = Extent::UntilEnd { epochs: 1 };
@@ -223,7 +223,11 @@ impl<'a> Prepared<'a> {
         let OptimizationArguments { sequence_length, seed, .. } = *optimization;
         let optimizer = optimization.optimizer();
         let (mut folder, checkpoint, learner) = if output.resume && output.out.is_dir() {
-            let (folder, checkpoint) = RunFolder::resume(&output.out).or_data()?;
+            let resumed = RunFolder::resume(&output.out);
+            // A full disk passes, and who starts the run again must not take it for wrong data.
+            let is_io = |error: &anyhow::Error| error.chain().any(|cause| cause.is::<std::io::Error>());
+            let (folder, checkpoint) =
+                if resumed.as_ref().is_err_and(is_io) { resumed } else { resumed.or_data() }?;
             let learner = match &checkpoint {
                 Some(checkpoint) => model.resumed(checkpoint, tokenizer, sequence_length, optimizer)?,
                 None => model.learner(tokenizer, sequence_length, optimizer, seed)?,
