@@ -225,7 +225,8 @@ impl<'a> Prepared<'a> {
         let (mut folder, checkpoint, learner) = if output.resume && output.out.is_dir() {
             let resumed = RunFolder::resume(&output.out);
             // A full disk passes, and who starts the run again must not take it for wrong data.
-            let is_io = |error: &anyhow::Error| error.chain().any(|cause| cause.is::<std::io::Error>());
+            let is_io =
+                |error: &anyhow::Error| error.chain().any(<dyn std::error::Error>::is::<std::io::Error>);
             let (folder, checkpoint) =
                 if resumed.as_ref().is_err_and(is_io) { resumed } else { resumed.or_data() }?;
             let learner = match &checkpoint {
