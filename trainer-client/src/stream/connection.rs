@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
@@ -18,6 +18,8 @@ use crate::telemetry::Telemetry;
 
 /// How long a broker may take to answer the first question.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Ample time to go through the events that came meanwhile.
+const QUEUE_SERVED: Duration = Duration::from_millis(100);
 
 /// Bytes librdkafka may fetch ahead of us over all partitions, in KiB.
 const FETCHED_AHEAD_KBYTES: &str = "16384";
@@ -97,8 +99,11 @@ impl Broker {
         let listener = Listener::new(self.telemetry.clone());
         let consumer: BaseConsumer<Listener> = config.create_with_context(listener).map_err(refused)?;
         let metadata = consumer.fetch_metadata(Some(topic), CONNECT_TIMEOUT).map_err(|error| {
-            // What the broker threads had to say is in the queue, which nobody has polled yet.
-            while consumer.poll(Duration::ZERO).is_some() {}
+            // What the broker threads had to say is in the queue among statistics, and nobody has polled it yet.
+            let served = Instant::now() + QUEUE_SERVED;
+            while Instant::now() < served {
+                let _ = consumer.poll(QUEUE_SERVED);
+            }
             self.failed(topic, error, consumer.context().last_error())
         })?;
         let refusal = metadata.topics().iter().find_map(MetadataTopic::error).map(RDKafkaErrorCode::from);
