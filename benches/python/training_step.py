@@ -2,7 +2,8 @@
 
 `torch-mask`: whole logits, the losses of dropped tokens times zero. `torch-gather`: the head forward for every token without a
 graph, then again for the kept ones with it. `torch-compiled-...`: the same under torch.compile. All with
-scaled_dot_product_attention and the fused AdamW. `memory`: most memory of a step of a model that is hardly more than its head.
+scaled_dot_product_attention and the fused AdamW, and under autocast where bf16 is asked for. `memory`: most memory of a step of a
+model that is hardly more than its head.
 """
 
 import json
@@ -82,8 +83,11 @@ class Model(nn.Module):
 class Stepper:
     """A model with its optimizer, and one way to take a step."""
 
-    def __init__(self, folder: Path, version: str) -> None:
-        self.model = Model(folder)
+    def __init__(self, folder: Path, version: str, device: str, precision: str) -> None:
+        self.model = Model(folder).to(device)
+        # Its cache would keep the head's weight as cast without a graph, and lose its gradient in the second pass.
+        bf16 = precision == "bf16"
+        self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16, cache_enabled=False)
         matrices = [parameter for parameter in self.model.parameters() if parameter.dim() == 2]
         norms = [parameter for parameter in self.model.parameters() if parameter.dim() == 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
@@ -95,9 +99,7 @@ class Stepper:
     def plain_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(self.model.lm_head(hidden), targets, ignore_index=-1, reduction="none")
 
-    def step(self, tokens: Tensor, targets: Tensor, reference: Tensor, learning_rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def loss(self, tokens: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
         hidden = self.body(tokens)
         valid = targets >= 0
         count = int(KEEP * valid.sum().item() + 0.5)
@@ -109,9 +111,14 @@ class Stepper:
         excess = (losses.detach() - reference).masked_fill(~valid, -torch.inf)
         kept = excess.topk(count).indices
         if self.gathers:
-            loss = self.losses(hidden[kept], targets[kept]).mean()
-        else:
-            loss = (losses * torch.zeros_like(losses).scatter_(0, kept, 1.0)).sum() / count
+            return self.losses(hidden[kept], targets[kept]).mean()
+        return (losses * torch.zeros_like(losses).scatter_(0, kept, 1.0)).sum() / count
+
+    def step(self, tokens: Tensor, targets: Tensor, reference: Tensor, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with self.autocast:
+            loss = self.loss(tokens, targets, reference)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
@@ -131,11 +138,12 @@ def main() -> None:
     for line in sys.stdin:
         vocabulary, version = line.split()
         given = json.loads((folder / f"batch-{vocabulary}.json").read_text())
-        tokens = torch.tensor(given["tokens"]).view(given["rows"], given["len"])
-        targets, reference = torch.tensor(given["targets"]), torch.tensor(given["reference"])
+        where = given["device"], given["precision"]
+        targets, reference = (torch.tensor(given[name], device=where[0]) for name in ("targets", "reference"))
+        tokens = torch.tensor(given["tokens"], device=where[0]).view(given["rows"], given["len"])
         learning_rate = given["learning_rate"]
         if version == "memory":
-            stepper, length = Stepper(folder / f"head-{vocabulary}", "torch-mask"), given["len"]
+            stepper, length = Stepper(folder / f"head-{vocabulary}", "torch-mask", *where), given["len"]
             stepper.step(tokens[:1], targets[:length], reference[:length], learning_rate)
             Path("/proc/self/clear_refs").write_text("5")
             before = status("VmRSS:")
@@ -143,7 +151,7 @@ def main() -> None:
             told = {"bytes": max(status("VmHWM:") - before, 0), "loss": loss}
         else:
             if version not in steppers:
-                steppers[version] = Stepper(folder / f"model-{vocabulary}", version)
+                steppers[version] = Stepper(folder / f"model-{vocabulary}", version, *where)
             started, cpu = time.perf_counter(), time.process_time()
             loss = steppers[version].step(tokens, targets, reference, learning_rate)
             told = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, "loss": loss}

@@ -1,88 +1,149 @@
 //! The training step that is measured: one model, one batch and one selection for every engine.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io::{BufRead as _, Write as _};
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
+use clap::{Args, ValueEnum};
 use serde_json::json;
 use sluice_trainer::batch::{Batch, NO_TARGET};
 use sluice_trainer::learner::Learner as _;
-use sluice_trainer::model::{BurnLearner, ModelConfig};
+use sluice_trainer::model::{BurnLearner, DeviceName, ModelConfig, Precision};
 use sluice_trainer::optimizer::AdamWConfig;
 use sluice_trainer::select::{KeepRatio, Needs, Objective, Score, Thresholds, Turn};
 
 use crate::process::{cpu_seconds, forget_peak, peak_bytes, resident_bytes};
 
-/// Sequences in a batch.
-pub const ROWS: usize = 8;
-/// Tokens in a sequence.
-pub const LEN: usize = 256;
 /// Learning rate of every step.
 pub const LEARNING_RATE: f64 = 1e-4;
 const SEED: u64 = 1;
 
-/// A Llama-style model of 17M parameters at a vocabulary of 8,192: hidden 384, 6 layers.
-pub fn model(vocabulary: usize) -> ModelConfig {
-    ModelConfig {
-        vocab_size: vocabulary,
-        hidden_size: 384,
-        intermediate_size: 1024,
-        layers: 6,
-        heads: 6,
-        kv_heads: 6,
-        max_position_embeddings: LEN,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-6,
-        tie_word_embeddings: false,
+/// Where a step is measured, and how large it is.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Setup {
+    /// cpu, or cuda:N in a build with --features cuda.
+    #[arg(long, default_value_t = DeviceName::Cpu)]
+    pub device: DeviceName,
+    /// Precision of the products of matrices, here and in `PyTorch` (autocast).
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    pub precision: Precision,
+    /// Size of the model's body.
+    #[arg(long, value_enum, default_value_t = Size::Small)]
+    pub size: Size,
+    /// Sequences in a batch.
+    #[arg(long, default_value_t = 8)]
+    pub rows: usize,
+    /// Tokens in a sequence.
+    #[arg(long, default_value_t = 256)]
+    pub len: usize,
+}
+
+/// A Llama-style body; its name is about its number of parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Size {
+    /// Hidden 64, 2 layers, to try a command.
+    #[value(name = "tiny")]
+    Tiny,
+    /// Hidden 384, 6 layers: 17M parameters with a vocabulary of 8,192.
+    #[value(name = "17m")]
+    Small,
+    /// Hidden 768, 12 layers.
+    #[value(name = "100m")]
+    Medium,
+    /// Hidden 2048, 18 layers.
+    #[value(name = "1b")]
+    Large,
+}
+
+impl Setup {
+    /// The model with a vocabulary.
+    pub fn model(&self, vocabulary: usize) -> ModelConfig {
+        let (hidden_size, intermediate_size, layers, heads) = match self.size {
+            Size::Tiny => (64, 192, 2, 2),
+            Size::Small => (384, 1024, 6, 6),
+            Size::Medium => (768, 2048, 12, 12),
+            Size::Large => (2048, 5632, 18, 32),
+        };
+        ModelConfig {
+            vocab_size: vocabulary,
+            hidden_size,
+            intermediate_size,
+            layers,
+            heads,
+            kv_heads: heads,
+            max_position_embeddings: self.len,
+            rope_theta: 10_000.0,
+            rms_norm_eps: 1e-6,
+            tie_word_embeddings: false,
+        }
+    }
+
+    /// A fresh model with the settings that every engine uses.
+    pub fn learner(&self, config: ModelConfig) -> anyhow::Result<BurnLearner> {
+        let mut probe = Command::new(std::env::current_exe()?);
+        let device = self.device.open(probe.arg("probe-device"))?;
+        let mut learner = BurnLearner::new_on(device, config, AdamWConfig::default(), SEED)?;
+        learner.compute_in(self.precision);
+        Ok(learner)
+    }
+
+    /// Random tokens, a document a row; what the reference says of them is random too.
+    pub fn batch(&self, vocabulary: usize) -> Batch {
+        let Self { rows, len, .. } = *self;
+        let mut random = fastrand::Rng::with_seed(5);
+        // Together, so that a batch of fewer rows is the beginning of this one.
+        let drawn = |_| (random.u32(0..vocabulary as u32), 5.0 + 5.0 * random.f32());
+        let (tokens, drawn): (Vec<u32>, Vec<f32>) = (0..rows * len).map(drawn).unzip();
+        let ends = |index: usize| (index + 1).is_multiple_of(len);
+        let targets = (0..rows * len).map(|i| if ends(i) { NO_TARGET } else { tokens[i + 1] }).collect();
+        let reference = (0..rows * len).map(|i| if ends(i) { f32::NAN } else { drawn[i] }).collect();
+        let positions = (0..rows).flat_map(|_| 0..len as u32).collect();
+        let segments = vec![1; tokens.len()];
+        Batch { rows, len, segments, positions, targets, reference, tokens, reference_entropy: vec![] }
+    }
+
+    /// The same as flags.
+    pub fn flags(&self) -> Vec<String> {
+        let name = |value: Option<clap::builder::PossibleValue>| {
+            value.map_or_else(String::new, |value| value.get_name().to_owned())
+        };
+        let pairs = [
+            ("--device", self.device.to_string()),
+            ("--precision", name(self.precision.to_possible_value())),
+            ("--size", name(self.size.to_possible_value())),
+            ("--rows", self.rows.to_string()),
+            ("--len", self.len.to_string()),
+        ];
+        pairs.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
     }
 }
 
 /// A model of hardly anything but its head, to measure the memory of the loss.
-pub fn head_alone(vocabulary: usize) -> ModelConfig {
-    let narrow = ModelConfig { hidden_size: 64, intermediate_size: 64, layers: 1, ..model(vocabulary) };
+pub fn head_alone(setup: &Setup, vocabulary: usize) -> ModelConfig {
+    let narrow = ModelConfig { hidden_size: 64, intermediate_size: 64, layers: 1, ..setup.model(vocabulary) };
     ModelConfig { heads: 1, kv_heads: 1, ..narrow }
-}
-
-/// A fresh model with the settings that every engine uses.
-pub fn learner(config: ModelConfig) -> anyhow::Result<BurnLearner> {
-    BurnLearner::new(config, AdamWConfig::default(), SEED)
-}
-
-/// Random tokens, a document a row; what the reference says of them is random too.
-pub fn batch(vocabulary: usize) -> Batch {
-    let rows = ROWS;
-    let mut random = fastrand::Rng::with_seed(5);
-    let tokens: Vec<u32> = (0..rows * LEN).map(|_| random.u32(0..vocabulary as u32)).collect();
-    let target = |index: usize| if (index + 1).is_multiple_of(LEN) { NO_TARGET } else { tokens[index + 1] };
-    let targets: Vec<u32> = (0..tokens.len()).map(target).collect();
-    let reference = targets
-        .iter()
-        .map(|&target| if target == NO_TARGET { f32::NAN } else { 5.0 + 5.0 * random.f32() })
-        .collect();
-    let positions = (0..rows).flat_map(|_| 0..LEN as u32).collect();
-    let segments = vec![1; tokens.len()];
-    Batch { rows, len: LEN, segments, positions, targets, reference, tokens, reference_entropy: vec![] }
 }
 
 /// Takes steps as the lines of standard input say, and prints what each of them cost: `VOCABULARY plain` or
 /// `VOCABULARY slm` for the model, `VOCABULARY memory` for the memory of the loss.
 #[allow(clippy::print_stdout)]
-pub fn worker() -> anyhow::Result<()> {
-    let mut learners = std::collections::HashMap::new();
+pub fn worker(setup: &Setup) -> anyhow::Result<()> {
+    let mut learners = HashMap::new();
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         let (vocabulary, variant) = line.split_once(' ').context("a line is VOCABULARY VARIANT")?;
         let vocabulary: usize = vocabulary.parse()?;
         let told = match variant {
-            "memory" => loss_memory(vocabulary)?,
+            "memory" => loss_memory(setup, vocabulary)?,
             "plain" | "slm" => {
                 let learner = match learners.entry(line.clone()) {
-                    std::collections::hash_map::Entry::Occupied(there) => there.into_mut(),
-                    std::collections::hash_map::Entry::Vacant(free) => {
-                        free.insert(learner(model(vocabulary))?)
-                    }
+                    Entry::Occupied(there) => there.into_mut(),
+                    Entry::Vacant(free) => free.insert(setup.learner(setup.model(vocabulary))?),
                 };
-                step(learner, &batch(vocabulary), variant == "slm")?
+                step(learner, &setup.batch(vocabulary), variant == "slm")?
             }
             unknown => bail!("no such step: {unknown}"),
         };
@@ -92,7 +153,11 @@ pub fn worker() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn step(learner: &mut BurnLearner, batch: &Batch, selects: bool) -> anyhow::Result<serde_json::Value> {
+pub(crate) fn step(
+    learner: &mut BurnLearner,
+    batch: &Batch,
+    selects: bool,
+) -> anyhow::Result<serde_json::Value> {
     let objective =
         if selects { Objective::slm(Score::Excess, KeepRatio::try_from(0.6)?) } else { Objective::Clm };
     let turn = Turn { seed: SEED, step: 1, steps: 1, micro_batch: 0 };
@@ -100,7 +165,8 @@ fn step(learner: &mut BurnLearner, batch: &Batch, selects: bool) -> anyhow::Resu
     let (started, cpu) = (Instant::now(), cpu_seconds(std::process::id())?);
     learner.accumulate(batch, Needs::default(), &mut |measured| {
         let started = Instant::now();
-        let mut choices = objective.select(&[measured.signals(batch)], LEN, turn, &mut Thresholds::default());
+        let mut choices =
+            objective.select(&[measured.signals(batch)], batch.len, turn, &mut Thresholds::default());
         selecting = started.elapsed().as_secs_f64();
         choices.pop().unwrap_or_default().kept
     });
@@ -115,15 +181,11 @@ fn step(learner: &mut BurnLearner, batch: &Batch, selects: bool) -> anyhow::Resu
 }
 
 /// Most memory of a step of a model that is hardly more than its head, beyond what a small step left.
-fn loss_memory(vocabulary: usize) -> anyhow::Result<serde_json::Value> {
+fn loss_memory(setup: &Setup, vocabulary: usize) -> anyhow::Result<serde_json::Value> {
     let me = std::process::id();
-    let mut learner = learner(head_alone(vocabulary))?;
-    let whole = batch(vocabulary);
-    let mut first = Batch { rows: 1, ..whole.clone() };
-    for list in [&mut first.tokens, &mut first.segments, &mut first.positions, &mut first.targets] {
-        list.truncate(LEN);
-    }
-    first.reference.truncate(LEN);
+    let mut learner = setup.learner(head_alone(setup, vocabulary))?;
+    let whole = setup.batch(vocabulary);
+    let first = Setup { rows: 1, ..*setup }.batch(vocabulary);
     step(&mut learner, &first, true)?;
     forget_peak()?;
     let before = resident_bytes(me)?;

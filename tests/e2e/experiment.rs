@@ -56,10 +56,17 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
     assert!(said.contains("runs to go, about ") && said.contains(" left"), "{said}");
     let after = marks(&out);
     assert!(before.iter().all(|mark| after.contains(mark)), "what was done is not done again");
-    assert_eq!(students(&out), 24, "four kinds in each of three groups, two seeds");
+    assert_eq!(students(&out), 32, "four kinds in each of four groups, two seeds");
 
     let table = String::from_utf8_lossy(&output.stdout);
-    for part in ["scratch-tiny", "continual-tiny", "scratch-small", "A smoke run", "Tokens at k = 60 %"] {
+    for part in [
+        "scratch-tiny",
+        "continual-tiny",
+        "continual-mixed-tiny",
+        "scratch-small",
+        "A smoke run",
+        "Tokens at k = 60 %",
+    ] {
         assert!(table.contains(part), "{part} is missing:\n{table}");
     }
     assert_eq!(std::fs::read_to_string(out.join("results/README.md")).unwrap().trim_end(), table.trim_end());

@@ -17,7 +17,7 @@ use crate::telemetry::Telemetry;
 pub fn serve(listen: &str, telemetry: Telemetry) -> anyhow::Result<SocketAddr> {
     let listener = TcpListener::bind(listen).map_err(|error| {
         Failure::Unavailable(format!(
-            "cannot listen on --metrics-listen {listen}: {error}; give HOST:PORT with a free port"
+            "cannot listen on --metrics-listen {listen}: {error}; give HOST:PORT with an address of this machine and a free port"
         ))
     })?;
     let address = listener.local_addr().context("the listener has no address")?;

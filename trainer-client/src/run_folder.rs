@@ -1,7 +1,6 @@
 //! The folder of a run: what was asked for (`run.json`), what happened (`metrics.jsonl`), what was thought of a
 //! few tokens (`tokens.json`), and checkpoints.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -13,14 +12,13 @@ use sluice_schemas::fingerprint::Fingerprint;
 use crate::checkpoints::{CHECKPOINTS, Reached, latest_checkpoint, write_checkpoint};
 use crate::files::{read_json, recreate, write_json, write_synced};
 use crate::learner::Learner;
-use crate::metrics::{EvalMetric, Metric, StepMetric};
+use crate::metrics::Metric;
 use crate::pack::{PackedBatch, Piece};
 use crate::picture::TokenPicture;
-use crate::schedule::Schedule;
-use crate::select::Objective;
+use crate::run_record::RunRecord;
 use crate::snapshot::Snapshot;
 use crate::text::TextTokenizer;
-use crate::token_losses::{self, TokenLosses};
+use crate::token_losses;
 
 /// What was asked for.
 pub const RUN_FILE: &str = "run.json";
@@ -35,71 +33,6 @@ pub const DOCUMENTS_FILE: &str = "documents.jsonl";
 const LOCK_FILE: &str = "lock";
 /// Name of a model's weights file, which [`Learner::save`] writes.
 const WEIGHTS_FILE: &str = "model.safetensors";
-
-/// The content of `run.json`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct RunRecord {
-    /// The command that made the run: `run` or `reference`.
-    pub command: String,
-    /// What is minimised.
-    pub objective: Objective,
-    /// Seed of initial weights, shuffles and random draws.
-    pub seed: u64,
-    /// Sequences in a micro-batch.
-    pub batch_size: usize,
-    /// Micro-batches in an optimizer step.
-    pub accumulate: usize,
-    /// Tokens in a sequence.
-    pub sequence_length: usize,
-    /// The learning rate over the run, and its length in steps.
-    pub schedule: Schedule,
-    /// Fingerprint of the tokenizer.
-    pub tokenizer: Fingerprint,
-    /// Fingerprint of the model that made the reference losses; absent without such losses.
-    pub reference_model: Option<Fingerprint>,
-    /// Digest of the weights file before the first step: equal for runs that started alike.
-    pub initial_weights: Fingerprint,
-    /// The rest of the settings, for people: model, optimizer, stream.
-    pub settings: BTreeMap<String, serde_json::Value>,
-    /// Versions of what ran.
-    pub versions: BTreeMap<String, String>,
-}
-
-impl RunRecord {
-    /// Name of the first setting in which a run that is to go on differs from this one; `None` if the steps would be the
-    /// same. Where to read and how often to look may differ, and so may the number of ranks, with which the micro-batches
-    /// of a step may change too.
-    pub fn first_difference(&self, other: &Self, same_world_size: bool) -> Option<&'static str> {
-        let setting = |name: &str| self.settings.get(name) == other.settings.get(name);
-        let of_stream = |name: &str| {
-            let stream = |record: &Self| record.settings.get("stream").and_then(|s| s.get(name).cloned());
-            stream(self) == stream(other)
-        };
-        // Runs of before there was such a setting were in single precision.
-        let precision = |record: &Self| record.settings.get("precision").cloned().unwrap_or("f32".into());
-        [
-            ("the command", self.command == other.command),
-            ("the selection (--objective, --score, --keep, --scope ...)", self.objective == other.objective),
-            ("--seed", self.seed == other.seed),
-            ("--batch-size", self.batch_size == other.batch_size),
-            ("--accumulate", self.accumulate == other.accumulate || !same_world_size),
-            ("--sequence-length", self.sequence_length == other.sequence_length),
-            ("the learning rate, its schedule or --steps", self.schedule == other.schedule),
-            ("--tokenizer", self.tokenizer == other.tokenizer),
-            ("the model", setting("model")),
-            ("the optimizer", setting("optimizer")),
-            ("--precision", precision(self) == precision(other)),
-            ("--attend-across-documents or --first-token", setting("packing")),
-            ("--history or --history-decay", setting("history")),
-            ("--topic", of_stream("topic")),
-            ("--epochs, --until-end or --follow", of_stream("extent")),
-            ("--shuffle-buffer", of_stream("shuffle_buffer")),
-            ("the documents of the topic", of_stream("documents") && of_stream("tokens")),
-        ]
-        .into_iter()
-        .find_map(|(name, is_same)| (!is_same).then_some(name))
-    }
-}
 
 /// A run folder being written.
 #[derive(Debug)]
@@ -371,71 +304,4 @@ fn lock(run: &Path) -> anyhow::Result<File> {
             format!("cannot lock {}; give an --out on a file system that has locks", path.display())
         }),
     }
-}
-
-/// A run as its folder tells it.
-#[derive(Clone, Debug)]
-pub struct RecordedRun {
-    /// Name of the folder.
-    pub name: String,
-    /// What was asked for.
-    pub record: RunRecord,
-    /// What happened, in order.
-    pub metrics: Vec<Metric>,
-    /// The token picture, if the run came to its end.
-    pub picture: Option<TokenPicture>,
-    /// Losses of single tokens, where the run wrote them down.
-    pub token_losses: Vec<TokenLosses>,
-}
-
-impl RecordedRun {
-    /// Reads a run folder; a last line cut short by a crash is left out.
-    pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let absolute =
-            fs::canonicalize(path).with_context(|| format!("cannot find run folder {}", path.display()))?;
-        let name = absolute.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let picture = path.join(TOKENS_FILE);
-        Ok(Self {
-            name,
-            record: read_json(&path.join(RUN_FILE))?,
-            metrics: read_metrics(&path.join(METRICS_FILE))?,
-            picture: if picture.exists() { Some(read_json(&picture)?) } else { None },
-            token_losses: token_losses::read(path)?,
-        })
-    }
-
-    /// Its steps, in order.
-    pub fn steps(&self) -> impl Iterator<Item = &StepMetric> {
-        self.metrics
-            .iter()
-            .filter_map(|metric| if let Metric::Step(step) = metric { Some(step) } else { None })
-    }
-
-    /// Its evaluations on all sets, in order.
-    pub fn all_evals(&self) -> impl Iterator<Item = &EvalMetric> {
-        self.metrics
-            .iter()
-            .filter_map(|metric| if let Metric::Eval(eval) = metric { Some(eval) } else { None })
-    }
-
-    /// Its evaluations on one set, in order.
-    pub fn evals(&self, set: &str) -> impl Iterator<Item = &EvalMetric> {
-        self.all_evals().filter(move |eval| eval.set == set)
-    }
-}
-
-fn read_metrics(path: &Path) -> anyhow::Result<Vec<Metric>> {
-    // Bytes, because a crash may cut the last line inside a character.
-    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let whole = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
-    let lines: Vec<&[u8]> = whole.split(|&byte| byte == b'\n').collect();
-    let mut metrics = Vec::with_capacity(lines.len());
-    for (number, line) in (1..).zip(&lines) {
-        match serde_json::from_slice(line) {
-            Ok(metric) => metrics.push(metric),
-            Err(error) if number == lines.len() && error.is_eof() => {}
-            Err(error) => bail!("{}, line {number} is not a metric: {error}", path.display()),
-        }
-    }
-    Ok(metrics)
 }

@@ -12,7 +12,7 @@ use prometheus::{
 };
 
 use crate::metrics::{EvalMetric, StepMetric};
-use crate::run_folder::RunRecord;
+use crate::run_record::RunRecord;
 use crate::stream::StreamError;
 
 /// What the trainer's time goes into; it is always in one of these.
@@ -142,6 +142,7 @@ impl Default for Telemetry {
 }
 
 const NO_LABELS: [&str; 0] = [];
+const TURN: &str = "turn";
 const QUEUE: &str = "queue";
 const TOMBSTONE: &str = "tombstone";
 
@@ -270,7 +271,9 @@ impl Telemetry {
             telemetry.rejected.with_label_values(&[reason]);
         }
         telemetry.skipped.with_label_values(&[TOMBSTONE]);
-        telemetry.buffered.with_label_values(&[QUEUE]);
+        for place in [TURN, QUEUE] {
+            telemetry.buffered.with_label_values(&[place]);
+        }
         telemetry.set_buffered(Buffered::default());
         telemetry.checkpoint_timestamp.set(now());
         Ok(telemetry)
@@ -355,6 +358,11 @@ impl Telemetry {
     pub fn set_buffered(&self, buffered: Buffered) {
         self.buffered.with_label_values(&["shuffle"]).set(buffered.shuffle as i64);
         self.buffered.with_label_values(&["packing"]).set(buffered.packing as i64);
+    }
+
+    /// Counts a record in that arrived before its partition's turn, or with -1 one out whose turn has come.
+    pub fn waiting_for_turn(&self, change: i64) {
+        self.buffered.with_label_values(&[TURN]).add(change);
     }
 
     /// Counts a document into, or with -1 out of, the queue between a stream's thread and the trainer.

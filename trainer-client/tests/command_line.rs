@@ -88,6 +88,24 @@ fn json(path: &str) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
+/// A number that no machine has, so that the answer is the same where there is a GPU. With `--features cuda` this shows that
+/// a missing driver is one line too.
+#[test]
+fn a_device_that_is_not_there_is_named_before_anything_is_made() {
+    let place = Place::new();
+    let mut training = place.training("run", "scored", "out");
+    let output = training.args(["--steps", "1", "--device", "cuda:99"]).output().unwrap();
+    let (code, advice) = if cfg!(feature = "cuda") {
+        (69, "check the NVIDIA driver")
+    } else {
+        (64, "build sluice-train with --features cuda")
+    };
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    assert!(said.contains(advice) && said.trim_end().lines().count() == 1, "{said}");
+    assert!(!Path::new(&place.path("out")).exists());
+}
+
 #[test]
 fn a_reference_is_made_and_exported_and_students_are_trained_and_compared() {
     let place = Place::new();

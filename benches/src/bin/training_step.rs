@@ -9,26 +9,44 @@ use anyhow::{Context as _, ensure};
 use clap::{Args, Parser};
 use serde_json::{Value, json};
 use sluice_benches::process::median;
-use sluice_benches::step::{LEARNING_RATE, LEN, ROWS, batch, head_alone, learner, model};
+use sluice_benches::step::{LEARNING_RATE, Setup, head_alone};
+use sluice_benches::{device_check, stream};
 use sluice_tests::root;
 use sluice_trainer::batch::NO_TARGET;
-use sluice_trainer::learner::Learner as _;
+use sluice_trainer::model::checkpoint::{WEIGHTS_FILE, write_file, write_tensors};
+use sluice_trainer::model::config::CONFIG_FILE;
+use sluice_trainer::model::{DeviceName, ModelConfig, Precision};
 
 // As in sluice-train.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How far losses of two engines may be apart after as many steps, in nats.
-const AGREEMENT_NATS: f64 = 2e-3;
+/// How far losses of two engines may be apart after as many steps, in nats, in 32 bits and in 16.
+const AGREEMENT_NATS: [f64; 2] = [2e-3, 3e-2];
 
 #[derive(Debug, Parser)]
 #[command(about = "A training step, side by side")]
 enum Cli {
     /// Measure every engine, a step each in turn, and print JSON.
     Compare(Compare),
+    /// Train a tiny run on a device and on the CPU, and compare their losses; exit code 1 where they differ.
+    Check {
+        /// Device to check.
+        #[arg(long)]
+        device: DeviceName,
+        /// Precision of its products.
+        #[arg(long, value_enum, default_value_t = Precision::F32)]
+        precision: Precision,
+    },
     /// Only our own steps, as standard input says.
     #[command(hide = true)]
-    Worker,
+    Worker {
+        #[command(flatten)]
+        setup: Setup,
+    },
+    /// Fails where a device cannot be used.
+    #[command(hide = true)]
+    ProbeDevice { device: DeviceName },
 }
 
 #[derive(Debug, Args)]
@@ -52,6 +70,11 @@ struct Compare {
         default_value = "torch-mask,torch-gather,torch-compiled-mask,torch-compiled-gather"
     )]
     versions: Vec<String>,
+    /// `benches/python/training_step.py`, where it lies elsewhere.
+    #[arg(long)]
+    script: Option<PathBuf>,
+    #[command(flatten)]
+    setup: Setup,
 }
 
 /// A process that takes a step when told to.
@@ -93,42 +116,64 @@ impl Drop for Worker {
 #[allow(clippy::print_stdout)]
 fn main() -> anyhow::Result<()> {
     match Cli::parse() {
-        Cli::Worker => sluice_benches::step::worker()?,
+        Cli::Worker { setup } => sluice_benches::step::worker(&setup)?,
+        Cli::ProbeDevice { device } => device.probe(),
         Cli::Compare(arguments) => println!("{}", serde_json::to_string_pretty(&compare(&arguments)?)?),
+        Cli::Check { device, precision } => {
+            let found = device_check::check(device, precision)?;
+            println!("{}", serde_json::to_string_pretty(&found)?);
+            ensure!(found["agrees"] == true, "{device} does not train as the CPU does");
+        }
     }
     Ok(())
 }
 
 fn compare(arguments: &Compare) -> anyhow::Result<Value> {
     let folder = tempfile::tempdir()?;
+    let setup = &arguments.setup;
     let mut cases = Vec::new();
     for &vocabulary in &arguments.vocabularies {
-        write_case(folder.path(), vocabulary)?;
+        if arguments.python.is_some() {
+            write_case(folder.path(), setup, vocabulary)?;
+        }
         cases.push(case(arguments, folder.path(), vocabulary)?);
     }
+    let python = arguments.python.as_ref().map(|path| path.display().to_string());
+    let command = std::env::args().map(|word| {
+        // Where it lies says nothing elsewhere.
+        if Some(&word) == python.as_ref() { "$(ops/setup-torch-python)".to_owned() } else { word }
+    });
     Ok(json!({
-        "command": std::env::args().collect::<Vec<_>>().join(" "),
+        "command": command.collect::<Vec<_>>().join(" "),
         "cores": std::thread::available_parallelism()?.get(),
-        "rows": ROWS,
-        "len": LEN,
+        "device": setup.device.to_string(),
+        "precision": setup.precision,
+        "rows": setup.rows,
+        "len": setup.len,
         "cases": cases,
     }))
 }
 
 /// Weights and batch for the engines that are not ours.
-fn write_case(folder: &Path, vocabulary: usize) -> anyhow::Result<()> {
-    for (name, config) in [("model", model(vocabulary)), ("head", head_alone(vocabulary))] {
+fn write_case(folder: &Path, setup: &Setup, vocabulary: usize) -> anyhow::Result<()> {
+    let on_cpu = Setup { device: DeviceName::Cpu, ..*setup };
+    let write = |name: &str, config: ModelConfig| -> anyhow::Result<()> {
         let folder = folder.join(format!("{name}-{vocabulary}"));
         std::fs::create_dir_all(&folder)?;
-        learner(config)?.save(&folder)?;
-    }
-    let batch = batch(vocabulary);
+        write_file(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
+        let weights = on_cpu.learner(config)?.weights();
+        write_tensors(&folder.join(WEIGHTS_FILE), &weights, ("format", "pt"))
+    };
+    write("model", setup.model(vocabulary))?;
+    write("head", head_alone(setup, vocabulary))?;
+    let batch = setup.batch(vocabulary);
     let targets: Vec<i64> =
         batch.targets.iter().map(|&id| if id == NO_TARGET { -1 } else { i64::from(id) }).collect();
     // JSON has no NaN, and where there is no target the value is not looked at.
     let reference: Vec<f32> = batch.reference.iter().map(|&x| if x.is_nan() { 0.0 } else { x }).collect();
     let value = json!({
-        "rows": ROWS, "len": LEN, "learning_rate": LEARNING_RATE,
+        "rows": setup.rows, "len": setup.len, "learning_rate": LEARNING_RATE,
+        "device": setup.device.to_string(), "precision": setup.precision,
         "tokens": batch.tokens, "targets": targets, "reference": reference,
     });
     std::fs::write(folder.join(format!("batch-{vocabulary}.json")), value.to_string())?;
@@ -137,21 +182,32 @@ fn write_case(folder: &Path, vocabulary: usize) -> anyhow::Result<()> {
 
 fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result<Value> {
     let this = std::env::current_exe()?;
+    let setup = &arguments.setup;
+    let on_cpu = setup.device == DeviceName::Cpu;
+    let script = arguments.script.clone().unwrap_or_else(|| root().join("benches/python/training_step.py"));
     let python = |python: &Path| {
         let mut command = Command::new(python);
-        command.arg(root().join("benches/python/training_step.py")).arg(folder);
+        command.arg(&script).arg(folder);
         // Spinning threads would count waiting as work.
         command.env("OMP_WAIT_POLICY", "passive");
         command
     };
-    let mut workers = vec![
-        Worker::start("sluice", Command::new(&this).arg("worker").env("MIMALLOC_PURGE_DELAY", "-1"))?,
-        Worker::start("sluice-glibc", &mut Command::new(this.with_file_name("training_step_glibc")))?,
-    ];
-    let mut variants = vec![(0, "plain"), (0, "slm"), (1, "slm")];
+    let ours = || -> anyhow::Result<Worker> {
+        let mut command = Command::new(&this);
+        command.arg("worker").args(setup.flags()).env("MIMALLOC_PURGE_DELAY", "-1");
+        Worker::start("sluice", &mut command)
+    };
+    let mut workers = vec![ours()?];
+    let mut variants = vec![(0, "plain"), (0, "slm")];
+    if on_cpu {
+        let mut command = Command::new(this.with_file_name("training_step_glibc"));
+        variants.push((workers.len(), "slm"));
+        workers.push(Worker::start("sluice-glibc", command.args(setup.flags()))?);
+    }
     if let Some(path) = &arguments.python {
+        let versions = arguments.versions.iter();
+        variants.extend(versions.map(|version| (workers.len(), version.as_str())));
         workers.push(Worker::start("torch", &mut python(path))?);
-        variants.extend(arguments.versions.iter().map(|version| (2, version.as_str())));
     }
     let mut measured: Vec<Vec<Value>> = vec![vec![]; variants.len()];
     for round in 0..arguments.warmup_rounds + arguments.rounds {
@@ -164,13 +220,14 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
     let losses =
         |steps: &[Value]| -> Vec<f64> { steps.iter().filter_map(|step| step["loss"].as_f64()).collect() };
     let expected = losses(&measured[1]);
+    let agreement = AGREEMENT_NATS[usize::from(setup.precision != Precision::F32)];
     let mut engines = Vec::new();
     for (&(worker, variant), steps) in variants.iter().zip(&measured) {
         let name = format!("{}/{variant}", workers[worker].name);
         if variant != "plain" {
             let off = expected.iter().zip(losses(steps)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
             ensure!(
-                off <= AGREEMENT_NATS,
+                off <= agreement,
                 "losses of {name} are {off:e} nats off ours: the steps are not the same"
             );
         }
@@ -187,15 +244,20 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
         }));
     }
     drop(workers);
-    let mut memory = json!({});
-    memory["sluice"] =
-        Worker::start("sluice", Command::new(&this).arg("worker").env("MIMALLOC_PURGE_DELAY", "-1"))?
-            .ask(vocabulary, "memory")?;
-    if let Some(path) = &arguments.python {
-        memory["torch"] = Worker::start("torch", &mut python(path))?.ask(vocabulary, "memory")?;
+    let mut result = json!({
+        "vocabulary": vocabulary,
+        "parameters": setup.model(vocabulary).parameters(),
+        "engines": engines,
+        "stream": stream::batches(setup, vocabulary)?,
+    });
+    // Of a device's memory the system knows nothing.
+    if on_cpu {
+        let mut memory = json!({ "sluice": ours()?.ask(vocabulary, "memory")? });
+        if let Some(path) = &arguments.python {
+            memory["torch"] = Worker::start("torch", &mut python(path))?.ask(vocabulary, "memory")?;
+        }
+        result["loss_memory"] = memory;
     }
-    eprintln!("{vocabulary} memory of the loss: {memory}");
-    Ok(
-        json!({"vocabulary": vocabulary, "parameters": model(vocabulary).parameters(), "engines": engines, "loss_memory": memory}),
-    )
+    eprintln!("{vocabulary} stream: {}, memory of the loss: {}", result["stream"], result["loss_memory"]);
+    Ok(result)
 }

@@ -16,8 +16,8 @@ use crate::failure::Classify;
 use crate::model::BurnLearner;
 use crate::optimizer::AdamWConfig;
 use crate::pack::BatchShape;
+use crate::recorded_run::RecordedRun;
 use crate::report;
-use crate::run_folder::RecordedRun;
 use crate::text::TextTokenizer;
 
 /// Arguments of `sluice-train export`.

@@ -4,6 +4,7 @@
 
 mod budget;
 mod flops;
+mod gsm8k;
 mod plan;
 mod plot;
 mod programs;
@@ -20,8 +21,8 @@ use serde_json::Value;
 
 use crate::failure::Classify;
 use crate::files::{read_json, write_json, write_synced};
+use crate::recorded_run::RecordedRun;
 use crate::report;
-use crate::run_folder::RecordedRun;
 use budget::Budget;
 use plan::{Plan, Setting, Student};
 use programs::Programs;
@@ -57,7 +58,7 @@ pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> 
     let plan = if options.is_quick { Plan::quick() } else { Plan::full() };
     let programs = Programs::find(&options.sources, options.daemon.as_deref(), Arc::clone(stop))?;
     if let Some(folder) = &options.gsm8k {
-        stages::check_gsm8k(folder)?;
+        gsm8k::check(folder)?;
     }
     begin(options, &plan)?;
     let mut stages = Stages::new(&programs, &plan, &options.out);
@@ -88,7 +89,8 @@ pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> 
 /// Makes the folder of a new experiment, or sees that what is there is this one.
 fn begin(options: &Options, plan: &Plan) -> anyhow::Result<()> {
     std::fs::create_dir_all(&options.out)
-        .with_context(|| format!("cannot create {}", options.out.display()))?;
+        .with_context(|| format!("cannot create {}", options.out.display()))
+        .or_usage()?;
     let mut asked = serde_json::to_value(plan).context("cannot encode the plan")?;
     asked["gsm8k"] = options.gsm8k.is_some().into();
     let path = options.out.join("plan.json");

@@ -55,6 +55,9 @@ pub enum Setting {
     /// As in the paper: a base model, trained on general text, goes on with noisy mathematics, with noise inside its
     /// documents; the reference is the same base model, trained on with curated mathematics.
     Continual,
+    /// The models of the one, the text of the other: a base model goes on with one part of mathematics in five. It tells what
+    /// the beginning brings from what the stream brings.
+    ContinualMixed,
 }
 
 impl Setting {
@@ -63,15 +66,21 @@ impl Setting {
         match self {
             Self::Scratch => "scratch",
             Self::Continual => "continual",
+            Self::ContinualMixed => "continual-mixed",
         }
     }
 
     /// The file of the corpus that its students train on.
     pub fn corpus(self) -> &'static str {
         match self {
-            Self::Scratch => "mixed.jsonl",
+            Self::Scratch | Self::ContinualMixed => "mixed.jsonl",
             Self::Continual => "noisy.jsonl",
         }
+    }
+
+    /// Whether its students and its reference begin with the base model.
+    pub fn has_base(self) -> bool {
+        self != Self::Scratch
     }
 }
 
@@ -176,7 +185,7 @@ const SMALL: Size = Size { name: "2M", hidden: 128, layers: 4, heads: 4 };
 const LARGE: Size = Size { name: "10M", hidden: 320, layers: 6, heads: 5 };
 
 impl Plan {
-    /// Two hours and a quarter on two cores.
+    /// An hour and a half on two cores that have nothing else to do.
     pub fn full() -> Self {
         use Kind::{Plain, Random, Slm};
         let group = |setting, size, kinds: &[Kind], steps, eval_every| Group {
@@ -201,8 +210,9 @@ impl Plan {
             seeds: vec![1, 2, 3],
             groups: vec![
                 group(Setting::Continual, SMALL, &sweep(&[0.8, 0.4, 0.3, 0.1]), 200, 20),
+                group(Setting::ContinualMixed, SMALL, &sweep(&[0.3]), 200, 20),
                 group(Setting::Scratch, SMALL, &sweep(&[0.8, 0.4, 0.3]), 320, 32),
-                group(Setting::Scratch, LARGE, &sweep(&[0.3]), 140, 28),
+                group(Setting::Scratch, LARGE, &sweep(&[0.3]), 320, 32),
             ],
             is_quick: false,
         }
@@ -259,7 +269,7 @@ impl Plan {
 
     /// The settings that have students.
     pub fn settings(&self) -> Vec<Setting> {
-        let all = [Setting::Scratch, Setting::Continual];
+        let all = [Setting::Scratch, Setting::Continual, Setting::ContinualMixed];
         all.into_iter().filter(|setting| self.groups.iter().any(|group| group.setting == *setting)).collect()
     }
 }

@@ -10,7 +10,7 @@ use super::flops::Cost;
 use super::plan::{BATCH_SIZE, Group, Kind, Plan, SEQUENCE_LENGTH, Setting, Student};
 use super::stages::{TARGET, base_folder, read_scoring, reference_folder};
 use crate::metrics::{EvalMetric, tokens_to_reach};
-use crate::run_folder::RecordedRun;
+use crate::recorded_run::RecordedRun;
 
 /// Everything that is written down.
 #[derive(Clone, Debug, Serialize)]
@@ -149,9 +149,10 @@ impl Results {
         for setting in plan.settings() {
             let scoring = read_scoring(out, setting)?;
             let run = RecordedRun::read(&out.join(reference_folder(setting)))?;
-            let base = match setting {
-                Setting::Scratch => None,
-                Setting::Continual => Some(effort(&RecordedRun::read(&out.join(base_folder()))?, reference)),
+            let base = if setting.has_base() {
+                Some(effort(&RecordedRun::read(&out.join(base_folder()))?, reference))
+            } else {
+                None
             };
             settings.insert(
                 setting.name(),

@@ -6,23 +6,20 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, SHUFFLE_BUFFER, Setting, Size, Student};
 use super::programs::{Programs, Running};
-use super::{DONE_FILE, is_done, topics};
+use super::{DONE_FILE, gsm8k, is_done, topics};
 use crate::evaluate::{EvalFile, read_sets};
-use crate::failure::{Classify, Failure};
-use crate::files::{read_json, write_json, write_synced};
+use crate::files::{read_json, write_json};
 use crate::pack::BatchShape;
 use crate::process::cpu_seconds;
-use crate::run_folder::RecordedRun;
+use crate::recorded_run::RecordedRun;
 use crate::text::TextTokenizer;
 
-/// Problems of GSM8K to evaluate on.
-const GSM8K_PROBLEMS: usize = 20;
 /// Steps between checkpoints: what an interruption costs at most.
 const CHECKPOINT_EVERY: u64 = 100;
 /// Name of the first evaluation set, which decides.
@@ -63,20 +60,6 @@ pub(super) fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// GSM8K's training problems: its test problems are where the templates of the corpus come from.
-fn gsm8k_file(folder: &Path) -> PathBuf {
-    folder.join("train.jsonl")
-}
-
-/// Whether the folder holds what is evaluated on.
-pub(super) fn check_gsm8k(folder: &Path) -> Result<()> {
-    if gsm8k_file(folder).is_file() {
-        return Ok(());
-    }
-    Err(Failure::Usage(format!("{} holds no train.jsonl of GSM8K; leave out --gsm8k", folder.display()))
-        .into())
-}
-
 impl<'a> Stages<'a> {
     pub fn new(programs: &'a Programs, plan: &'a Plan, out: &Path) -> Self {
         Self {
@@ -110,7 +93,7 @@ impl<'a> Stages<'a> {
             flags.extend(["--out", &text_shown]);
             self.programs.script("ops/corpus/build", &flags)?;
             if let Some(folder) = gsm8k {
-                write_gsm8k(&gsm8k_file(folder), &text.join("eval-gsm8k.jsonl"))?;
+                gsm8k::write(folder, &text.join("eval-gsm8k.jsonl"))?;
             }
             self.done(Path::new("text"), &json!({}))?;
         }
@@ -146,36 +129,33 @@ impl<'a> Stages<'a> {
         let rate = self.plan.learning_rate.to_string();
         let rate_continual = self.plan.learning_rate_continual.to_string();
         let shape = model_flags(self.plan.reference);
-        match setting {
-            Setting::Scratch => {
-                self.train_reference(
-                    &folder,
-                    CURATED_TOPIC,
-                    &shape,
-                    &[("--epochs", &epochs), ("--learning-rate", &rate)],
-                )?;
-            }
-            Setting::Continual => {
-                // At a constant rate, like the students that go on from it.
-                self.train_reference(
-                    &base_folder(),
-                    GENERAL_TOPIC,
-                    &shape,
-                    &[
-                        ("--epochs", "1"),
-                        ("--steps", &steps),
-                        ("--learning-rate", &rate),
-                        ("--schedule", "constant"),
-                    ],
-                )?;
-                let init = ["--init".into(), self.base_checkpoint()?.into()];
-                self.train_reference(
-                    &folder,
-                    CURATED_TOPIC,
-                    &init,
-                    &[("--epochs", &epochs), ("--learning-rate", &rate_continual)],
-                )?;
-            }
+        if setting.has_base() {
+            // At a constant rate, like the students that go on from it.
+            self.train_reference(
+                &base_folder(),
+                GENERAL_TOPIC,
+                &shape,
+                &[
+                    ("--epochs", "1"),
+                    ("--steps", &steps),
+                    ("--learning-rate", &rate),
+                    ("--schedule", "constant"),
+                ],
+            )?;
+            let init = ["--init".into(), self.base_checkpoint()?.into()];
+            self.train_reference(
+                &folder,
+                CURATED_TOPIC,
+                &init,
+                &[("--epochs", &epochs), ("--learning-rate", &rate_continual)],
+            )?;
+        } else {
+            self.train_reference(
+                &folder,
+                CURATED_TOPIC,
+                &shape,
+                &[("--epochs", &epochs), ("--learning-rate", &rate)],
+            )?;
         }
         let model = model_folder(setting);
         if !self.is_done(&model) {
@@ -216,19 +196,16 @@ impl<'a> Stages<'a> {
         let (setting, folder) = (group.setting, student.folder());
         self.score(setting)?;
         let (_, scored) = topics(setting);
-        let rate = match setting {
-            Setting::Scratch => self.plan.learning_rate,
-            Setting::Continual => self.plan.learning_rate_continual,
-        };
+        let rate =
+            if setting.has_base() { self.plan.learning_rate_continual } else { self.plan.learning_rate };
         let mut arguments = words(["run", "--topic", &scored, "--until-end", "--schedule", "constant"]);
         arguments.extend(words(["--steps", &group.steps.to_string(), "--learning-rate", &rate.to_string()]));
         arguments.extend(words(["--shuffle-buffer", &SHUFFLE_BUFFER.to_string(), "--token-losses", TARGET]));
         arguments.extend(student.kind.flags().into_iter().map(OsString::from));
-        match setting {
-            Setting::Scratch => arguments.extend(model_flags(group.size)),
-            Setting::Continual => {
-                arguments.extend(["--init".into(), self.base_checkpoint()?.into()]);
-            }
+        if setting.has_base() {
+            arguments.extend(["--init".into(), self.base_checkpoint()?.into()]);
+        } else {
+            arguments.extend(model_flags(group.size));
         }
         arguments.extend(self.common_flags(&folder, student.seed, group.eval_every)?);
         self.programs.train(&arguments)?;
@@ -388,8 +365,14 @@ pub(super) fn read_scoring(out: &Path, setting: Setting) -> Result<Scoring> {
     read_json(&out.join(scoring_file(setting)))
 }
 
+/// There is a reference from the base model and one from fresh weights.
+fn reference_name(setting: Setting) -> &'static str {
+    let first = if setting.has_base() { Setting::Continual } else { Setting::Scratch };
+    first.name()
+}
+
 pub(super) fn reference_folder(setting: Setting) -> PathBuf {
-    PathBuf::from(format!("runs/reference-{}", setting.name()))
+    PathBuf::from(format!("runs/reference-{}", reference_name(setting)))
 }
 
 pub(super) fn base_folder() -> PathBuf {
@@ -397,7 +380,7 @@ pub(super) fn base_folder() -> PathBuf {
 }
 
 fn model_folder(setting: Setting) -> PathBuf {
-    PathBuf::from(format!("models/reference-{}", setting.name()))
+    PathBuf::from(format!("models/reference-{}", reference_name(setting)))
 }
 
 fn scoring_file(setting: Setting) -> String {
@@ -412,50 +395,4 @@ fn model_flags(size: Size) -> Vec<OsString> {
 
 fn words<'a>(words: impl IntoIterator<Item = &'a str>) -> Vec<OsString> {
     words.into_iter().map(OsString::from).collect()
-}
-
-#[derive(Deserialize)]
-struct Gsm8kLine {
-    question: String,
-    answer: String,
-}
-
-/// The first problems of GSM8K, spelt as the corpus spells its own.
-fn write_gsm8k(from: &Path, to: &Path) -> Result<()> {
-    let text = std::fs::read_to_string(from).with_context(|| format!("cannot read {}", from.display()))?;
-    let mut lines = String::new();
-    for (number, line) in (1..).zip(text.lines().take(GSM8K_PROBLEMS)) {
-        let Gsm8kLine { question, answer } = serde_json::from_str(line)
-            .map_err(|error| anyhow!("{}, line {number}: {error}", from.display()))
-            .or_data()?;
-        let text = format!("Question: {question}\nAnswer: {}", without_annotations(&answer));
-        lines.push_str(&json!({ "text": text }).to_string());
-        lines.push('\n');
-    }
-    write_synced(to, lines.as_bytes())
-}
-
-/// GSM8K's solutions name each computation twice, as in `48/2 = <<48/2=24>>24`.
-fn without_annotations(answer: &str) -> String {
-    let mut plain = String::with_capacity(answer.len());
-    let mut rest = answer;
-    while let Some((before, after)) = rest.split_once("<<") {
-        plain.push_str(before);
-        rest = after.split_once(">>").map_or("", |(_, after)| after);
-    }
-    plain + rest
-}
-
-#[cfg(test)]
-mod tests {
-    use super::without_annotations;
-
-    #[test]
-    fn annotations_of_gsm8k_are_left_out() {
-        let answer =
-            "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n48+24 = <<48+24=72>>72 clips.\n#### 72";
-        let plain = "Natalia sold 48/2 = 24 clips in May.\n48+24 = 72 clips.\n#### 72";
-        assert_eq!(without_annotations(answer), plain);
-        assert_eq!(without_annotations("#### 5"), "#### 5");
-    }
 }

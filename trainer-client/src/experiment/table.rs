@@ -39,6 +39,9 @@ fn write_page(page: &mut String, results: &Results) -> std::fmt::Result {
     for group in &results.groups {
         write_group(page, group, &results.settings[group.setting.name()])?;
     }
+    if !results.plan.is_quick {
+        writeln!(page, "\nWhat this says, and why: [findings](findings.md).")?;
+    }
     writeln!(page, "\n## Shares\n\n![Tokens to plain's final loss over the share kept](tokens-over-k.svg)")?;
     writeln!(page, "\n## Before the students\n")?;
     writeln!(page, "| setting | what | tokens | TFLOP | wall s | CPU s | loss on held-out mathematics |")?;
@@ -75,6 +78,7 @@ fn write_group(page: &mut String, group: &GroupResults, setting: &SettingResults
     let what = match group.setting {
         Setting::Scratch => "from fresh weights, a fifth of the stream is mathematics",
         Setting::Continual => "a base model of general text goes on with noisy mathematics, as in the paper",
+        Setting::ContinualMixed => "that base model goes on with a stream of which a fifth is mathematics",
     };
     let name = format!("{}-{}", group.setting.name(), group.size);
     writeln!(page, "\n## {name}: {what}\n")?;

@@ -14,7 +14,7 @@ mod token_picture;
 use html::{Html, escape};
 use summary::Comparison;
 
-use crate::run_folder::RecordedRun;
+use crate::recorded_run::RecordedRun;
 
 const STYLE: &str = include_str!("style.css");
 

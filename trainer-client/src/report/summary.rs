@@ -1,7 +1,7 @@
 //! The numbers behind the page: what each run came to, and how it stands to the plain one.
 
 use crate::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric, tokens_to_reach};
-use crate::run_folder::RecordedRun;
+use crate::recorded_run::RecordedRun;
 use crate::select::Objective;
 
 /// Runs side by side.

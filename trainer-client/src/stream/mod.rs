@@ -6,6 +6,7 @@ mod error;
 mod fetch;
 mod memory;
 mod place;
+mod reader;
 mod rotation;
 mod throttle;
 

@@ -77,19 +77,20 @@ impl Rotation {
         self
     }
 
-    /// Stores a fetched record. One past its partition's end, or fetched a second time after a pause, is dropped.
-    pub fn arrive(&mut self, partition: i32, record: Record) {
-        let Some(&index) = self.by_partition.get(&partition) else { return };
+    /// Stores a fetched record, and says so. One past its partition's end, or fetched a second time after a pause, is dropped.
+    pub fn arrive(&mut self, partition: i32, record: Record) -> bool {
+        let Some(&index) = self.by_partition.get(&partition) else { return false };
         let lane = &mut self.lanes[index];
         if lane.end.is_some_and(|end| record.offset + 1 >= end) {
             lane.finished = true;
         }
         if record.offset < lane.expected_offset || lane.end.is_some_and(|end| record.offset >= end) {
-            return;
+            return false;
         }
         lane.expected_offset = record.offset + 1;
         lane.buffered_bytes += record.payload.as_ref().map_or(0, Bytes::len);
         lane.buffer.push_back(record);
+        true
     }
 
     /// Notes that a partition has been read up to where the broker ends it now. The offsets before an end may hold
