@@ -89,10 +89,7 @@ impl DeviceName {
                 if tried.status.success() {
                     return Ok(self.unchecked());
                 }
-                let said = String::from_utf8_lossy(&tried.stderr).into_owned();
-                let said =
-                    said.lines().map(str::trim).find(|line| line.contains("Unable") || line.contains("rror"));
-                Err(unusable(said.unwrap_or("no driver answered").chars().take(160).collect()))
+                Err(unusable(reason(&String::from_utf8_lossy(&tried.stderr))))
             }
         }
     }
@@ -123,9 +120,24 @@ impl DeviceName {
     }
 }
 
+/// What a panic of Burn's says of the driver, without the list of names that it tried.
+fn reason(said: &str) -> String {
+    let line = said.lines().map(str::trim).find(|line| line.contains("Unable") || line.contains("rror"));
+    let line = line.unwrap_or("no driver answered");
+    line.split(" - searched for").next().unwrap_or(line).chars().take(160).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_missing_driver_is_said_in_few_words() {
+        let said = "thread 'main' panicked at src/lib.rs:200:5:\nUnable to dynamically load the \"cuda\" shared library - \
+                    searched for library names: [\"libcuda.so\", \"libcuda64.so\"]\nnote: run with `RUST_BACKTRACE=1`";
+        assert_eq!(reason(said), "Unable to dynamically load the \"cuda\" shared library");
+        assert_eq!(reason("Aborted"), "no driver answered");
+    }
 
     #[test]
     fn names_are_read_as_they_are_written() {

@@ -3,7 +3,7 @@
 //! `[tokens, vocab]` logits never exist whole. The head runs forward once, without a graph. A block is some columns of the
 //! logits, for every token: its rows' largest logits and sums of exponentials add up to the softmax of the whole
 //! vocabulary, and its part of the head's gradient is complete by itself, so that no two `[vocab, hidden]` gradients are ever
-//! added. The first blocks keep their exponentials for the backward pass, up to [`KEPT_EXPONENTIALS`]; of the others, the
+//! added. The first blocks keep their exponentials for the backward pass, up to a limit; of the others, the
 //! kept rows are computed again, which bounds memory whatever the batch and the vocabulary.
 
 use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Tensor};
@@ -14,13 +14,28 @@ use super::layers::{from_host, linear, linear_weight_backward, on_host, to_host}
 use super::parallel;
 use crate::batch::{Batch, NO_TARGET};
 
-/// Logits in one block: 8 MiB.
-const BLOCK_LOGITS: usize = 1 << 21;
 /// Fewest columns in a block, below which matrix products lose their speed.
 const BLOCK_COLUMNS_MIN: usize = 256;
-/// Exponentials kept between the forward and the backward pass of a step: 64 MiB, which hold a batch of 2,048 tokens and
-/// a vocabulary of 8,192 whole.
-const KEPT_EXPONENTIALS: usize = 1 << 24;
+
+/// How much of the logits is in memory.
+struct Limits {
+    /// Logits in one block.
+    block: usize,
+    /// Exponentials kept between the forward and the backward pass of a step.
+    kept: usize,
+}
+
+impl Limits {
+    fn of(device: &Device) -> Self {
+        if *device == Device::flex() {
+            // 8 MiB, which caches hold; and 64 MiB, which hold 2,048 tokens with a vocabulary of 8,192 whole.
+            Self { block: 1 << 21, kept: 1 << 24 }
+        } else {
+            // 256 MiB, as every block waits for the device once; and 1 GiB.
+            Self { block: 1 << 26, kept: 1 << 28 }
+        }
+    }
+}
 
 /// What the gradient needs of a forward pass.
 pub(super) struct Forward {
@@ -85,9 +100,10 @@ pub(super) fn predict(
     let mut blocks = Vec::new();
     if rows > 0 {
         let hidden = &rows_of(hidden, &positions, device);
-        let columns = blocks_of(weight.dims()[0], rows);
+        let limits = Limits::of(device);
+        let columns = blocks_of(weight.dims()[0], rows, &limits);
         // The first blocks of the vocabulary fit.
-        let fits = |first: usize, count: usize| (first + count) * rows <= KEPT_EXPONENTIALS;
+        let fits = |first: usize, count: usize| (first + count) * rows <= limits.kept;
         let run = |(first, count): (usize, usize)| {
             let logits = linear(hidden.clone(), &weight.clone().narrow(0, first, count));
             let mine =
@@ -192,8 +208,8 @@ pub(super) fn gradients(
 }
 
 /// First column and number of columns of every block.
-fn blocks_of(vocab: usize, rows: usize) -> Vec<(usize, usize)> {
-    let columns = (BLOCK_LOGITS / rows).next_multiple_of(64).max(BLOCK_COLUMNS_MIN);
+fn blocks_of(vocab: usize, rows: usize, limits: &Limits) -> Vec<(usize, usize)> {
+    let columns = (limits.block / rows).next_multiple_of(64).max(BLOCK_COLUMNS_MIN);
     (0..vocab).step_by(columns).map(|first| (first, columns.min(vocab - first))).collect()
 }
 
@@ -236,16 +252,26 @@ fn exponentials(
         return (from_host(values, [rows, columns], &device), sums, hits);
     }
     let at: Vec<u32> = (0..rows).map(|row| target(row).unwrap_or(0)).collect();
-    let hits = to_host(logits.clone().gather(1, indices(&at, &device).unsqueeze_dim(1)));
-    let hits = (0..rows).filter(|&row| target(row).is_some()).map(|row| (row, hits[row])).collect();
+    let hits = logits.clone().gather(1, indices(&at, &device).unsqueeze_dim(1));
     let max = logits.clone().max_dim(1);
     let below = logits - max.clone();
     let exponentials = below.clone().exp();
-    let sum = to_host(exponentials.clone().sum_dim(1));
-    let weighted =
-        if wants_entropies { to_host((exponentials.clone() * below).sum_dim(1)) } else { vec![0.0; rows] };
-    let sums = to_host(max).into_iter().zip(sum).zip(weighted);
-    (exponentials, sums.map(|((max, sum), weighted)| RowSum { max, sum, weighted }).collect(), hits)
+    let mut parts = vec![hits, max, exponentials.clone().sum_dim(1)];
+    if wants_entropies {
+        parts.push((exponentials.clone() * below).sum_dim(1));
+    }
+    let width = parts.len();
+    // One copy, since each of them waits for the device.
+    let parts = to_host(Tensor::cat(parts, 1));
+    let mut sums = Vec::with_capacity(rows);
+    let mut hits = Vec::new();
+    for (row, parts) in parts.chunks_exact(width).enumerate() {
+        sums.push(RowSum { max: parts[1], sum: parts[2], weighted: parts.get(3).copied().unwrap_or(0.0) });
+        if target(row).is_some() {
+            hits.push((row, parts[0]));
+        }
+    }
+    (exponentials, sums, hits)
 }
 
 /// Some rows of a matrix, each times its factor.

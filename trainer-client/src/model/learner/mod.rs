@@ -167,14 +167,7 @@ impl BurnLearner {
 
     /// Steps along the mean of a gradient summed over `kept` tokens, and gives the mean's norm.
     fn descend(&mut self, gradients: Weights<Tensor<2>>, kept: usize, learning_rate: f64) -> f64 {
-        let gradients = gradients.into_vec();
-        let mut squares = 0.0;
-        let mut own = Vec::with_capacity(gradients.len());
-        for gradient in gradients {
-            let (square, gradient) = sum_of_squares(gradient);
-            squares += square;
-            own.push(gradient);
-        }
+        let (squares, gradients) = sum_of_squares(gradients.into_vec());
         let norm = squares.sqrt() / kept as f64;
         if !norm.is_finite() {
             return norm;
@@ -182,7 +175,7 @@ impl BurnLearner {
         self.steps += 1;
         let step = AdamWStep::new(self.optimizer, self.steps, learning_rate, norm, kept);
         for ((weight, moments), gradient) in
-            self.weights.as_vec_mut().into_iter().zip(&mut self.moments).zip(own)
+            self.weights.as_vec_mut().into_iter().zip(&mut self.moments).zip(gradients)
         {
             step.apply(weight, moments, gradient);
         }
@@ -312,13 +305,21 @@ fn fresh_moments(tensors: &[Tensor<2>], device: &Device) -> Vec<Moments> {
     tensors.iter().map(|tensor| Moments { mean: zeros(tensor), square: zeros(tensor) }).collect()
 }
 
-/// Sum of a gradient's squares, and the gradient.
-fn sum_of_squares(gradient: Tensor<2>) -> (f64, Tensor<2>) {
-    if on_host(&gradient) {
+/// Sum of all gradients' squares, and the gradients.
+fn sum_of_squares(gradients: Vec<Tensor<2>>) -> (f64, Vec<Tensor<2>>) {
+    if !gradients.iter().all(on_host) {
+        let squares = gradients.iter().map(|gradient| (gradient.clone() * gradient.clone()).sum());
+        // One copy, since each would wait for the device.
+        let squares = to_host(Tensor::cat(squares.collect(), 0));
+        return (squares.into_iter().map(f64::from).sum(), gradients);
+    }
+    let mut squares = 0.0;
+    let own = |gradient: Tensor<2>| {
         let (shape, device) = (gradient.dims(), gradient.device());
         let values = to_host(gradient);
-        return (kernels::sum_of_squares(&values), from_host(values, shape, &device));
-    }
-    let square = to_host((gradient.clone() * gradient.clone()).sum().unsqueeze::<2>())[0];
-    (f64::from(square), gradient)
+        squares += kernels::sum_of_squares(&values);
+        from_host(values, shape, &device)
+    };
+    let gradients = gradients.into_iter().map(own).collect();
+    (squares, gradients)
 }

@@ -1,0 +1,99 @@
+//! What a GPU computes with tensor operations, the CPU computes in passes of its own over slices. Burn's ndarray backend, a
+//! device like any other to the model, takes the GPU's way here, so that the two can be compared without one.
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+use burn::tensor::Device;
+use sluice_trainer::batch::{Batch, NO_TARGET};
+use sluice_trainer::learner::{Learner, Measured};
+use sluice_trainer::model::{BurnLearner, ModelConfig};
+use sluice_trainer::optimizer::AdamWConfig;
+use sluice_trainer::random::SplitMix64;
+use sluice_trainer::select::Needs;
+
+const ROWS: usize = 3;
+const LEN: usize = 24;
+const VOCABULARY: usize = 600;
+
+fn config(kv_heads: usize, tie_word_embeddings: bool) -> ModelConfig {
+    ModelConfig {
+        vocab_size: VOCABULARY,
+        hidden_size: 32,
+        intermediate_size: 48,
+        layers: 2,
+        heads: 4,
+        kv_heads,
+        max_position_embeddings: LEN,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-6,
+        tie_word_embeddings,
+    }
+}
+
+/// Two documents in each row.
+fn batch() -> Batch {
+    let mut random = SplitMix64::keyed(3, 0);
+    let tokens: Vec<u32> = (0..ROWS * LEN).map(|_| random.below(VOCABULARY) as u32).collect();
+    let starts = |index: usize| index % LEN == 0 || index % LEN == 10;
+    let next = |index: usize| index + 1 == tokens.len() || starts(index + 1);
+    let targets = (0..tokens.len()).map(|i| if next(i) { NO_TARGET } else { tokens[i + 1] }).collect();
+    let within = |index: usize| index % LEN;
+    Batch {
+        rows: ROWS,
+        len: LEN,
+        targets,
+        segments: (0..tokens.len()).map(|i| u32::from(within(i) >= 10) + 1).collect(),
+        positions: (0..tokens.len()).map(|i| (within(i) % 10) as u32).collect(),
+        reference: vec![f32::NAN; tokens.len()],
+        reference_entropy: vec![],
+        tokens,
+    }
+}
+
+/// Two thirds of the targets.
+fn kept(batch: &Batch) -> Vec<u32> {
+    let targets = (0..).zip(&batch.targets).filter(|&(_, &target)| target != NO_TARGET);
+    targets.map(|(position, _)| position).filter(|position| position % 3 != 0).collect()
+}
+
+/// What three steps of two micro-batches measured, and the weights after them.
+fn train(device: Device, config: ModelConfig, recomputes: bool) -> (Vec<Measured>, Vec<f32>) {
+    let mut learner = BurnLearner::new_on(device, config, AdamWConfig::default(), 1).unwrap();
+    learner.keep_history(0.5);
+    learner.recompute_activations(recomputes);
+    let needs = Needs { entropy: true, history_loss: true, ..Needs::default() };
+    let batch = batch();
+    let mut measured = Vec::new();
+    for _ in 0..3 {
+        for _ in 0..2 {
+            learner.accumulate(&batch, needs, &mut |found| {
+                measured.push(found.clone());
+                kept(&batch)
+            });
+        }
+        assert!(learner.update(1e-2).gradient_norm > 0.0);
+    }
+    (measured, learner.weights().into_iter().flat_map(|weight| weight.values).collect())
+}
+
+fn worst(left: &[f32], right: &[f32]) -> f32 {
+    assert_eq!(left.len(), right.len());
+    assert!(left.iter().zip(right).all(|(a, b)| a.is_nan() == b.is_nan()));
+    left.iter().zip(right).filter(|(a, _)| !a.is_nan()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+#[allow(deprecated, reason = "Burn has no other backend that needs neither a GPU nor LLVM")]
+fn a_device_trains_as_the_cpu_does() {
+    for (kv_heads, tied) in [(4, false), (2, false), (1, true)] {
+        let (expected, weights) = train(Device::flex(), config(kv_heads, tied), false);
+        for recomputes in [false, true] {
+            let (measured, others) = train(Device::ndarray(), config(kv_heads, tied), recomputes);
+            for (expected, found) in expected.iter().zip(&measured) {
+                assert!(worst(&expected.losses, &found.losses) < 1e-4);
+                assert!(worst(&expected.entropies, &found.entropies) < 1e-4);
+                assert!(worst(&expected.history_losses, &found.history_losses) < 1e-4);
+            }
+            assert!(worst(&weights, &others) < 1e-3, "{}", worst(&weights, &others));
+        }
+    }
+}
