@@ -5,6 +5,7 @@ use std::ops::Range;
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 
 use super::config::ModelConfig;
+use super::device::is_cpu;
 use super::layers::{
     AttentionShape, AttentionTape, MlpTape, NormTape, Rotary, Rows, Visible, mlp, mlp_backward, rms_norm,
     rms_norm_backward,
@@ -108,7 +109,7 @@ impl Group {
 /// What each token of some rows may look at, given the tokens' segments.
 fn visible(segments: &[u32], shape: AttentionShape, device: &Device) -> Visible {
     let len = shape.len;
-    if *device == Device::flex() {
+    if is_cpu(device) {
         let spans = segments.chunks_exact(len).flat_map(|segments| {
             let mut start = 0;
             (0..len).map(move |i| {

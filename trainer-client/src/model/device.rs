@@ -6,6 +6,16 @@ use std::str::FromStr;
 use burn::tensor::{Device, FloatDType};
 use serde::{Deserialize, Serialize};
 
+/// Whether a device is this machine's processor, for which the model has passes of its own (`kernels`) and groups of rows over
+/// the cores. Everything else gets tensor operations alone.
+pub(super) fn is_cpu(device: &Device) -> bool {
+    #[cfg(test)]
+    if tests::ACTS_AS_A_GPU.get() {
+        return false;
+    }
+    *device == Device::flex()
+}
+
 /// A device by the name that people give it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceName {
@@ -128,25 +138,5 @@ fn reason(said: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_missing_driver_is_said_in_few_words() {
-        let said = "thread 'main' panicked at src/lib.rs:200:5:\nUnable to dynamically load the \"cuda\" shared library - \
-                    searched for library names: [\"libcuda.so\", \"libcuda64.so\"]\nnote: run with `RUST_BACKTRACE=1`";
-        assert_eq!(reason(said), "Unable to dynamically load the \"cuda\" shared library");
-        assert_eq!(reason("Aborted"), "no driver answered");
-    }
-
-    #[test]
-    fn names_are_read_as_they_are_written() {
-        for name in ["cpu", "cuda:0", "cuda:3"] {
-            assert_eq!(name.parse::<DeviceName>().map(|device| device.to_string()), Ok(name.to_owned()));
-        }
-        assert_eq!("cuda".parse(), Ok(DeviceName::Cuda(0)));
-        for wrong in ["gpu", "cuda:", "cuda:x", "cuda0", ""] {
-            assert!(wrong.parse::<DeviceName>().is_err(), "{wrong}");
-        }
-    }
-}
+#[path = "device_tests.rs"]
+mod tests;

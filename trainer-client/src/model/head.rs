@@ -9,6 +9,7 @@
 use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Tensor};
 
 use super::decoder::indices;
+use super::device::is_cpu;
 use super::kernels::{self, RowSum};
 use super::layers::{from_host, linear, linear_weight_backward, on_host, to_host};
 use super::parallel;
@@ -27,7 +28,7 @@ struct Limits {
 
 impl Limits {
     fn of(device: &Device) -> Self {
-        if *device == Device::flex() {
+        if is_cpu(device) {
             // 8 MiB, which caches hold; and 64 MiB, which hold 2,048 tokens with a vocabulary of 8,192 whole.
             Self { block: 1 << 21, kept: 1 << 24 }
         } else {

@@ -9,12 +9,13 @@ use std::ops::Range;
 use burn::tensor::activation::{sigmoid, softmax};
 use burn::tensor::{Bool, DType, Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
 
+use super::device::is_cpu;
 use super::kernels;
 use super::weights::Layer;
 
 /// Whether a tensor's values are f32 in this process's memory, where [`kernels`] can have them without a copy.
 pub(crate) fn on_host<const D: usize>(x: &Tensor<D>) -> bool {
-    x.dtype() == DType::F32 && x.device() == Device::flex()
+    x.dtype() == DType::F32 && is_cpu(&x.device())
 }
 
 /// Row-major values as a tensor; on the CPU without a copy.

@@ -11,9 +11,11 @@ use std::thread;
 use burn::tensor::Device;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use super::device::is_cpu;
+
 /// Number of pieces of work to run side by side on a device: the host's cores, or 1 on an accelerator.
 pub(super) fn workers(device: &Device) -> usize {
-    if *device == Device::flex() { thread::available_parallelism().map_or(1, NonZero::get) } else { 1 }
+    if is_cpu(device) { thread::available_parallelism().map_or(1, NonZero::get) } else { 1 }
 }
 
 /// A pool of one thread for each core. Within one, Burn does not cut its operations into parts for all cores, which would

@@ -1,11 +1,12 @@
 //! A batch forward and back through the whole model, in groups of rows.
 
-use burn::tensor::{Device, IndexingUpdateOp, Tensor};
+use burn::tensor::{IndexingUpdateOp, Tensor};
 
 use super::{BurnLearner, History};
 use crate::batch::{Batch, NO_TARGET};
 use crate::learner::Measured;
 use crate::model::decoder::{self, BodyGradients, Group, Tape, indices};
+use crate::model::device::is_cpu;
 use crate::model::head::{self, Keep, Predictions};
 use crate::model::parallel;
 use crate::model::weights::Weights;
@@ -27,7 +28,7 @@ impl BurnLearner {
     /// Rows of a batch that go through the body together.
     fn groups(&self, batch: &Batch) -> Vec<std::ops::Range<usize>> {
         let rows = match parallel::workers(&self.device) {
-            1 if self.device != Device::flex() => batch.rows,
+            1 if !is_cpu(&self.device) => batch.rows,
             _ => (GROUP_TOKENS / batch.len).max(1),
         };
         (0..batch.rows).step_by(rows).map(|start| start..(start + rows).min(batch.rows)).collect()

@@ -1,14 +1,39 @@
-//! What a GPU computes with tensor operations, the CPU computes in passes of its own over slices. Burn's ndarray backend, a
-//! device like any other to the model, takes the GPU's way here, so that the two can be compared without one.
+//! Tests of [`super`]. No GPU is needed: with [`ACTS_AS_A_GPU`] the CPU takes the GPU's way through the model.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-use burn::tensor::Device;
-use sluice_trainer::batch::{Batch, NO_TARGET};
-use sluice_trainer::learner::{Learner, Measured};
-use sluice_trainer::model::{BurnLearner, ModelConfig};
-use sluice_trainer::optimizer::AdamWConfig;
-use sluice_trainer::random::SplitMix64;
-use sluice_trainer::select::Needs;
+use std::cell::Cell;
+
+use super::{DeviceName, reason};
+use crate::batch::{Batch, NO_TARGET};
+use crate::learner::{Learner, Measured};
+use crate::model::{BurnLearner, ModelConfig};
+use crate::optimizer::AdamWConfig;
+use crate::random::SplitMix64;
+use crate::select::Needs;
+
+thread_local! {
+    /// Of this thread alone: a device that is no CPU has no threads of the model's.
+    pub(super) static ACTS_AS_A_GPU: Cell<bool> = const { Cell::new(false) };
+}
+
+#[test]
+fn a_missing_driver_is_said_in_few_words() {
+    let said = "thread 'main' panicked at src/lib.rs:200:5:\nUnable to dynamically load the \"cuda\" shared library - \
+                searched for library names: [\"libcuda.so\", \"libcuda64.so\"]\nnote: run with `RUST_BACKTRACE=1`";
+    assert_eq!(reason(said), "Unable to dynamically load the \"cuda\" shared library");
+    assert_eq!(reason("Aborted"), "no driver answered");
+}
+
+#[test]
+fn names_are_read_as_they_are_written() {
+    for name in ["cpu", "cuda:0", "cuda:3"] {
+        assert_eq!(name.parse::<DeviceName>().map(|device| device.to_string()), Ok(name.to_owned()));
+    }
+    assert_eq!("cuda".parse(), Ok(DeviceName::Cuda(0)));
+    for wrong in ["gpu", "cuda:", "cuda:x", "cuda0", ""] {
+        assert!(wrong.parse::<DeviceName>().is_err(), "{wrong}");
+    }
+}
 
 const ROWS: usize = 3;
 const LEN: usize = 24;
@@ -56,8 +81,8 @@ fn kept(batch: &Batch) -> Vec<u32> {
 }
 
 /// What three steps of two micro-batches measured, and the weights after them.
-fn train(device: Device, config: ModelConfig, recomputes: bool) -> (Vec<Measured>, Vec<f32>) {
-    let mut learner = BurnLearner::new_on(device, config, AdamWConfig::default(), 1).unwrap();
+fn train(config: ModelConfig, recomputes: bool) -> (Vec<Measured>, Vec<f32>) {
+    let mut learner = BurnLearner::new(config, AdamWConfig::default(), 1).unwrap();
     learner.keep_history(0.5);
     learner.recompute_activations(recomputes);
     let needs = Needs { entropy: true, history_loss: true, ..Needs::default() };
@@ -82,18 +107,20 @@ fn worst(left: &[f32], right: &[f32]) -> f32 {
 }
 
 #[test]
-#[allow(deprecated, reason = "Burn has no other backend that needs neither a GPU nor LLVM")]
-fn a_device_trains_as_the_cpu_does() {
+fn tensor_operations_train_as_the_passes_of_the_cpu_do() {
     for (kv_heads, tied) in [(4, false), (2, false), (1, true)] {
-        let (expected, weights) = train(Device::flex(), config(kv_heads, tied), false);
+        let (expected, weights) = train(config(kv_heads, tied), false);
         for recomputes in [false, true] {
-            let (measured, others) = train(Device::ndarray(), config(kv_heads, tied), recomputes);
+            ACTS_AS_A_GPU.set(true);
+            let (measured, others) = train(config(kv_heads, tied), recomputes);
+            ACTS_AS_A_GPU.set(false);
             for (expected, found) in expected.iter().zip(&measured) {
                 assert!(worst(&expected.losses, &found.losses) < 1e-4);
                 assert!(worst(&expected.entropies, &found.entropies) < 1e-4);
                 assert!(worst(&expected.history_losses, &found.history_losses) < 1e-4);
             }
-            assert!(worst(&weights, &others) < 1e-3, "{}", worst(&weights, &others));
+            // Not the same bits, or both went the same way.
+            assert!(weights != others && worst(&weights, &others) < 1e-3, "{}", worst(&weights, &others));
         }
     }
 }
