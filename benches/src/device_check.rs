@@ -15,7 +15,7 @@ pub fn check(device: DeviceName, precision: Precision) -> anyhow::Result<Value> 
     let on_cpu = losses(&Setup { device: DeviceName::Cpu, precision: Precision::F32, ..setup })?;
     let squares: f64 = on_device.iter().zip(&on_cpu).map(|(a, b)| (a - b).powi(2)).sum();
     let rms = (squares / STEPS as f64).sqrt();
-    // What engines have been seen to differ by, in 32 bits and in 16.
+    // By which losses of other engines have been seen to differ, in 32 bits and in 16.
     let allowed = if precision == Precision::F32 { 0.002 } else { 0.03 };
     Ok(json!({
         "device": device.to_string(),

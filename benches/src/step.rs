@@ -41,7 +41,7 @@ pub struct Setup {
     pub len: usize,
 }
 
-/// A Llama-style body; its name is about its number of parameters.
+/// A Llama-style body; its name says about how many parameters it comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Size {
     /// Hidden 64, 2 layers, to try a command.
@@ -50,10 +50,10 @@ pub enum Size {
     /// Hidden 384, 6 layers: 17M parameters with a vocabulary of 8,192.
     #[value(name = "17m")]
     Small,
-    /// Hidden 768, 12 layers.
+    /// Hidden 768, 12 layers: 135M parameters with a vocabulary of 32,768.
     #[value(name = "100m")]
     Medium,
-    /// Hidden 2048, 18 layers.
+    /// Hidden 2048, 18 layers: 1.1B parameters with it.
     #[value(name = "1b")]
     Large,
 }
@@ -171,6 +171,7 @@ pub(crate) fn step(
         choices.pop().unwrap_or_default().kept
     });
     let outcome = learner.update(LEARNING_RATE);
+    learner.synchronize()?;
     Ok(json!({
         "seconds": started.elapsed().as_secs_f64(),
         "cpu_seconds": cpu_seconds(std::process::id())? - cpu,

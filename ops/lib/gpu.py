@@ -1,5 +1,6 @@
 """What the checks on a machine with a GPU share. It goes with them to machines that have nothing else of this repository."""
 
+import argparse
 import ctypes
 import os
 import subprocess
@@ -33,17 +34,33 @@ def printed(*command: object) -> Path:
     return Path(done.stdout.decode().strip())
 
 
-def find_gpu() -> str:
-    """The name of the first GPU, by asking the driver itself."""
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """As the parser does, but a wrong flag ends with 64."""
+    parser.error = lambda message: fail(EX_USAGE, f"{message}; see --help")
+    return parser.parse_args()
+
+
+def writable(path: Path) -> None:
+    """Fails before anything is measured where the result could not be written."""
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        fail(EX_USAGE, f"cannot write {path}: {error.strerror}; give another --out")
+
+
+def find_gpu(device: str) -> str:
+    """The name of the GPU that `cuda:N` or `tensorrt:N` means, by asking the driver itself."""
+    number = int(device.partition(":")[2] or 0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         fail(EX_UNAVAILABLE, "no NVIDIA driver here (libcuda.so.1); run this on a machine with a GPU, or --device cpu")
     name = ctypes.create_string_buffer(128)
-    device = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
-        fail(EX_UNAVAILABLE, "the driver finds no GPU")
-    driver.cuDeviceGetName(name, len(name), device)
+    handle = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), number):
+        fail(EX_UNAVAILABLE, f"the driver finds no GPU {number}")
+    driver.cuDeviceGetName(name, len(name), handle)
     return name.value.decode()
 
 

@@ -68,6 +68,14 @@ impl State {
     }
 }
 
+/// The step that a checkpoint's folder is named after. Everything else beside them is somebody else's: a copy that was set aside,
+/// say, which must neither be gone on from nor removed.
+fn step_of(path: &Path) -> Option<u64> {
+    let digits = path.file_name()?.to_str()?.strip_prefix("step-")?;
+    let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    if is_number && path.is_dir() { digits.parse().ok() } else { None }
+}
+
 /// Finished checkpoints of a run, oldest first.
 pub fn checkpoints(run: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let folder = run.join(CHECKPOINTS);
@@ -76,13 +84,10 @@ pub fn checkpoints(run: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in entries {
         let path = entry.with_context(|| format!("cannot list checkpoints in {}", folder.display()))?.path();
-        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-")) {
-            found.push(path);
-        }
+        found.extend(step_of(&path).map(|step| (step, path)));
     }
-    // Step numbers are padded with zeros, so names sort as numbers do up to ten million steps; longer ones follow.
-    found.sort_by_key(|path| (path.as_os_str().len(), path.clone()));
-    Ok(found)
+    found.sort();
+    Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
 /// The last finished checkpoint of a run, if it has one.
@@ -130,4 +135,25 @@ fn remove(checkpoint: &Path, removed: &Path) -> anyhow::Result<()> {
     recreate(removed)?;
     let done = fs::rename(checkpoint, removed).and_then(|()| fs::remove_dir_all(removed));
     done.with_context(|| format!("cannot remove old checkpoint {}", checkpoint.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+    use super::{CHECKPOINTS, checkpoints};
+
+    #[test]
+    fn checkpoints_sort_by_their_step_and_what_is_no_checkpoint_is_none() {
+        let run = tempfile::tempdir().unwrap();
+        let folder = run.path().join(CHECKPOINTS);
+        let steps = ["step-0000009", "step-0000100", "step-10000000"];
+        for name in steps.into_iter().chain(["step-0000100.bak", "step-0000009-good", "step-best", "step-"]) {
+            std::fs::create_dir_all(folder.join(name)).unwrap();
+        }
+        std::fs::write(folder.join("step-0000200"), "a file").unwrap();
+        let found = checkpoints(run.path()).unwrap();
+        let names: Vec<_> = found.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, steps);
+    }
 }

@@ -94,7 +94,8 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::ForeignReference { .. }
             | StreamError::NotAllowed { .. }
             | StreamError::ForeignContext { .. }
-            | StreamError::Removed { .. },
+            | StreamError::Removed { .. }
+            | StreamError::Shorter { .. },
         ) => EXIT_DATA,
         Some(StreamError::Broker { .. } | StreamError::ReaderGone(_)) | None => EXIT_FAILURE,
     }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use sluice_schemas::fingerprint::Fingerprint;
 
 use crate::checkpoints::{CHECKPOINTS, Reached, latest_checkpoint, write_checkpoint};
+use crate::failure::Failure;
 use crate::files::{read_json, recreate, write_json, write_synced};
 use crate::learner::Learner;
 use crate::metrics::Metric;
@@ -298,7 +299,11 @@ fn lock(run: &Path) -> anyhow::Result<File> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {
-            bail!("another process is writing a run into {}; give another --out", run.display())
+            let error = format!(
+                "another process is writing a run into {}; wait for its end, or give another --out",
+                run.display()
+            );
+            Err(Failure::Unavailable(error).into())
         }
         Err(TryLockError::Error(error)) => Err(error).with_context(|| {
             format!("cannot lock {}; give an --out on a file system that has locks", path.display())

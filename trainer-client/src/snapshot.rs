@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -102,6 +102,21 @@ impl Snapshot {
             new.finished.extend(Some(rank.open).filter(|open| !open.is_empty()));
         }
         Self { ranks, ..self }
+    }
+
+    /// Fails where a document holds a token id that the tokenizer does not have, which a damaged file may.
+    pub fn check_ids(&self, vocabulary: u32) -> Result<()> {
+        let pieces = |rank: &RankSnapshot| {
+            let rows = rank.finished.iter().flatten().chain(&rank.open);
+            rows.map(|piece| piece.document.clone()).chain(rank.shuffled.iter().cloned()).collect::<Vec<_>>()
+        };
+        let held = self.ranks.iter().flat_map(pieces).chain(self.picture.chosen().iter().cloned());
+        for document in held {
+            if let Some(id) = document.tokens().iter().find(|&&id| id >= vocabulary) {
+                bail!("document {:?} holds token id {id}, and the tokenizer has {vocabulary}", document.id());
+            }
+        }
+        Ok(())
     }
 
     /// Splits into the outline and the bytes of [`DOCUMENTS_FILE`].

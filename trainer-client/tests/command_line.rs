@@ -107,6 +107,46 @@ fn a_device_that_is_not_there_is_named_before_anything_is_made() {
 }
 
 #[test]
+fn a_checkpoint_that_lacks_its_optimizer_or_is_damaged_is_not_gone_on_from() {
+    let place = Place::new();
+    let run = || {
+        let mut training = place.training("run", "scored", "run");
+        training.args(["--steps", "6", "--checkpoint-every", "2", "--until-end", "--resume"]);
+        training.output().unwrap()
+    };
+    assert!(run().status.success());
+    let metrics = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
+    let last = place.path("run/checkpoints/step-0000006");
+    std::fs::remove_file(format!("{last}/optimizer.safetensors")).unwrap();
+    let output = run();
+    assert_eq!(output.status.code(), Some(65), "{}", stderr(&output));
+    assert!(stderr(&output).contains(&format!("remove {last}")), "{}", stderr(&output));
+    // As it says; beside it lies a copy that somebody has made, which is no checkpoint of the run's.
+    std::fs::rename(&last, format!("{last}-mine")).unwrap();
+    let output = run();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(Path::new(&format!("{last}-mine")).is_dir());
+    let digests = |text: &str| -> Vec<Value> {
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.map(|line| line["digest"].clone()).filter(|digest| !digest.is_null()).collect()
+    };
+    let again = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
+    assert_eq!(digests(&again), digests(&metrics));
+
+    // A token id that the tokenizer does not have: the highest byte of the first one.
+    let documents = format!("{last}/documents.safetensors");
+    let mut bytes = std::fs::read(&documents).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let layout: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let first = 8 + header + layout["tokens"]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[first + 3] = 0x7f;
+    std::fs::write(&documents, bytes).unwrap();
+    let output = run();
+    assert_eq!(output.status.code(), Some(65), "{}", stderr(&output));
+    assert!(stderr(&output).contains("holds token id"), "{}", stderr(&output));
+}
+
+#[test]
 fn a_reference_is_made_and_exported_and_students_are_trained_and_compared() {
     let place = Place::new();
     succeed(place.training("reference", "documents", "reference").args(["--epochs", "2"]));

@@ -199,8 +199,9 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
     };
     let mut workers = vec![ours()?];
     let mut variants = vec![(0, "plain"), (0, "slm")];
-    if on_cpu {
-        let mut command = Command::new(this.with_file_name("training_step_glibc"));
+    let with_glibc = this.with_file_name("training_step_glibc");
+    if on_cpu && with_glibc.exists() {
+        let mut command = Command::new(with_glibc);
         variants.push((workers.len(), "slm"));
         workers.push(Worker::start("sluice-glibc", command.args(setup.flags()))?);
     }
@@ -224,8 +225,13 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
     let mut engines = Vec::new();
     for (&(worker, variant), steps) in variants.iter().zip(&measured) {
         let name = format!("{}/{variant}", workers[worker].name);
+        let taken = losses(steps);
+        ensure!(
+            taken.len() == steps.len() && taken.iter().all(|loss| loss.is_finite()),
+            "a loss of {name} is no number"
+        );
         if variant != "plain" {
-            let off = expected.iter().zip(losses(steps)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            let off = expected.iter().zip(&taken).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
             ensure!(
                 off <= agreement,
                 "losses of {name} are {off:e} nats off ours: the steps are not the same"
@@ -238,7 +244,7 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
             "seconds": all("seconds"),
             "cpu_seconds": all("cpu_seconds"),
             "selecting_seconds": all("selecting_seconds"),
-            "loss": losses(steps),
+            "loss": taken,
             "median_seconds": median(&all("seconds")),
             "median_cpu_seconds": median(&all("cpu_seconds")),
         }));

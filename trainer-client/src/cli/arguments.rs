@@ -8,7 +8,7 @@ use clap::Args;
 use crate::evaluate::EvalFile;
 use crate::failure::{Classify, Failure};
 use crate::http;
-use crate::model::checkpoint::read_weights;
+use crate::model::checkpoint::{OPTIMIZER_FILE, read_weights};
 use crate::model::config::CONFIG_FILE;
 use crate::model::device::DeviceError;
 use crate::model::{BurnLearner, DeviceName, ModelConfig, Precision};
@@ -140,6 +140,15 @@ impl ModelArguments {
         optimizer: AdamWConfig,
     ) -> anyhow::Result<BurnLearner> {
         optimizer.validate().or_usage()?;
+        if !checkpoint.join(OPTIMIZER_FILE).is_file() {
+            // With a fresh optimizer it would be another run.
+            let error = anyhow::anyhow!(
+                "{0} has no {OPTIMIZER_FILE}; remove {0}, and --resume goes on from the one before, or begin another run with \
+                 --init {0}",
+                checkpoint.display()
+            );
+            return Err(error).or_data();
+        }
         let learner = BurnLearner::open_on(self.compute.device()?, checkpoint, optimizer).or_data()?;
         let learner = self.compute.set(learner);
         // With --init the flags say nothing of the shape.

@@ -14,7 +14,7 @@ pub(super) struct ExperimentArguments {
     /// Which one
     #[arg(value_enum)]
     experiment: Experiment,
-    /// All of it in two minutes, with models that learn next to nothing: to see that it works
+    /// All of it in a few minutes, with models that learn next to nothing: to see that it works
     #[arg(long, env = "SLUICE_TRAIN_QUICK")]
     quick: bool,
     /// Folder of the runs; one that was interrupted goes on [default: target/experiment-1 or target/experiment-1-quick]

@@ -99,10 +99,18 @@ fn is_same_folder(one: &Path, other: &Path) -> bool {
 pub(super) fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<()> {
     let checkpoint = checkpoint_in(&arguments.checkpoint).or_usage()?;
     let learner = BurnLearner::open(&checkpoint, AdamWConfig::default()).or_data()?;
+    let own = checkpoint.join(TOKENIZER_FILE);
     let tokenizer = match &arguments.tokenizer {
         Some(file) => TextTokenizer::read(file)?,
-        None => TextTokenizer::read(&checkpoint.join(TOKENIZER_FILE)).or_data()?,
+        None => TextTokenizer::read(&own).or_data()?,
     };
+    if own.is_file() && TextTokenizer::read(&own).or_data()?.fingerprint() != tokenizer.fingerprint() {
+        let error = anyhow::anyhow!(
+            "--tokenizer is not the tokenizer of the checkpoint, {}; leave it out",
+            own.display()
+        );
+        return Err(error).or_usage();
+    }
     let config = learner.config();
     if config.vocab_size < tokenizer.vocabulary() as usize {
         let error = anyhow::anyhow!(

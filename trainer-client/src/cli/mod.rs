@@ -26,7 +26,7 @@ use crate::model::DeviceName;
 #[command(name = "sluice-train", version, max_term_width = 110)]
 #[command(
     after_help = "Exit codes: 0 done or stopped by a signal, 64 wrong arguments, 65 wrong data, 66 no tokenizer, \
-                        69 no broker, no such topic, no such device or the address of the metrics is taken, 130 or 143 \
+                        69 no broker, no such topic, no such device, or the address of the metrics or the run folder is taken, 130 or 143 \
                         stopped at once by a second signal, 1 anything else."
 )]
 struct Cli {

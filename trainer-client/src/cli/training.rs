@@ -225,11 +225,8 @@ impl<'a> Prepared<'a> {
         let optimizer = optimization.optimizer();
         let (mut folder, checkpoint, learner) = if output.resume && output.out.is_dir() {
             let resumed = RunFolder::resume(&output.out);
-            // A full disk passes, and who starts the run again must not take it for wrong data.
-            let is_io =
-                |error: &anyhow::Error| error.chain().any(<dyn std::error::Error>::is::<std::io::Error>);
             let (folder, checkpoint) =
-                if resumed.as_ref().is_err_and(is_io) { resumed } else { resumed.or_data() }?;
+                if resumed.as_ref().is_err_and(passes) { resumed } else { resumed.or_data() }?;
             let learner = match &checkpoint {
                 Some(checkpoint) => model.resumed(checkpoint, tokenizer, sequence_length, optimizer)?,
                 None => model.learner(tokenizer, sequence_length, optimizer, seed)?,
@@ -238,7 +235,9 @@ impl<'a> Prepared<'a> {
         } else {
             // Before the folder is made, so that a wrong flag leaves nothing behind.
             let learner = model.learner(tokenizer, sequence_length, optimizer, seed)?;
-            (RunFolder::create(&output.out).or_usage()?, None, learner)
+            let created = RunFolder::create(&output.out);
+            let folder = if created.as_ref().is_err_and(is_held) { created } else { created.or_usage() }?;
+            (folder, None, learner)
         };
         folder.keep_checkpoints(output.checkpoints_keep);
         folder.keep_token_losses(&output.token_losses);
@@ -285,6 +284,8 @@ impl<'a> Prepared<'a> {
     fn begun(&self, record: &RunRecord, world_size: usize) -> anyhow::Result<Option<Begun>> {
         let Some(checkpoint) = &self.checkpoint else { return Ok(None) };
         let (state, snapshot) = State::read(checkpoint).or_data()?;
+        let is_whole = snapshot.check_ids(self.tokenizer.vocabulary());
+        is_whole.with_context(|| format!("{} may be damaged", checkpoint.display())).or_data()?;
         let before = self.folder.read_record().or_data()?;
         let same_world_size = state.data.world_size() == world_size;
         if let Some(difference) = before.first_difference(record, same_world_size) {
@@ -405,6 +406,17 @@ fn stream_settings(topic: &str, broker: &BrokerArguments) -> Value {
     // Values of properties may be secrets; their names are enough to know that there were some.
     let properties: Vec<&str> = broker.property_names().collect();
     json!({ "topic": topic, "bootstrap_servers": broker.bootstrap_servers, "properties": properties })
+}
+
+/// Whether another process has the run folder.
+fn is_held(error: &anyhow::Error) -> bool {
+    error.is::<Failure>()
+}
+
+/// Whether a fault of a run folder may be over when somebody tries again, as a full disk and another process are: who starts
+/// the run again must not take those for wrong data.
+fn passes(error: &anyhow::Error) -> bool {
+    is_held(error) || error.chain().any(<dyn std::error::Error>::is::<std::io::Error>)
 }
 
 /// A flag that the first SIGINT or SIGTERM sets; a second one ends the process at once.

@@ -82,7 +82,10 @@ pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> 
         stages.student(student)?;
         budget.took(student, started.elapsed().as_secs_f64());
     }
-    let results = Results::read(&plan, &options.out, &options.command)?;
+    let results = Results {
+        has_findings: options.results.join("findings.md").is_file(),
+        ..Results::read(&plan, &options.out, &options.command)?
+    };
     write(options, &plan, &results)
 }
 

@@ -218,7 +218,7 @@ impl Plan {
         }
     }
 
-    /// All of it in two minutes, with models that learn next to nothing.
+    /// All of it in a few minutes, with models that learn next to nothing.
     pub fn quick() -> Self {
         let tiny = |name, hidden, layers| Size { name, hidden, layers, heads: 2 };
         let (small, large) = (tiny("tiny", 32, 2), tiny("small", 64, 2));

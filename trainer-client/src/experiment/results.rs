@@ -17,6 +17,9 @@ use crate::recorded_run::RecordedRun;
 pub(super) struct Results {
     /// The command that made it.
     pub command: String,
+    /// Whether somebody has written down beside it what it says.
+    #[serde(skip)]
+    pub has_findings: bool,
     /// Processor cores of the machine.
     pub cores: usize,
     /// What was done.
@@ -178,7 +181,14 @@ impl Results {
             groups.push(read_group(plan, out, group, students.collect(), scoring)?);
         }
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Ok(Self { command: command.to_owned(), cores, plan: plan.clone(), settings, groups })
+        Ok(Self {
+            command: command.to_owned(),
+            has_findings: false,
+            cores,
+            plan: plan.clone(),
+            settings,
+            groups,
+        })
     }
 }
 

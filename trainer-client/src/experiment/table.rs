@@ -39,19 +39,22 @@ fn write_page(page: &mut String, results: &Results) -> std::fmt::Result {
     for group in &results.groups {
         write_group(page, group, &results.settings[group.setting.name()])?;
     }
-    if !results.plan.is_quick {
+    if results.has_findings {
         writeln!(page, "\nWhat this says, and why: [findings](findings.md).")?;
     }
     writeln!(page, "\n## Shares\n\n![Tokens to plain's final loss over the share kept](tokens-over-k.svg)")?;
     writeln!(page, "\n## Before the students\n")?;
     writeln!(page, "| setting | what | tokens | TFLOP | wall s | CPU s | loss on held-out mathematics |")?;
     writeln!(page, "|---|---|---|---|---|---|---|")?;
+    let mut references = vec![];
     for (name, setting) in &results.settings {
-        let parts = [
-            ("base model", setting.base, "-".to_owned()),
-            ("reference", Some(setting.reference), format!("{:.3}", setting.reference_loss)),
-            ("scoring", Some(setting.scoring), "-".to_owned()),
-        ];
+        let mut parts = vec![("scoring", Some(setting.scoring), "-".to_owned())];
+        // Two settings may share one, which was paid once.
+        if !references.contains(&setting.reference) {
+            references.push(setting.reference);
+            parts.insert(0, ("reference", Some(setting.reference), format!("{:.3}", setting.reference_loss)));
+            parts.insert(0, ("base model", setting.base, "-".to_owned()));
+        }
         for (what, effort, loss) in parts {
             let Some(effort) = effort else { continue };
             writeln!(

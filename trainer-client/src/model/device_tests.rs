@@ -58,7 +58,7 @@ fn config(kv_heads: usize, tie_word_embeddings: bool) -> ModelConfig {
 fn batch() -> Batch {
     let mut random = SplitMix64::keyed(3, 0);
     let tokens: Vec<u32> = (0..ROWS * LEN).map(|_| random.below(VOCABULARY) as u32).collect();
-    let starts = |index: usize| index % LEN == 0 || index % LEN == 10;
+    let starts = |index: usize| index.is_multiple_of(LEN) || index % LEN == 10;
     let next = |index: usize| index + 1 == tokens.len() || starts(index + 1);
     let targets = (0..tokens.len()).map(|i| if next(i) { NO_TARGET } else { tokens[i + 1] }).collect();
     let within = |index: usize| index % LEN;

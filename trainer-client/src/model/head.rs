@@ -1,6 +1,6 @@
 //! The LM head: losses of all predicted tokens, then the gradient of the kept ones, in blocks of the vocabulary.
 //!
-//! `[tokens, vocab]` logits never exist whole. The head runs forward once, without a graph. A block is some columns of the
+//! `[tokens, vocab]` logits exist whole only where they fit one block. The head runs forward once, without a graph. A block is some columns of the
 //! logits, for every token: its rows' largest logits and sums of exponentials add up to the softmax of the whole
 //! vocabulary, and its part of the head's gradient is complete by itself, so that no two `[vocab, hidden]` gradients are ever
 //! added. The first blocks keep their exponentials for the backward pass, up to a limit; of the others, the
@@ -31,6 +31,9 @@ impl Limits {
         if is_cpu(device) {
             // 8 MiB, which caches hold; and 64 MiB, which hold 2,048 tokens with a vocabulary of 8,192 whole.
             Self { block: 1 << 21, kept: 1 << 24 }
+        } else if cfg!(test) {
+            // Small, so that a test has blocks that are kept and blocks that are not.
+            Self { block: 1 << 10, kept: 1 << 15 }
         } else {
             // 256 MiB, as every block waits for the device once; and 1 GiB.
             Self { block: 1 << 26, kept: 1 << 28 }

@@ -124,6 +124,21 @@ pub enum StreamError {
         /// The first offset there is.
         low: i64,
     },
+    /// What was to be read next was never there.
+    #[error(
+        "topic {topic:?}, partition {partition} ends before offset {high}, but the run stands at {next_offset}: it is not the \
+         topic that the run read, or was made anew; begin a new run with --init"
+    )]
+    Shorter {
+        /// The topic.
+        topic: String,
+        /// The partition.
+        partition: i32,
+        /// Offset that the run has reached, or is to reach.
+        next_offset: i64,
+        /// The end that the partition has.
+        high: i64,
+    },
     /// A shard without a partition would wait for ever.
     #[error(
         "topic {topic:?} has {partitions} partitions, too few for {world_size} ranks; give --world-size {partitions} or less"

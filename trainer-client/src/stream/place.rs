@@ -82,6 +82,15 @@ pub(super) fn starting_position(
         if next_offset < low && end.is_none_or(|end| next_offset < end) {
             return Err(StreamError::Removed { topic: topic.to_owned(), partition, next_offset, low });
         }
+        let reached = end.unwrap_or(next_offset).max(next_offset);
+        if reached > high {
+            return Err(StreamError::Shorter {
+                topic: topic.to_owned(),
+                partition,
+                next_offset: reached,
+                high,
+            });
+        }
         partitions.insert(partition, at);
     }
     let begun = Position { epoch: 1, ..Position::default() };
@@ -131,5 +140,16 @@ mod tests {
             "{error}"
         );
         assert!(error.to_string().contains("documents would be lost"));
+    }
+
+    #[test]
+    fn a_topic_that_ends_before_the_place_is_another_one() {
+        for (next_offset, end) in [(21, None), (7, Some(21))] {
+            let at = PartitionPosition { epoch: 1, next_offset, end };
+            let place = Position { partitions: BTreeMap::from([(0, at)]), ..Position::default() };
+            let offsets = BTreeMap::from([(0, (0, 20))]);
+            let error = starting_position("t", EPOCHS, &offsets, Some(&place)).unwrap_err();
+            assert!(matches!(error, StreamError::Shorter { next_offset: 21, high: 20, .. }), "{error}");
+        }
     }
 }

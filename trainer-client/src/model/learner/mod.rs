@@ -141,6 +141,11 @@ impl BurnLearner {
         Ok(())
     }
 
+    /// Waits until the device has done all that it was asked to; a step may end before its last computations have.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.sync().map_err(|error| anyhow::anyhow!("the device failed: {error:?}"))
+    }
+
     /// Shape of the model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
