@@ -34,7 +34,7 @@ pub enum DeviceError {
     NotBuilt,
     /// The device did not answer.
     #[error(
-        "{0} cannot be used: {1}; check the NVIDIA driver (libcuda.so.1) and NVRTC (libnvrtc.so), or give --device cpu"
+        "{0} cannot be used: {1}; check the NVIDIA driver (libcuda.so.1), NVRTC (libnvrtc.so) and CUDA's headers ($CUDA_PATH/include), or give --device cpu"
     )]
     Unusable(DeviceName, String),
 }
@@ -133,7 +133,7 @@ impl DeviceName {
 /// What a panic of Burn's says of the driver, without the list of names that it tried.
 fn reason(said: &str) -> String {
     let line = said.lines().map(str::trim).find(|line| line.contains("Unable") || line.contains("rror"));
-    let line = line.unwrap_or("no driver answered");
+    let line = line.unwrap_or("it did not answer");
     line.split(" - searched for").next().unwrap_or(line).chars().take(160).collect()
 }
 

@@ -21,7 +21,7 @@ fn a_missing_driver_is_said_in_few_words() {
     let said = "thread 'main' panicked at src/lib.rs:200:5:\nUnable to dynamically load the \"cuda\" shared library - \
                 searched for library names: [\"libcuda.so\", \"libcuda64.so\"]\nnote: run with `RUST_BACKTRACE=1`";
     assert_eq!(reason(said), "Unable to dynamically load the \"cuda\" shared library");
-    assert_eq!(reason("Aborted"), "no driver answered");
+    assert_eq!(reason("Aborted"), "it did not answer");
 }
 
 #[test]
