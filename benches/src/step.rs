@@ -9,11 +9,11 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use sluice_trainer::batch::{Batch, NO_TARGET};
-use sluice_trainer::learner::Learner as _;
+use sluice_feed::batch::{Batch, NO_TARGET};
+use sluice_feed::select::{KeepRatio, Needs, Objective, Score, Thresholds, Turn};
+use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::{BurnLearner, DeviceName, ModelConfig, Precision};
-use sluice_trainer::optimizer::AdamWConfig;
-use sluice_trainer::select::{KeepRatio, Needs, Objective, Score, Thresholds, Turn};
+use sluice_trainer::training::learner::Learner as _;
 
 use crate::process::{cpu_seconds, forget_peak, peak_bytes, resident_bytes};
 

@@ -8,15 +8,15 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use serde_json::json;
+use sluice_feed::pack::{BatchShape, Packing};
+use sluice_feed::snapshot::{RankSnapshot, Snapshot};
+use sluice_feed::stream::{Broker, Decoder, Extent, KafkaStream, TopicKind};
+use sluice_feed::supply::{Supply, SupplyPlan};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
     Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
 };
 use sluice_tests::produce;
-use sluice_trainer::pack::{BatchShape, Packing};
-use sluice_trainer::snapshot::{RankSnapshot, Snapshot};
-use sluice_trainer::stream::{Broker, Decoder, Extent, KafkaStream, TopicKind};
-use sluice_trainer::supply::{Supply, SupplyPlan};
 
 use crate::process::cpu_seconds;
 use crate::step::Setup;

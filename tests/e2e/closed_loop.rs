@@ -7,13 +7,13 @@ use sluice_daemon::batch::{Ladder, plan, windows};
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_daemon::score::{Score as _, Scorer};
+use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_schemas::record::{Bos, ContextPolicy, Precision};
 use sluice_tests::{golden, onnxruntime};
-use sluice_trainer::batch::{Batch, NO_TARGET};
 use sluice_trainer::export::export_onnx;
-use sluice_trainer::learner::Learner as _;
+use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::{BurnLearner, ModelConfig};
-use sluice_trainer::optimizer::AdamWConfig;
+use sluice_trainer::training::learner::Learner as _;
 
 const LEN: usize = 48;
 

@@ -5,10 +5,10 @@ use std::path::Path;
 
 use anyhow::Context;
 use serde_json::json;
-use sluice_trainer::batch::{Batch, NO_TARGET};
-use sluice_trainer::learner::Learner;
+use sluice_feed::batch::{Batch, NO_TARGET};
+use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::{BurnLearner, ModelConfig};
-use sluice_trainer::optimizer::AdamWConfig;
+use sluice_trainer::training::learner::Learner;
 
 const VOCABULARY: usize = 300;
 const LEN: usize = 40;

@@ -1,6 +1,6 @@
 //! Which exit code an error ends the program with (the codes are those of BSD's `sysexits.h`).
 
-use crate::stream::StreamError;
+use sluice_feed::stream::StreamError;
 
 /// Wrong arguments or configuration.
 pub const EXIT_USAGE: u8 = 64;
@@ -84,7 +84,8 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::PropertyValue(_)
             | StreamError::OwnedProperty(_)
             | StreamError::NoEntropies { .. }
-            | StreamError::NoPartitions { .. },
+            | StreamError::Shard { .. }
+            | StreamError::UnequalContexts { .. },
         ) => EXIT_USAGE,
         Some(
             StreamError::EmptyTopic(_)
@@ -94,9 +95,17 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::ForeignReference { .. }
             | StreamError::NotAllowed { .. }
             | StreamError::ForeignContext { .. }
+            | StreamError::Windows { .. }
+            | StreamError::ForeignBos { .. }
             | StreamError::Removed { .. }
             | StreamError::Shorter { .. },
         ) => EXIT_DATA,
-        Some(StreamError::Broker { .. } | StreamError::ReaderGone(_)) | None => EXIT_FAILURE,
+        Some(
+            StreamError::Broker { .. }
+            | StreamError::ReaderGone(_)
+            | StreamError::OtherRank
+            | StreamError::Agreement(_),
+        )
+        | None => EXIT_FAILURE,
     }
 }

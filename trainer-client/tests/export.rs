@@ -7,9 +7,9 @@ use prost::Message;
 use sluice_schemas::onnx::tensor_shape_proto::dimension::Value;
 use sluice_schemas::onnx::{GraphProto, ModelProto, ValueInfoProto, type_proto};
 use sluice_trainer::export::{INPUT, MODEL_FILE, OUTPUT, export_onnx};
-use sluice_trainer::learner::Learner;
+use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::{BurnLearner, ModelConfig};
-use sluice_trainer::optimizer::AdamWConfig;
+use sluice_trainer::training::learner::Learner;
 
 fn config(kv_heads: usize, tie_word_embeddings: bool) -> ModelConfig {
     ModelConfig {

@@ -6,10 +6,10 @@ mod support;
 use std::path::Path;
 
 use serde::Deserialize;
-use sluice_trainer::batch::{Batch, NO_TARGET};
-use sluice_trainer::learner::Learner;
+use sluice_feed::batch::{Batch, NO_TARGET};
+use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::{BurnLearner, ModelConfig, NamedTensor, Precision};
-use sluice_trainer::optimizer::AdamWConfig;
+use sluice_trainer::training::learner::Learner;
 use support::model::{bits, every_second_target, every_target, largest_difference, packed_batch, tiny};
 
 #[derive(Deserialize)]

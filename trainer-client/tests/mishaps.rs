@@ -7,30 +7,33 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use sluice_feed::batch::Batch;
+use sluice_feed::document::Document;
+use sluice_feed::pack::{BatchShape, ROWS_AHEAD};
+use sluice_feed::select::{Needs, Objective};
+use sluice_feed::stream::{DocumentStream, Next, Origin, Position, StreamError};
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_trainer::batch::Batch;
-use sluice_trainer::checkpoints::{Reached, State, latest_checkpoint};
-use sluice_trainer::document::Document;
 use sluice_trainer::failure::exit_code;
-use sluice_trainer::learner::{Learner, Measured, StepOutcome};
+use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::{BurnLearner, ModelConfig};
-use sluice_trainer::optimizer::AdamWConfig;
-use sluice_trainer::pack::{BatchShape, Packing};
-use sluice_trainer::progress::Progress;
-use sluice_trainer::recorded_run::RecordedRun;
-use sluice_trainer::run_folder::RunFolder;
-use sluice_trainer::run_record::RunRecord;
-use sluice_trainer::schedule::{Schedule, Shape};
-use sluice_trainer::select::{Needs, Objective};
-use sluice_trainer::snapshot::Snapshot;
-use sluice_trainer::stream::{DocumentStream, Origin, Position, StreamError};
-use sluice_trainer::telemetry::Telemetry;
+use sluice_trainer::run::checkpoints::{DataState, Reached, latest_checkpoint, read_state};
+use sluice_trainer::run::folder::RunFolder;
+use sluice_trainer::run::picture::PictureDocuments;
+use sluice_trainer::run::record::RunRecord;
+use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::TextTokenizer;
-use sluice_trainer::train::{Plan, Training};
+use sluice_trainer::training::learner::{Learner, Measured, StepOutcome};
+use sluice_trainer::training::schedule::{Schedule, Shape};
+use sluice_trainer::training::{Plan, Training};
+use sluice_trainer::watch::progress::Progress;
+use sluice_trainer::watch::telemetry::Telemetry;
 use support::bigram::Bigram;
-use support::write_tokenizer;
+use support::{feed_over, write_tokenizer};
 
 const SHAPE: BatchShape = BatchShape { rows: 1, len: 8 };
+
+/// Documents that a packer reads before it makes its first row of them.
+const AHEAD: u64 = ROWS_AHEAD as u64;
 
 /// Documents of one batch each, and then a record of another reference model.
 struct Failing {
@@ -38,8 +41,18 @@ struct Failing {
     handed_out: u64,
 }
 
+impl Failing {
+    fn after(documents: u64) -> Self {
+        Self { documents, handed_out: 0 }
+    }
+}
+
 impl DocumentStream for Failing {
-    fn next_document(&mut self) -> Result<Option<Document>, StreamError> {
+    fn lanes(&self) -> usize {
+        1
+    }
+
+    fn next_document(&mut self, _lane: usize) -> Result<Next, StreamError> {
         if self.handed_out == self.documents {
             return Err(StreamError::ForeignReference {
                 origin: Origin { topic: "scored".into(), partition: 0, offset: 9 },
@@ -48,10 +61,10 @@ impl DocumentStream for Failing {
             });
         }
         self.handed_out += 1;
-        Ok(Some(Document::plain("d".into(), "s".into(), vec![1, 2, 3, 4, 5, 6, 7, 8])))
+        Ok(Next::Document(Document::plain("d".into(), "s".into(), vec![1, 2, 3, 4, 5, 6, 7, 8])))
     }
 
-    fn position(&self) -> Position {
+    fn position(&self, _lane: usize) -> Position {
         Position { epoch: 1, documents: self.handed_out, ..Position::default() }
     }
 
@@ -93,12 +106,7 @@ impl Learner for Diverging {
 }
 
 /// Trains for at most ten steps, a checkpoint every `checkpoint_every`, and gives the error that ended it.
-fn fail(
-    folder: &Path,
-    learner: &mut dyn Learner,
-    stream: &mut dyn DocumentStream,
-    checkpoint_every: u64,
-) -> anyhow::Error {
+fn fail(folder: &Path, learner: &mut dyn Learner, stream: Failing, checkpoint_every: u64) -> anyhow::Error {
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder)).unwrap();
     let mut run = RunFolder::create(&folder.join("run")).unwrap();
     let schedule = Schedule { shape: Shape::Cosine, peak: 1.0, warmup_steps: 1, decay_steps: 0, steps: 10 };
@@ -118,18 +126,8 @@ fn fail(
     };
     let training = Training {
         learner,
-        streams: vec![stream],
-        plan: Plan {
-            objective: Objective::Clm,
-            schedule,
-            shape: SHAPE,
-            packing: Packing::default(),
-            accumulate: 1,
-            shuffle_buffer: 0,
-            seed: 1,
-            eval_every: 10,
-            checkpoint_every,
-        },
+        feed: feed_over(stream, SHAPE, 0, tokenizer.fingerprint()),
+        plan: Plan { objective: Objective::Clm, schedule, seed: 1, eval_every: 10, checkpoint_every },
         evals: &[],
         tokenizer: &tokenizer,
         folder: &mut run,
@@ -142,19 +140,19 @@ fn fail(
 
 /// Steps done and documents read.
 fn state_of(checkpoint: &Path) -> (u64, u64) {
-    let (state, snapshot) = State::read(checkpoint).unwrap();
-    (state.reached.step, snapshot.ranks[0].position.documents)
+    let (reached, data) = read_state(checkpoint).unwrap();
+    (reached.step, data.feed.held[&0].position.documents)
 }
 
 #[test]
 fn a_stream_that_fails_leaves_a_checkpoint_of_the_last_step() {
     for checkpoint_every in [2, 3, 100] {
         let folder = tempfile::tempdir().unwrap();
-        let mut stream = Failing { documents: 4, handed_out: 0 };
-        let error = fail(folder.path(), &mut Bigram::new(256), &mut stream, checkpoint_every);
+        let stream = Failing::after(AHEAD + 4);
+        let error = fail(folder.path(), &mut Bigram::new(256), stream, checkpoint_every);
         let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap().unwrap();
         assert!(checkpoint.ends_with("step-0000004"));
-        assert_eq!(state_of(&checkpoint), (4, 4));
+        assert_eq!(state_of(&checkpoint), (4, AHEAD + 4));
         let shown = format!("{error:#}");
         assert!(
             shown.contains("after step 4") && shown.contains(&checkpoint.display().to_string()),
@@ -168,8 +166,8 @@ fn a_stream_that_fails_leaves_a_checkpoint_of_the_last_step() {
 #[test]
 fn a_stream_that_fails_before_the_first_step_leaves_no_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
-    let mut stream = Failing { documents: 0, handed_out: 0 };
-    let error = fail(folder.path(), &mut Bigram::new(256), &mut stream, 2);
+    let stream = Failing::after(0);
+    let error = fail(folder.path(), &mut Bigram::new(256), stream, 2);
     assert_eq!(exit_code(&error), 65);
     assert_eq!(latest_checkpoint(&folder.path().join("run")).unwrap(), None);
     assert!(RunFolder::create(&folder.path().join("run")).is_ok(), "nothing is in the way of another try");
@@ -179,12 +177,12 @@ fn a_stream_that_fails_before_the_first_step_leaves_no_checkpoint() {
 fn a_step_that_is_not_finite_leaves_a_checkpoint_of_the_one_before() {
     let folder = tempfile::tempdir().unwrap();
     let mut learner = Diverging { table: Bigram::new(256), steps: 0 };
-    let mut stream = Failing { documents: 100, handed_out: 0 };
-    let error = fail(folder.path(), &mut learner, &mut stream, 100);
+    let stream = Failing::after(100);
+    let error = fail(folder.path(), &mut learner, stream, 100);
     let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap().unwrap();
     assert_eq!(
         state_of(&checkpoint),
-        (2, 3),
+        (2, AHEAD + 3),
         "what the third step would have learnt from is in the checkpoint"
     );
     let shown = format!("{error:#}");
@@ -208,9 +206,10 @@ fn weights_that_are_not_finite_are_never_a_checkpoint() {
         tie_word_embeddings: false,
     };
     let mut learner = BurnLearner::new(config, AdamWConfig::default(), 1).unwrap();
-    let mut packer = sluice_trainer::pack::Packer::new(SHAPE);
+    let mut packer = sluice_feed::pack::Packer::new(SHAPE);
     packer.push(&Document::plain("d".into(), "s".into(), vec![1, 2, 3, 4, 5, 6, 7, 8]));
-    let batch = packer.flush().unwrap().batch;
+    packer.close();
+    let batch = packer.next_batch().unwrap().batch;
     // The gradient is finite, but no weight is after such a stride.
     let outcome = learner.step(&batch, 1e300, &mut |_| vec![0, 1, 2]);
     assert!(outcome.gradient_norm.is_finite());
@@ -243,16 +242,17 @@ fn checkpoints_of_an_earlier_run_are_in_the_way() {
     std::fs::create_dir_all(out.join("checkpoints/step-0000004")).unwrap();
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder.path())).unwrap();
     let reached = Reached { step: 4, ..Reached::default() };
-    let error =
-        run.checkpoint(&Bigram::new(2), &tokenizer, &reached, &Snapshot::default()).unwrap_err().to_string();
+    let feed = feed_over(Failing::after(0), SHAPE, 0, tokenizer.fingerprint()).snapshot();
+    let data = DataState { feed, sources: vec![], picture: PictureDocuments::default() };
+    let error = run.checkpoint(&Bigram::new(2), &tokenizer, &reached, &data).unwrap_err().to_string();
     assert!(error.contains("step-0000004 is there already"), "{error}");
 }
 
 #[test]
 fn metrics_cut_inside_a_character_lose_their_last_line_only() {
     let folder = tempfile::tempdir().unwrap();
-    let mut stream = Failing { documents: 2, handed_out: 0 };
-    fail(folder.path(), &mut Bigram::new(256), &mut stream, 100);
+    let stream = Failing::after(AHEAD + 2);
+    fail(folder.path(), &mut Bigram::new(256), stream, 100);
     let run = folder.path().join("run");
     let whole = RecordedRun::read(&run).unwrap().metrics;
     let path = run.join("metrics.jsonl");

@@ -7,9 +7,9 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use sluice_trainer::learner::Learner;
+use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::{BurnLearner, ModelConfig};
-use sluice_trainer::optimizer::AdamWConfig;
+use sluice_trainer::training::learner::Learner;
 use support::write_tokenizer;
 
 fn sluice_train(arguments: &[&str]) -> Command {

@@ -3,16 +3,16 @@
 
 use std::collections::BTreeMap;
 
+use sluice_feed::select::{KeepRatio, Objective, Score};
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_trainer::histogram::ScoreHistogram;
-use sluice_trainer::metrics::{EvalMetric, Metric, ScoresMetric, SourceCount, StepMetric};
-use sluice_trainer::picture::{PictureDocument, PictureToken, TokenPicture};
-use sluice_trainer::recorded_run::RecordedRun;
 use sluice_trainer::report;
-use sluice_trainer::run_record::RunRecord;
-use sluice_trainer::schedule::{Schedule, Shape};
-use sluice_trainer::select::{KeepRatio, Objective, Score};
-use sluice_trainer::token_losses::TokenLosses;
+use sluice_trainer::run::histogram::ScoreHistogram;
+use sluice_trainer::run::metrics::{EvalMetric, Metric, ScoresMetric, SourceCount, StepMetric};
+use sluice_trainer::run::picture::{PictureDocument, PictureToken, TokenPicture};
+use sluice_trainer::run::record::RunRecord;
+use sluice_trainer::run::recorded::RecordedRun;
+use sluice_trainer::run::token_losses::TokenLosses;
+use sluice_trainer::training::schedule::{Schedule, Shape};
 
 const STEPS: u64 = 40;
 const TOKENS: u64 = 1000;
@@ -39,6 +39,7 @@ fn step(number: u64, kept: u64) -> Metric {
             ("math <i>".to_owned(), SourceCount { kept: kept / 4 * 3, scored: TOKENS / 2 }),
             ("rest".to_owned(), SourceCount { kept: kept - kept / 4 * 3, scored: TOKENS - TOKENS / 2 }),
         ]),
+        data: String::new(),
         digest: String::new(),
     })
 }

@@ -1,5 +1,4 @@
-//! Runs of the real program that are killed and go on: bit by bit what they would have been, and with another number of
-//! ranks every document once.
+//! Runs of the real program that are killed and go on: bit by bit what they would have been.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod support;
@@ -10,8 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use sluice_feed::random::SplitMix64;
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_trainer::random::SplitMix64;
 use support::{Cluster, cluster, mixture, produce, produce_scored, write_tokenizer};
 
 const PARTITIONS: i32 = 6;
@@ -80,7 +79,7 @@ fn story(out: &Path) -> (Vec<Value>, Vec<Value>) {
 
 /// The files of the last checkpoint.
 fn last_checkpoint(out: &Path) -> BTreeMap<String, Vec<u8>> {
-    let folder = sluice_trainer::checkpoints::latest_checkpoint(out).unwrap().unwrap();
+    let folder = sluice_trainer::run::checkpoints::latest_checkpoint(out).unwrap().unwrap();
     let file = |entry: std::io::Result<std::fs::DirEntry>| {
         let path = entry.unwrap().path();
         (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap())
@@ -131,8 +130,6 @@ fn runs_killed_at_any_moment_go_on_as_if_nothing_had_happened() {
         "0.9",
         "--scope",
         "running-quantile",
-        "--world-size",
-        "2",
     ];
     let place = Place::new();
     let whole = place.out("whole");
@@ -155,7 +152,7 @@ fn runs_killed_at_any_moment_go_on_as_if_nothing_had_happened() {
         killed += usize::from(kill_after(&mut child, &out, count, delay));
         let checkpoints = out.join("checkpoints");
         let before =
-            checkpoints.is_dir().then(|| sluice_trainer::checkpoints::latest_checkpoint(&out).unwrap());
+            checkpoints.is_dir().then(|| sluice_trainer::run::checkpoints::latest_checkpoint(&out).unwrap());
         resumed_from.insert(before.flatten().map(|path| path.file_name().unwrap().to_owned()));
         finish(&mut place.run(&out, &flags));
         assert_eq!(story(&out), expected, "killed after {count} lines and {delay:?}");
@@ -176,9 +173,9 @@ fn predicted(out: &Path) -> BTreeMap<(String, u64), u64> {
     let mut counts = BTreeMap::new();
     for line in lines(out, "documents.jsonl") {
         for piece in line["pieces"].as_array().unwrap() {
-            let (start, tokens) = (piece["start"].as_u64().unwrap(), piece["tokens"].as_u64().unwrap());
-            // A piece's first token is read and not predicted.
-            for token in start + 1..start + tokens {
+            let number = |name: &str| piece[name].as_u64().unwrap();
+            // What stands before is context.
+            for token in number("predicted_from")..number("start") + number("tokens") {
                 *counts.entry((piece["document"].as_str().unwrap().to_owned(), token)).or_default() += 1;
             }
         }
@@ -187,12 +184,22 @@ fn predicted(out: &Path) -> BTreeMap<(String, u64), u64> {
 }
 
 #[test]
-fn with_another_number_of_ranks_every_document_is_learnt_from_as_often() {
+fn a_run_that_was_killed_learns_from_every_token_as_often() {
     let place = Place::new();
-    let flags = |world_size| {
-        let flags = ["--steps", "100000", "--epochs", "2", "--schedule", "constant", "--shuffle-buffer", "9"];
-        [&flags[..], &["--checkpoint-every", "3", "--world-size", world_size]].concat()
-    };
+    let flags = [
+        "--steps",
+        "100000",
+        "--epochs",
+        "2",
+        "--accumulate",
+        "6",
+        "--schedule",
+        "constant",
+        "--shuffle-buffer",
+        "9",
+        "--checkpoint-every",
+        "3",
+    ];
     let fingerprint = Fingerprint::of_bytes(b"");
     let expected: BTreeMap<(String, u64), u64> = mixture(DOCUMENTS, fingerprint, fingerprint)
         .iter()
@@ -201,21 +208,37 @@ fn with_another_number_of_ranks_every_document_is_learnt_from_as_often() {
             (1..scored.document.tokens.len() as u64).map(move |token| ((id.clone(), token), 2))
         })
         .collect();
-    for (name, world_sizes) in [("to-1", ["2", "1"]), ("to-3", ["2", "3"]), ("to-2", ["3", "2"])] {
-        let out = place.out(name);
-        let [before, after] = world_sizes;
-        let mut child = place.run(&out, &flags(before)).spawn().unwrap();
+    let out = place.out("killed");
+    for count in [6, 12, 20] {
+        let mut child = place.run(&out, &flags).spawn().unwrap();
         // Past the first checkpoint, with records in every buffer.
-        assert!(kill_after(&mut child, &out, 12, Duration::ZERO), "it was killed before its end");
-        finish(&mut place.run(&out, &flags(after)));
-        let found = predicted(&out);
-        assert_eq!(found.len(), expected.len(), "{name}: every token of every document");
-        let off: Vec<_> = found.iter().filter(|&(token, count)| expected.get(token) != Some(count)).collect();
-        assert!(off.is_empty(), "{name}: {} tokens not twice, such as {:?}", off.len(), off.first());
-        let ranks: std::collections::BTreeSet<String> =
-            lines(&out, "documents.jsonl").iter().map(|line| line["rank"].to_string()).collect();
-        assert_eq!(ranks.len().to_string(), *world_sizes.iter().max().unwrap());
+        assert!(kill_after(&mut child, &out, count, Duration::ZERO), "it was killed before its end");
     }
+    finish(&mut place.run(&out, &flags));
+    let found = predicted(&out);
+    assert_eq!(found.len(), expected.len(), "every token of every document");
+    let off: Vec<_> = found.iter().filter(|&(token, count)| expected.get(token) != Some(count)).collect();
+    assert!(off.is_empty(), "{} tokens not twice, such as {:?}", off.len(), off.first());
+    let lanes: std::collections::BTreeSet<i64> =
+        lines(&out, "documents.jsonl").iter().map(|line| line["lane"].as_i64().unwrap()).collect();
+    assert_eq!(lanes, (0..i64::from(PARTITIONS)).collect());
+}
+
+#[test]
+fn a_checkpoint_of_before_there_were_lanes_is_refused_by_name() {
+    let place = Place::new();
+    let out = place.out("run");
+    let flags = ["--steps", "2", "--until-end"];
+    finish(&mut place.run(&out, &flags));
+    let state =
+        sluice_trainer::run::checkpoints::latest_checkpoint(&out).unwrap().unwrap().join("state.json");
+    let mut old: Value = serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+    old["data"] = serde_json::json!({ "ranks": [] });
+    std::fs::write(&state, old.to_string()).unwrap();
+    let output = place.run(&out, &flags).stderr(Stdio::piped()).output().unwrap();
+    let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(65), "{shown}");
+    assert!(shown.contains("kept the data of a run by rank") && shown.contains("--init"), "{shown}");
 }
 
 #[test]
@@ -236,7 +259,8 @@ fn a_run_goes_on_only_as_itself() {
         (vec!["--shuffle-buffer", "3"], "--shuffle-buffer differs"),
         (vec!["--accumulate", "2"], "--accumulate differs"),
         (vec!["--weight-decay", "0.2"], "the optimizer differs"),
-        (vec!["--world-size", "7"], "too few for 7 ranks"),
+        (vec!["--unequal-contexts", "allow"], "--unequal-contexts differs"),
+        (vec!["--world-size", "2"], "give --accumulate W*A"),
     ] {
         let output = place.run(&out, &[&flags[..], &other].concat()).stderr(Stdio::piped()).output().unwrap();
         let shown = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -245,8 +269,8 @@ fn a_run_goes_on_only_as_itself() {
         assert!((story(&out), last_checkpoint(&out)) == before, "a refusal changes nothing");
     }
     // A checkpoint that lost bytes is not gone on from.
-    let folder = sluice_trainer::checkpoints::latest_checkpoint(&out).unwrap().unwrap();
-    for file in ["state.json", "documents.safetensors", "model.safetensors", "optimizer.safetensors"] {
+    let folder = sluice_trainer::run::checkpoints::latest_checkpoint(&out).unwrap().unwrap();
+    for file in ["state.json", "feed.safetensors", "model.safetensors", "optimizer.safetensors"] {
         let whole = std::fs::read(folder.join(file)).unwrap();
         std::fs::write(folder.join(file), &whole[..whole.len() / 2]).unwrap();
         let output = place.run(&out, &flags).stderr(Stdio::piped()).output().unwrap();

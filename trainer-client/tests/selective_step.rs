@@ -2,13 +2,13 @@
 
 mod support;
 
-use sluice_trainer::batch::{Batch, NO_TARGET};
-use sluice_trainer::learner::{Learner, StepOutcome};
+use sluice_feed::batch::{Batch, NO_TARGET};
+use sluice_feed::select::Needs;
 use sluice_trainer::model::checkpoint::WEIGHTS_FILE;
+use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::weights::specs;
 use sluice_trainer::model::{BurnLearner, ModelConfig};
-use sluice_trainer::optimizer::AdamWConfig;
-use sluice_trainer::select::Needs;
+use sluice_trainer::training::learner::{Learner, StepOutcome};
 use support::model::{bits, every_second_target, every_target, largest_difference, packed_batch, tiny};
 
 const LEARNING_RATE: f64 = 1e-3;

@@ -3,18 +3,22 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdkafka::types::RDKafkaRespErr;
+use sluice_feed::stream::{
+    Broker, Decoder, DocumentStream, Extent, KafkaStream, Next, PROPERTIES_OWNED, Position, Shard, Start,
+    StreamError, TopicKind,
+};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names::{SCORED_DOCUMENT, TOKENIZED_DOCUMENT};
 use sluice_trainer::failure::exit_code;
-use sluice_trainer::stream::{
-    Broker, Decoder, DocumentStream, Extent, KafkaStream, PROPERTIES_OWNED, StreamError, TopicKind,
+use support::{
+    Cluster, cluster, produce, produce_as, produce_scored, produce_with_tombstones, scored, tokenized,
 };
-use support::{Cluster, cluster, produce, produce_as, produce_scored, scored, tokenized};
 
 const TOPIC: &str = "scored";
 
@@ -33,13 +37,33 @@ fn document(id: &str) -> Vec<u8> {
 fn open(cluster: &Cluster, extent: Extent, stop: &Arc<AtomicBool>) -> Result<KafkaStream, StreamError> {
     let broker = Broker::new(cluster.bootstrap_servers(), vec![])?;
     let decoder = Decoder::new(TopicKind::Scored, tokenizer(), 10);
-    KafkaStream::open(broker, TOPIC, extent, decoder, Arc::clone(stop))
+    open_with(broker, extent, decoder, Arc::clone(stop))
 }
 
+fn open_with(
+    broker: Broker,
+    extent: Extent,
+    decoder: Decoder,
+    stop: Arc<AtomicBool>,
+) -> Result<KafkaStream, StreamError> {
+    KafkaStream::open(broker, TOPIC, extent, Start::whole(), decoder, stop)
+}
+
+/// The id of a lane's next document; `None` at its end, or where the stream was asked to stop.
+fn next(stream: &mut KafkaStream, lane: usize) -> Result<Option<String>, StreamError> {
+    Ok(match stream.next_document(lane)? {
+        Next::Document(document) => Some(document.id().to_owned()),
+        Next::Ended | Next::Stopped => None,
+    })
+}
+
+/// All of a stream, one lane after the other.
 fn drain(stream: &mut KafkaStream) -> Result<Vec<String>, StreamError> {
     let mut ids = Vec::new();
-    while let Some(document) = stream.next_document()? {
-        ids.push(document.id().to_owned());
+    for lane in 0..stream.lanes() {
+        while let Some(id) = next(stream, lane)? {
+            ids.push(id);
+        }
     }
     Ok(ids)
 }
@@ -49,7 +73,7 @@ fn read_all(cluster: &Cluster) -> Result<Vec<String>, StreamError> {
 }
 
 #[test]
-fn partitions_take_strict_turns_and_every_epoch_is_the_same() {
+fn every_lane_has_its_partitions_order_pass_after_pass() {
     let cluster = cluster(TOPIC, 3);
     let lengths = [40, 7, 25];
     for partition in [2usize, 0, 1] {
@@ -57,18 +81,71 @@ fn partitions_take_strict_turns_and_every_epoch_is_the_same() {
             .map(|number| (partition as i32, document(&format!("{partition}/{number}"))));
         produce(&cluster.bootstrap_servers(), TOPIC, payloads);
     }
-    let once: Vec<String> = (0..40)
-        .flat_map(|number| (0..3).filter(move |&p| number < lengths[p]).map(move |p| format!("{p}/{number}")))
-        .collect();
-    assert_eq!(read_all(&cluster).unwrap(), once);
+    let once = |lane: usize| (0..lengths[lane]).map(move |number| format!("{lane}/{number}"));
+    assert_eq!(read_all(&cluster).unwrap(), (0..3).flat_map(once).collect::<Vec<_>>());
 
     let mut stream = open(&cluster, Extent::UntilEnd { epochs: 3 }, &Arc::default()).unwrap();
-    assert_eq!(drain(&mut stream).unwrap(), [once.clone(), once.clone(), once].concat());
-    let position = stream.position();
-    assert_eq!((position.epoch, position.documents), (3, 216));
-    let offsets = position.partitions.iter().map(|(&partition, at)| (partition, at.next_offset));
-    assert_eq!(offsets.collect::<Vec<_>>(), [(0, 40), (1, 7), (2, 25)]);
-    assert_eq!(stream.reference_model(), Some(model()));
+    let thrice = |lane| (0..3).flat_map(move |_| once(lane));
+    assert_eq!(drain(&mut stream).unwrap(), (0..3).flat_map(thrice).collect::<Vec<_>>());
+    for lane in 0..3 {
+        let Position { epoch, next_offset, documents, .. } = stream.position(lane);
+        let length = lengths[lane] as u64;
+        assert_eq!((epoch, next_offset as u64, documents), (3, length, 3 * length));
+    }
+}
+
+#[test]
+fn a_lane_goes_on_where_it_was_left_whatever_is_between_its_documents() {
+    let cluster = cluster(TOPIC, 2);
+    let servers = cluster.bootstrap_servers();
+    // Tombstones hold no document, and take no turn.
+    let records = (0..30).map(|n| (n % 2, (n % 5 != 1).then(|| document(&n.to_string()))));
+    produce_with_tombstones(&servers, TOPIC, None, records);
+    let tombstones: Vec<i32> = (0..30).filter(|n| n % 5 == 1).collect();
+    let open = |places: &BTreeMap<usize, Position>| {
+        let broker = Broker::new(cluster.bootstrap_servers(), vec![]).unwrap();
+        let decoder = Decoder::new(TopicKind::Scored, tokenizer(), 10);
+        let extent = Extent::UntilEnd { epochs: 2 };
+        let start = Start { places: places.clone(), ..Start::whole() };
+        KafkaStream::open(broker, TOPIC, extent, start, decoder, Arc::default()).unwrap()
+    };
+    let expected = |lane: i32| -> Vec<String> {
+        let pass = (0..30).filter(|n| n % 2 == lane && !tombstones.contains(n)).map(|n| n.to_string());
+        pass.clone().chain(pass).collect()
+    };
+    for taken in 0..24 {
+        let mut stream = open(&BTreeMap::new());
+        let mut found = [vec![], vec![]];
+        for (lane, found) in found.iter_mut().enumerate() {
+            (0..taken + lane).for_each(|_| found.extend(next(&mut stream, lane).unwrap()));
+        }
+        let places = (0..2).map(|lane| (lane, stream.position(lane))).collect();
+        let mut resumed = open(&places);
+        for (lane, found) in found.iter_mut().enumerate() {
+            found.extend(std::iter::from_fn(|| next(&mut resumed, lane).unwrap()));
+            assert_eq!(*found, expected(lane as i32), "lane {lane}, left after {}", taken + lane);
+        }
+    }
+}
+
+#[test]
+fn ranks_read_the_partitions_that_are_dealt_to_them() {
+    let cluster = cluster(TOPIC, 4);
+    produce(&cluster.bootstrap_servers(), TOPIC, (0..40).map(|n| (n % 4, document(&n.to_string()))));
+    let mut all = Vec::new();
+    for rank in 0..2 {
+        let broker = Broker::new(cluster.bootstrap_servers(), vec![]).unwrap();
+        let decoder = Decoder::new(TopicKind::Scored, tokenizer(), 10);
+        let start = Start::of(Shard::new(rank, 2).unwrap());
+        let extent = Extent::UntilEnd { epochs: 1 };
+        let mut stream = KafkaStream::open(broker, TOPIC, extent, start, decoder, Arc::default()).unwrap();
+        assert_eq!(stream.lanes(), 4);
+        for lane in [rank, rank + 2] {
+            all.extend(std::iter::from_fn(|| next(&mut stream, lane).unwrap()));
+        }
+    }
+    all.sort_by_key(|id| id.parse::<u32>().unwrap());
+    assert_eq!(all, (0..40).map(|n| n.to_string()).collect::<Vec<_>>());
 }
 
 #[test]
@@ -80,30 +157,31 @@ fn more_than_the_buffers_hold_arrives_whole() {
         .collect();
     produce_scored(&cluster, TOPIC, 2, &documents);
     // 1.6M tokens wait in a queue of 1M, so the reader must stop and go on.
-    let expected: Vec<String> = (0..40).map(|n| format!("d{n}")).collect();
+    let expected: Vec<String> =
+        (0..40).step_by(2).chain((1..40).step_by(2)).map(|n| format!("d{n}")).collect();
     let mut stream = open(&cluster, Extent::UntilEnd { epochs: 1 }, &Arc::default()).unwrap();
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(drain(&mut stream).unwrap(), expected);
 }
 
 #[test]
-fn a_followed_topic_waits_for_the_partition_whose_turn_it_is() {
+fn a_followed_lane_waits_for_its_partition() {
     let cluster = cluster(TOPIC, 2);
     let stop = Arc::new(AtomicBool::new(false));
     produce(&cluster.bootstrap_servers(), TOPIC, [(1, document("1/0")), (1, document("1/1"))]);
     let mut stream = open(&cluster, Extent::Follow, &stop).unwrap();
+    assert_eq!(next(&mut stream, 1).unwrap().unwrap(), "1/0", "another partition does not hold it up");
     let servers = cluster.bootstrap_servers();
     let late = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(700));
         produce(&servers, TOPIC, [(0, document("0/0"))]);
     });
     let started = Instant::now();
-    assert_eq!(stream.next_document().unwrap().unwrap().id(), "0/0");
-    assert!(started.elapsed() > Duration::from_millis(500), "partition 1 was ready, but it was not its turn");
-    assert_eq!(stream.next_document().unwrap().unwrap().id(), "1/0");
+    assert_eq!(next(&mut stream, 0).unwrap().unwrap(), "0/0");
+    assert!(started.elapsed() > Duration::from_millis(500));
     late.join().unwrap();
     stop.store(true, Ordering::Relaxed);
-    assert_eq!(stream.next_document().unwrap(), None);
+    assert_eq!(stream.next_document(1).unwrap(), Next::Stopped);
 }
 
 #[test]
@@ -136,15 +214,42 @@ fn a_refused_record_is_named_with_its_place() {
 }
 
 #[test]
-fn a_stream_can_be_left_at_any_moment() {
-    let cluster = cluster(TOPIC, 3);
-    produce(&cluster.bootstrap_servers(), TOPIC, (0..90).map(|n| (n % 3, document(&n.to_string()))));
-    for taken in 0..60 {
-        let mut stream = open(&cluster, Extent::UntilEnd { epochs: 2 }, &Arc::default()).unwrap();
-        for _ in 0..3 * taken {
-            assert!(stream.next_document().unwrap().is_some());
+fn a_stream_can_be_left_at_any_moment_also_with_an_error_ahead() {
+    // More documents than any queue holds: the reader meets the bad record with all of them before it, or waits for room.
+    for good in [30, 1124, 3000] {
+        let cluster = cluster(TOPIC, 3);
+        let bad = (0, vec![1, 2, 3]);
+        let payloads = (0..good).map(|n| (n % 3, document(&n.to_string()))).chain([bad]);
+        produce(&cluster.bootstrap_servers(), TOPIC, payloads);
+        for taken in [0, 1, 7, 10] {
+            let mut stream = open(&cluster, Extent::UntilEnd { epochs: 2 }, &Arc::default()).unwrap();
+            for lane in 0..3 {
+                (0..taken).for_each(|_| assert!(next(&mut stream, lane).unwrap().is_some()));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            let (done, left) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                drop(stream);
+                let _ = done.send(());
+            });
+            left.recv_timeout(Duration::from_secs(30)).expect("a stream that is left ends");
         }
     }
+}
+
+#[test]
+fn an_error_ahead_is_met_in_its_place() {
+    let cluster = cluster(TOPIC, 2);
+    let payloads = (0..2000).map(|n| (n % 2, document(&n.to_string()))).chain([(1, vec![1, 2, 3])]);
+    produce(&cluster.bootstrap_servers(), TOPIC, payloads);
+    let mut stream = open(&cluster, Extent::UntilEnd { epochs: 1 }, &Arc::default()).unwrap();
+    for lane in [1, 0] {
+        (0..1000).for_each(|_| assert!(next(&mut stream, lane).unwrap().is_some()));
+    }
+    assert_eq!(stream.next_document(0).unwrap(), Next::Ended);
+    let error = next(&mut stream, 1).unwrap_err().to_string();
+    assert!(error.contains("partition 1, offset 1000"), "{error}");
+    assert_eq!(stream.position(1).next_offset, 1000, "what was refused has not been read");
 }
 
 #[test]
@@ -158,7 +263,7 @@ fn a_broker_that_is_down_is_named_in_time() {
     let broker = Broker::new("127.0.0.1:1".to_owned(), vec![]).unwrap();
     let decoder = Decoder::new(TopicKind::Scored, tokenizer(), 10);
     let started = Instant::now();
-    let error = KafkaStream::open(broker, TOPIC, Extent::Follow, decoder, Arc::default()).unwrap_err();
+    let error = open_with(broker, Extent::Follow, decoder, Arc::default()).unwrap_err();
     assert!(started.elapsed() < Duration::from_secs(15));
     let shown = error.to_string();
     assert!(shown.contains("127.0.0.1:1") && shown.contains("Connection refused"), "{shown}");
@@ -169,18 +274,8 @@ fn a_broker_that_is_down_is_named_in_time() {
 fn a_topic_of_the_other_kind_is_said_to_be_one() {
     let plain = tokenized("d", "s", &[1, 2, 3], tokenizer()).encode().to_vec();
     for (said, payload, read, expected) in [
-        (
-            TOKENIZED_DOCUMENT,
-            plain.clone(),
-            TopicKind::Scored,
-            Err("a topic of tokenized documents; `run` wants"),
-        ),
-        (
-            SCORED_DOCUMENT,
-            document("d"),
-            TopicKind::Documents,
-            Err("a topic of scored documents; `reference` wants"),
-        ),
+        (TOKENIZED_DOCUMENT, plain.clone(), TopicKind::Scored, Err("this is a topic of tokenized documents")),
+        (SCORED_DOCUMENT, document("d"), TopicKind::Documents, Err("this is a topic of scored documents")),
         (TOKENIZED_DOCUMENT, plain, TopicKind::Documents, Ok(())),
         (SCORED_DOCUMENT, document("d"), TopicKind::Scored, Ok(())),
     ] {
@@ -189,7 +284,7 @@ fn a_topic_of_the_other_kind_is_said_to_be_one() {
         let broker = Broker::new(cluster.bootstrap_servers(), vec![]).unwrap();
         let decoder = Decoder::new(read, tokenizer(), 10);
         let extent = Extent::UntilEnd { epochs: 1 };
-        let mut stream = KafkaStream::open(broker, TOPIC, extent, decoder, Arc::default()).unwrap();
+        let mut stream = open_with(broker, extent, decoder, Arc::default()).unwrap();
         match (drain(&mut stream), expected) {
             (Ok(ids), Ok(())) => assert_eq!(ids, ["d"]),
             (Err(error), Err(expected)) => {

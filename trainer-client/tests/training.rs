@@ -8,25 +8,25 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use sluice_feed::document::Document;
+use sluice_feed::feed::{Alone, Step};
+use sluice_feed::pack::BatchShape;
+use sluice_feed::select::{KeepRatio, Objective, Score};
+use sluice_feed::stream::{DocumentStream, Next, ShuffledDocuments};
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_trainer::checkpoints::{State, checkpoints, latest_checkpoint};
-use sluice_trainer::document::Document;
-use sluice_trainer::evaluate::{EvalFile, read_sets};
-use sluice_trainer::metrics::{EvalMetric, Metric, StepMetric};
-use sluice_trainer::pack::{BatchShape, Packing};
-use sluice_trainer::progress::Progress;
-use sluice_trainer::recorded_run::RecordedRun;
-use sluice_trainer::run_folder::RunFolder;
-use sluice_trainer::run_record::RunRecord;
-use sluice_trainer::schedule::{Schedule, Shape};
-use sluice_trainer::select::{KeepRatio, Objective, Score};
-use sluice_trainer::stream::{DocumentStream, ShuffledDocuments};
-use sluice_trainer::supply::count_batches;
-use sluice_trainer::telemetry::Telemetry;
+use sluice_trainer::run::checkpoints::{checkpoints, latest_checkpoint, read_state};
+use sluice_trainer::run::folder::RunFolder;
+use sluice_trainer::run::metrics::{EvalMetric, Metric, StepMetric};
+use sluice_trainer::run::record::RunRecord;
+use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::TextTokenizer;
-use sluice_trainer::train::{Ending, Outcome, Plan, Training};
+use sluice_trainer::training::evaluate::{EvalFile, read_sets};
+use sluice_trainer::training::schedule::{Schedule, Shape};
+use sluice_trainer::training::{Ending, Outcome, Plan, Training};
+use sluice_trainer::watch::progress::Progress;
+use sluice_trainer::watch::telemetry::Telemetry;
 use support::bigram::Bigram;
-use support::{mixture, write_tokenizer};
+use support::{feed_over, mixture, write_tokenizer};
 
 const SHAPE: BatchShape = BatchShape { rows: 4, len: 32 };
 
@@ -49,7 +49,7 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
     let held_out = folder.join("held-out.jsonl");
     std::fs::write(&held_out, "{\"text\": \"abcabc\"}\n\n{\"text\": \"é!\", \"id\": 1}\n").unwrap();
     let evals = read_sets(&[EvalFile { name: "letters".into(), path: held_out }], &tokenizer, SHAPE).unwrap();
-    let mut stream = ShuffledDocuments::new(documents(), 2, 3, Arc::clone(stop));
+    let stream = ShuffledDocuments::new(documents(), 2, 3, Arc::clone(stop));
     let mut learner = Bigram::new(256);
     let out = folder.join("run");
     let mut run = RunFolder::create(&out).unwrap();
@@ -70,18 +70,8 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
     };
     let training = Training {
         learner: &mut learner,
-        streams: vec![&mut stream],
-        plan: Plan {
-            objective,
-            schedule,
-            shape: SHAPE,
-            packing: Packing::default(),
-            accumulate: 1,
-            shuffle_buffer: 5,
-            seed: 1,
-            eval_every: 10,
-            checkpoint_every: 8,
-        },
+        feed: feed_over(stream, SHAPE, 5, tokenizer.fingerprint()),
+        plan: Plan { objective, schedule, seed: 1, eval_every: 10, checkpoint_every: 8 },
         evals: &evals,
         tokenizer: &tokenizer,
         folder: &mut run,
@@ -176,12 +166,12 @@ fn checkpoints_are_whole_and_the_last_two_are_kept() {
         .collect();
     assert_eq!(names, ["step-0000024", "step-0000025"]);
     let last = latest_checkpoint(&out).unwrap().unwrap();
-    let (State { reached, .. }, snapshot) = State::read(&last).unwrap();
+    let (reached, data) = read_state(&last).unwrap();
     assert_eq!(
         (reached.step, reached.tokens, reached.tokens_kept),
         (25, outcome.tokens, outcome.tokens_kept)
     );
-    let position = &snapshot.ranks[0].position;
+    let position = data.feed.held[&0].position;
     assert!(position.documents > 0 && position.epoch >= 1);
     assert!(last.join("tokenizer.json").is_file() && last.join("model.safetensors").is_file());
     let picture = run.picture.unwrap();
@@ -200,9 +190,10 @@ fn a_stream_that_ends_and_a_request_to_stop_both_leave_a_checkpoint() {
     assert_eq!(outcome.ending, Ending::StreamEnded);
     let all: u64 = documents().iter().map(|document| document.tokens().len() as u64 - 1).sum();
     assert_eq!(outcome.tokens, 2 * all, "two epochs, each prediction once");
-    let batches =
-        count_batches(&mut ShuffledDocuments::new(documents(), 2, 3, Arc::default()), SHAPE).unwrap();
-    assert_eq!(outcome.steps, batches);
+    let stream = ShuffledDocuments::new(documents(), 2, 3, Arc::default());
+    let mut feed = feed_over(stream, SHAPE, 5, Fingerprint::of_bytes(b""));
+    let step = || matches!(feed.next_step(&mut Alone).unwrap(), Step::Batches(_)).then_some(());
+    assert_eq!(outcome.steps, std::iter::from_fn(step).count() as u64);
     assert!(
         latest_checkpoint(&folder.path().join("run"))
             .unwrap()
@@ -212,9 +203,9 @@ fn a_stream_that_ends_and_a_request_to_stop_both_leave_a_checkpoint() {
 
     let stop = Arc::new(AtomicBool::new(true));
     let mut stream = ShuffledDocuments::new(documents(), 2, 3, Arc::clone(&stop));
-    assert_eq!(stream.next_document().unwrap(), None);
+    assert_eq!(stream.next_document(0).unwrap(), Next::Stopped);
     stop.store(false, Ordering::Relaxed);
-    assert!(stream.next_document().unwrap().is_some());
+    assert!(matches!(stream.next_document(0).unwrap(), Next::Document(_)));
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-/// Token ids of one document and, when it was scored, the reference loss and entropy of each.
+use sluice_schemas::record::ContextPolicy;
+
+/// Token ids of one document and, when it was scored, the reference loss and entropy of each, with the contexts that
+/// they were computed in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Document {
     id: String,
@@ -10,6 +13,7 @@ pub struct Document {
     tokens: Vec<u32>,
     reference: Vec<f32>,
     reference_entropy: Vec<f32>,
+    context: Option<ContextPolicy>,
 }
 
 /// A document with as many losses or entropies as it should not have.
@@ -26,7 +30,7 @@ impl Document {
     /// A document without reference losses.
     pub fn plain(id: String, source: String, tokens: Vec<u32>) -> Self {
         let none = vec![f32::NAN; tokens.len()];
-        Self { id, source, tokens, reference: none.clone(), reference_entropy: none }
+        Self { id, source, tokens, reference: none.clone(), reference_entropy: none, context: None }
     }
 
     /// A document with one reference loss in nats per token, NaN where there is none (the first token).
@@ -38,7 +42,7 @@ impl Document {
     ) -> Result<Self, LengthMismatch> {
         if tokens.len() == reference.len() {
             let reference_entropy = vec![f32::NAN; tokens.len()];
-            Ok(Self { id, source, tokens, reference, reference_entropy })
+            Ok(Self { id, source, tokens, reference, reference_entropy, context: None })
         } else {
             Err(LengthMismatch { id, tokens: tokens.len(), values: reference.len(), what: "losses" })
         }
@@ -53,6 +57,17 @@ impl Document {
             let (tokens, values) = (self.tokens.len(), reference_entropy.len());
             Err(LengthMismatch { id: self.id, tokens, values, what: "entropies" })
         }
+    }
+
+    /// The same document, whose losses and entropies the reference computed in these contexts.
+    #[must_use]
+    pub fn with_context(self, context: ContextPolicy) -> Self {
+        Self { context: Some(context), ..self }
+    }
+
+    /// The contexts that the reference computed its losses in; `None` where it was not scored.
+    pub fn context(&self) -> Option<ContextPolicy> {
+        self.context
     }
 
     /// The document's id.
@@ -92,6 +107,7 @@ impl Document {
             tokens: self.tokens[range.clone()].to_vec(),
             reference: self.reference[range.clone()].to_vec(),
             reference_entropy: self.reference_entropy[range].to_vec(),
+            context: self.context,
         }
     }
 
@@ -99,5 +115,11 @@ impl Document {
     #[must_use]
     pub fn truncated(self, tokens: usize) -> Self {
         if tokens >= self.tokens.len() { self } else { self.slice(0..tokens) }
+    }
+
+    /// Drops what the reference says of its tokens.
+    pub(crate) fn forget_reference(&mut self) {
+        self.reference.fill(f32::NAN);
+        self.reference_entropy.fill(f32::NAN);
     }
 }

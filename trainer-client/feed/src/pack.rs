@@ -1,44 +1,25 @@
-//! Documents to packed sequences: no token is predicted twice and none is left out.
+//! Documents to packed sequences, by best fit: no document that fits a row is cut (Ding et al., "Fewer Truncations
+//! Improve Language Modeling", arXiv 2404.10830, whose best-fit-decreasing runs here over a window of the stream).
 //!
-//! Documents fill rows in stream order. One that does not fit goes on in the next row, after a repeat of the last
-//! token read, which is context there and not predicted again. What else a token may look at, and whether a document's
-//! first token is predicted, says [`Packing`].
+//! Documents are cut into pieces that fit a row (`cut`), and pieces wait until as many tokens do as [`ROWS_AHEAD`] rows
+//! hold. Then a row is made: of the piece that has waited longest, and of the longest piece that still fits, again and
+//! again. So no piece waits for more rows than there are pieces before it, and rows depend on the order of the documents
+//! alone.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::batch::{Batch, NO_TARGET};
+use crate::batch::{Batch, NO_TARGET, PackedBatch};
+use crate::cut::{PIECE_TOKENS_MIN, Piece, UnequalContexts, cut};
 use crate::document::Document;
 
-/// Fewest tokens that hold a prediction: one to read and one to predict.
-const PIECE_TOKENS_MIN: usize = 2;
-
-/// A micro-batch and what it was made of.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct PackedBatch {
-    /// The packed sequences.
-    pub batch: Batch,
-    /// For each row its pieces, a segment each, in order.
-    pub rows: Vec<Vec<Piece>>,
-    /// Which of the run's data streams it was read from.
-    pub rank: usize,
-}
-
-impl PackedBatch {
-    /// The piece that the token at a flat position belongs to; `None` in padding.
-    pub fn piece_at(&self, index: usize) -> Option<&Piece> {
-        let mut column = index % self.batch.len;
-        self.rows.get(index / self.batch.len)?.iter().find(|piece| {
-            let is_here = column < piece.document.tokens().len();
-            column = column.saturating_sub(piece.document.tokens().len());
-            is_here
-        })
-    }
-}
+/// Rows' worth of tokens that wait to be packed, in each lane. More of them pad less and hold more in memory: see
+/// `benches/README.md`.
+pub const ROWS_AHEAD: usize = 16;
 
 /// Shape of the micro-batches to make.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BatchShape {
     /// Sequences in a micro-batch.
     pub rows: usize,
@@ -46,7 +27,7 @@ pub struct BatchShape {
     pub len: usize,
 }
 
-/// What is done where one document ends and the next begins.
+/// What a token may look at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Packing {
     /// Whether tokens attend to the documents before theirs in a row, and positions run on. Otherwise each piece is a
@@ -54,37 +35,30 @@ pub struct Packing {
     pub attend_across_documents: bool,
     /// What happens to the first token of a document.
     pub first_token: FirstToken,
+    /// What happens to tokens that a row cannot hold the reference's context of.
+    pub unequal_contexts: UnequalContexts,
 }
 
-/// What happens to the first token of a document, which no reference loss is known of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+/// What happens to the first token of a document before which the reference saw nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FirstToken {
-    /// It is read and not predicted
+    /// It is read and not predicted.
     #[default]
     Skip,
-    /// It is predicted from the document before it in its sequence, if there is one; a score that needs a reference
-    /// cannot choose it
+    /// It is predicted from the document before it in its sequence, if there is one; it keeps its reference loss, if it
+    /// has one, and otherwise a score that needs a reference cannot choose it.
     Predict,
 }
 
-/// Some tokens of a document, to be read in one go.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Piece {
-    /// The tokens, under their document's id.
-    pub document: Document,
-    /// Index of the first of them in the document.
-    pub start: usize,
-}
-
 /// Packs documents into micro-batches; what does not fill one waits for the next documents.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Packer {
     shape: BatchShape,
     packing: Packing,
-    /// Rows that are full, or will not grow.
+    /// Rows that are made, and wait for enough of them.
     finished: VecDeque<Vec<Piece>>,
-    open: Vec<Piece>,
+    waiting: Waiting,
 }
 
 impl Packer {
@@ -92,64 +66,63 @@ impl Packer {
     /// When a row could not hold a prediction (fewer than two tokens) or a batch no row.
     pub fn new(shape: BatchShape) -> Self {
         assert!(shape.rows > 0 && shape.len >= PIECE_TOKENS_MIN, "a batch must hold at least one prediction");
-        Self { shape, packing: Packing::default(), finished: VecDeque::new(), open: vec![] }
+        Self { shape, packing: Packing::default(), finished: VecDeque::new(), waiting: Waiting::default() }
     }
 
-    /// The same packer with another rule for where documents meet.
+    /// The same packer with another rule for what a token may look at.
     #[must_use]
     pub fn packing(self, packing: Packing) -> Self {
         Self { packing, ..self }
     }
 
-    /// The same packer with rows that an earlier one has left: those that will not grow, and the open one.
+    /// The same packer with what an earlier one has left: rows, and pieces in the order of their arrival.
     #[must_use]
-    pub fn holding(self, finished: Vec<Vec<Piece>>, open: Vec<Piece>) -> Self {
-        Self { finished: finished.into(), open, ..self }
+    pub fn holding(mut self, finished: Vec<Vec<Piece>>, waiting: Vec<Piece>) -> Self {
+        self.finished = finished.into();
+        self.waiting = Waiting::default();
+        waiting.into_iter().for_each(|piece| self.waiting.push(piece));
+        self
     }
 
-    /// Rows that will not grow, and wait for enough of them.
-    pub fn finished(&self) -> impl Iterator<Item = &[Piece]> {
+    /// Rows that are made, and wait for enough of them.
+    pub fn finished(&self) -> impl ExactSizeIterator<Item = &[Piece]> {
         self.finished.iter().map(Vec::as_slice)
     }
 
-    /// The row that the next document goes into.
-    pub fn open(&self) -> &[Piece] {
-        &self.open
+    /// Pieces that are in no row yet, in the order of their arrival.
+    pub fn waiting(&self) -> impl ExactSizeIterator<Item = &Piece> {
+        self.waiting.pieces.values()
     }
 
-    /// Adds a document. One with fewer than two tokens predicts nothing and leaves no trace.
+    /// Adds a document. One without a token to predict leaves no trace.
     pub fn push(&mut self, document: &Document) {
-        let length = document.tokens().len();
-        let mut start = 0;
-        while length - start >= PIECE_TOKENS_MIN {
-            if self.room() < PIECE_TOKENS_MIN {
-                self.close_row();
+        for piece in cut(document, self.shape.len, self.packing.unequal_contexts) {
+            self.waiting.push(piece);
+            while self.waiting.tokens > ROWS_AHEAD * self.shape.len {
+                self.finished.push_back(self.waiting.row(self.shape.len));
             }
-            let end = length.min(start + self.room());
-            self.open.push(Piece { document: document.slice(start..end), start });
-            // The last token read is read again in the next row, so that it can predict its successor there.
-            start = if end == length { end } else { end - 1 };
         }
     }
 
-    /// The next full batch, if the documents pushed so far fill one.
-    pub fn next_batch(&mut self) -> Option<PackedBatch> {
-        self.fills(1).then(|| self.take_rows(self.shape.rows))
+    /// Makes rows of all that waits, because no document follows.
+    pub fn close(&mut self) {
+        while self.waiting.tokens > 0 {
+            self.finished.push_back(self.waiting.row(self.shape.len));
+        }
     }
 
-    /// Whether the documents pushed so far fill `count` batches.
-    pub fn fills(&mut self, count: usize) -> bool {
-        if self.room() < PIECE_TOKENS_MIN {
-            self.close_row();
-        }
+    /// Whether the rows that are made fill `count` batches.
+    pub fn fills(&self, count: usize) -> bool {
         self.finished.len() >= count * self.shape.rows
     }
 
-    /// What is left at the end of a stream, in batches of at most the usual number of rows; `None` when empty.
-    pub fn flush(&mut self) -> Option<PackedBatch> {
-        if !self.open.is_empty() {
-            self.close_row();
-        }
+    /// Batches that the rows which are made come to, the last one perhaps with fewer rows.
+    pub fn batches(&self) -> usize {
+        self.finished.len().div_ceil(self.shape.rows)
+    }
+
+    /// The next batch, of as many rows as there are if they are too few for a whole one; `None` if there is none.
+    pub fn next_batch(&mut self) -> Option<PackedBatch> {
         let rows = self.finished.len().min(self.shape.rows);
         (rows > 0).then(|| self.take_rows(rows))
     }
@@ -157,15 +130,6 @@ impl Packer {
     /// Takes back the batch that was given out last: it will be given out again.
     pub fn put_back(&mut self, packed: PackedBatch) {
         packed.rows.into_iter().rev().for_each(|row| self.finished.push_front(row));
-    }
-
-    /// Tokens that the open row has room for.
-    fn room(&self) -> usize {
-        self.shape.len - self.open.iter().map(|piece| piece.document.tokens().len()).sum::<usize>()
-    }
-
-    fn close_row(&mut self) {
-        self.finished.push_back(std::mem::take(&mut self.open));
     }
 
     fn take_rows(&mut self, rows: usize) -> PackedBatch {
@@ -183,25 +147,91 @@ impl Packer {
     }
 }
 
-/// Adds a row's piece (counted from 1): every token but the last predicts its successor.
+/// A batch of padding alone.
+pub fn empty_batch(shape: BatchShape) -> PackedBatch {
+    let BatchShape { rows, len } = shape;
+    let mut batch = Batch { rows, len, ..Batch::default() };
+    pad(&mut batch, rows * len);
+    PackedBatch { batch, rows: vec![vec![]; rows], ..PackedBatch::default() }
+}
+
+/// Pieces that are in no row yet, by arrival and by length.
+#[derive(Clone, Debug, Default)]
+struct Waiting {
+    pieces: BTreeMap<u64, Piece>,
+    /// Length and number of arrival of each.
+    lengths: BTreeSet<(usize, u64)>,
+    arrivals: u64,
+    tokens: usize,
+}
+
+impl Waiting {
+    fn push(&mut self, piece: Piece) {
+        self.tokens += piece.len();
+        self.lengths.insert((piece.len(), self.arrivals));
+        self.pieces.insert(self.arrivals, piece);
+        self.arrivals += 1;
+    }
+
+    /// A row of `room` tokens: the piece that has waited longest, and the longest that fit beside it, the one that has
+    /// waited longer first.
+    fn row(&mut self, room: usize) -> Vec<Piece> {
+        let mut row = Vec::new();
+        let mut left = room;
+        let mut next = self.pieces.keys().next().copied();
+        while let Some(piece) = next.and_then(|number| self.take(number)) {
+            left = left.saturating_sub(piece.len());
+            row.push(piece);
+            next = self.longest(left);
+        }
+        row
+    }
+
+    /// The longest piece of at most `length` tokens; of several, the one that has waited longest.
+    fn longest(&self, length: usize) -> Option<u64> {
+        let (longest, _) = self.lengths.range(..=(length, u64::MAX)).next_back()?;
+        self.lengths.range((*longest, 0)..).next().map(|&(_, number)| number)
+    }
+
+    fn take(&mut self, number: u64) -> Option<Piece> {
+        let piece = self.pieces.remove(&number)?;
+        self.lengths.remove(&(piece.len(), number));
+        self.tokens -= piece.len();
+        Some(piece)
+    }
+}
+
+/// Adds a row's piece (counted from 1): every token before one that is predicted in this piece predicts it.
 fn append(batch: &mut Batch, piece: &Piece, number: u32, packing: Packing) {
-    let Piece { document, start } = piece;
+    let Piece { document, start, first_predicted, bos } = piece;
     let tokens = document.tokens();
     let before = (batch.tokens.len() % batch.len) as u32;
-    // A piece that goes on with a document begins with a token that has been predicted already.
-    if packing.first_token == FirstToken::Predict && number > 1 && *start == 0 {
+    let begins_unpredicted = *start == 0 && bos.is_none();
+    if packing.first_token == FirstToken::Predict && number > 1 && begins_unpredicted {
         let last = batch.targets.len() - 1;
         batch.targets[last] = tokens[0];
+        batch.reference[last] = document.reference()[0];
+        batch.reference_entropy[last] = document.reference_entropy()[0];
     }
     let (segment, position) = if packing.attend_across_documents { (1, before) } else { (number, 0) };
+    batch.tokens.extend(bos);
     batch.tokens.extend_from_slice(tokens);
-    batch.segments.extend(std::iter::repeat_n(segment, tokens.len()));
-    batch.positions.extend(position..position + tokens.len() as u32);
-    batch.targets.extend_from_slice(&tokens[1..]);
+    batch.segments.extend(std::iter::repeat_n(segment, piece.len()));
+    batch.positions.extend(position..position + piece.len() as u32);
+    // What a position predicts is the token after it; before the document's first stands a BOS, if any.
+    let first_target = usize::from(bos.is_none());
+    for index in first_target..tokens.len() {
+        let is_predicted = index >= *first_predicted;
+        batch.targets.push(if is_predicted { tokens[index] } else { NO_TARGET });
+        batch.reference.push(if is_predicted { document.reference()[index] } else { f32::NAN });
+        batch.reference_entropy.push(if is_predicted {
+            document.reference_entropy()[index]
+        } else {
+            f32::NAN
+        });
+    }
     batch.targets.push(NO_TARGET);
-    batch.reference.extend_from_slice(&document.reference()[1..]);
     batch.reference.push(f32::NAN);
-    batch.reference_entropy.extend_from_slice(&document.reference_entropy()[1..]);
     batch.reference_entropy.push(f32::NAN);
 }
 

@@ -1,10 +1,8 @@
 //! A buffer that hands documents on in another order than they came in.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use crate::document::Document;
 use crate::random::SplitMix64;
-use crate::stream::{DocumentStream, StreamError};
+use crate::stream::Next;
 
 /// Holds up to `capacity` documents and hands on one drawn from them; the order depends on the seed and the stream
 /// alone. A capacity of at most 1 leaves the order as it is.
@@ -22,8 +20,7 @@ impl ShuffleBuffer {
         Self { capacity, seed, draws: 0, documents: vec![] }
     }
 
-    /// The same buffer with documents that an earlier run has left in it, after as many draws. There may be more of
-    /// them than it has room for; it takes no others in until they fit.
+    /// The same buffer with documents that an earlier run has left in it, after as many draws.
     #[must_use]
     pub fn holding(self, documents: Vec<Document>, draws: u64) -> Self {
         Self { draws, documents, ..self }
@@ -39,26 +36,22 @@ impl ShuffleBuffer {
         self.draws
     }
 
-    /// The next document; `None` once the stream has ended and the buffer is empty, or when `stop` is set, which leaves
-    /// the buffer as it is.
-    pub fn next_document(
-        &mut self,
-        stream: &mut dyn DocumentStream,
-        stop: &AtomicBool,
-    ) -> Result<Option<Document>, StreamError> {
+    /// The next document, from what `read` gives. [`Next::Ended`] once that has ended and the buffer is empty;
+    /// [`Next::Stopped`] leaves the buffer as it is.
+    pub fn next_document<E>(&mut self, mut read: impl FnMut() -> Result<Next, E>) -> Result<Next, E> {
         while self.documents.len() < self.capacity.max(1) {
-            match stream.next_document()? {
-                Some(document) => self.documents.push(document),
-                None if stop.load(Ordering::Relaxed) => return Ok(None),
-                None => break,
+            match read()? {
+                Next::Document(document) => self.documents.push(document),
+                Next::Stopped => return Ok(Next::Stopped),
+                Next::Ended => break,
             }
         }
         if self.documents.is_empty() {
-            return Ok(None);
+            return Ok(Next::Ended);
         }
         let index = SplitMix64::keyed(self.seed, self.draws).below(self.documents.len());
         self.draws += 1;
-        Ok(Some(self.documents.swap_remove(index)))
+        Ok(Next::Document(self.documents.swap_remove(index)))
     }
 }
 
@@ -66,22 +59,27 @@ impl ShuffleBuffer {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-    use std::sync::Arc;
-    use std::sync::atomic::AtomicBool;
+    use std::convert::Infallible;
 
     use super::ShuffleBuffer;
     use crate::document::Document;
-    use crate::stream::ShuffledDocuments;
+    use crate::stream::Next;
 
-    /// Fifty documents in the order of their stream.
-    fn stream() -> ShuffledDocuments {
-        let documents = (0..50).map(|n| Document::plain(n.to_string(), String::new(), vec![n, n])).collect();
-        ShuffledDocuments::new(documents, 1, 4, Arc::default())
+    /// Fifty documents in order.
+    fn stream() -> impl Iterator<Item = Document> {
+        (0..50).map(|n| Document::plain(n.to_string(), String::new(), vec![n, n]))
     }
 
-    fn drain(buffer: &mut ShuffleBuffer, stream: &mut ShuffledDocuments, count: usize) -> Vec<u32> {
-        let stop = AtomicBool::new(false);
-        let next = || buffer.next_document(stream, &stop).unwrap().map(|document| document.tokens()[0]);
+    fn drain(
+        buffer: &mut ShuffleBuffer,
+        stream: &mut impl Iterator<Item = Document>,
+        count: usize,
+    ) -> Vec<u32> {
+        let mut read = || Ok::<_, Infallible>(stream.next().map_or(Next::Ended, Next::Document));
+        let next = || match buffer.next_document(&mut read).unwrap() {
+            Next::Document(document) => Some(document.tokens()[0]),
+            Next::Ended | Next::Stopped => None,
+        };
         std::iter::from_fn(next).take(count).collect()
     }
 
@@ -89,13 +87,14 @@ mod tests {
     fn every_document_comes_out_once_in_an_order_named_by_the_seed() {
         let order = |capacity, seed| drain(&mut ShuffleBuffer::new(capacity, seed), &mut stream(), 99);
         let plain = order(0, 1);
-        assert_eq!(plain, order(1, 2), "without room nothing is shuffled");
+        assert_eq!(plain, (0..50).collect::<Vec<_>>(), "without room nothing is shuffled");
+        assert_eq!(plain, order(1, 2));
         assert_ne!(order(10, 1), plain);
         assert_ne!(order(10, 1), order(10, 2));
         assert_eq!(order(10, 1), order(10, 1));
         let mut sorted = order(10, 1);
         sorted.sort_unstable();
-        assert_eq!(sorted, (0..50).collect::<Vec<_>>());
+        assert_eq!(sorted, plain);
     }
 
     #[test]
@@ -116,9 +115,8 @@ mod tests {
         let mut buffer = ShuffleBuffer::new(8, 3);
         drain(&mut buffer, &mut stream(), 3);
         let before = buffer.clone();
-        let stop = Arc::new(AtomicBool::new(true));
-        let mut stopped = ShuffledDocuments::new(vec![], 1, 4, Arc::clone(&stop));
-        assert_eq!(buffer.next_document(&mut stopped, &stop).unwrap(), None);
+        let stopped = buffer.next_document(|| Ok::<_, Infallible>(Next::Stopped)).unwrap();
+        assert!(matches!(stopped, Next::Stopped));
         assert_eq!(format!("{buffer:?}"), format!("{before:?}"));
     }
 }

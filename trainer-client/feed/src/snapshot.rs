@@ -1,29 +1,30 @@
-//! The data side of a checkpoint: where every stream stands, and which documents have been read from it but not yet
-//! learnt from. What people may want to read is JSON; the documents' numbers are one safetensors file beside it.
+//! The data side of a checkpoint: where every lane stands, and which documents have been read from it but not yet
+//! given out. A rank's part of it is bytes; the parts of all ranks make the whole, whatever their number.
 
-use std::collections::HashMap;
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
 
-use anyhow::{Context, Result, bail, ensure};
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
+use sluice_schemas::record::ContextPolicy;
 
+use crate::cut::Piece;
 use crate::document::Document;
-use crate::pack::Piece;
-use crate::picture::PictureDocuments;
-use crate::stream::{Contexts, Position};
+use crate::plan::Identity;
+use crate::stream::{Contexts, Position, Shard};
 
-/// File name of the documents' numbers.
-pub const DOCUMENTS_FILE: &str = "documents.safetensors";
+/// Version of the bytes. Version 1 was kept by rank, in files of another layout.
+const FORMAT: u32 = 2;
 
+const OUTLINE: &str = "outline";
 const TOKENS: &str = "tokens";
 const REFERENCE_LOSS: &str = "reference_loss";
 const REFERENCE_ENTROPY: &str = "reference_entropy";
 
-/// Where one rank's data stands.
+/// Where one lane stands.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct RankSnapshot {
-    /// How far its stream has been read.
+pub struct LaneSnapshot {
+    /// How far it has been read.
     pub position: Position,
     /// Documents drawn from its shuffle buffer so far.
     pub draws: u64,
@@ -31,154 +32,267 @@ pub struct RankSnapshot {
     pub shuffled: Vec<Document>,
     /// Packed rows that wait for enough of them to make a step.
     pub finished: Vec<Vec<Piece>>,
-    /// The row that the next document goes into.
-    pub open: Vec<Piece>,
+    /// Pieces that are in no row yet, in the order of their arrival.
+    pub waiting: Vec<Piece>,
 }
 
-/// Where the data of all ranks stands.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// Where the data of a run stands, or of a rank's part of it.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
-    /// By rank.
-    pub ranks: Vec<RankSnapshot>,
-    /// Names of sources, in order of appearance.
-    pub sources: Vec<String>,
-    /// Documents of the token picture.
-    pub picture: PictureDocuments,
+    /// What the data must be gone on with under.
+    pub identity: Identity,
+    /// Lanes of the whole stream.
+    pub lanes: usize,
+    /// The lane whose turn is next.
+    pub turn: usize,
     /// How each reference model saw the documents read so far.
     pub contexts: Contexts,
+    /// The lanes that it is of, by number.
+    pub held: BTreeMap<usize, LaneSnapshot>,
 }
 
-/// A snapshot without its documents' numbers, which follow one another in [`DOCUMENTS_FILE`] in the order of the
-/// entries here: rank by rank the shuffled, the finished and the open ones, and those of the picture last.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Outline {
-    ranks: Vec<RankOutline>,
-    sources: Vec<String>,
-    picture_seen: usize,
-    picture: Vec<Entry>,
-    /// Empty in a checkpoint of before there was such a field.
-    #[serde(default)]
+/// Why bytes are no snapshot, or snapshots no whole.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The bytes are of no safetensors file.
+    #[error("it is not a whole file of a feed's state")]
+    File(#[from] SafeTensorError),
+    /// A part of the file is missing or of the wrong kind.
+    #[error("its {0} is missing or of another type")]
+    Part(&'static str),
+    /// The outline is none.
+    #[error("its outline cannot be read")]
+    Outline(#[from] serde_json::Error),
+    /// Another version of the format.
+    #[error(
+        "it is of format {0}, and this program reads format {FORMAT}: begin a new run from the checkpoint's weights"
+    )]
+    Format(u32),
+    /// Lists that do not fit one another.
+    #[error("it holds {0} documents than its outline names")]
+    Documents(&'static str),
+    /// A document, row or place that no run can have left.
+    #[error("lane {lane}, document {document:?}: {what}")]
+    Impossible {
+        /// The lane.
+        lane: usize,
+        /// The document's id.
+        document: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// Parts of several runs, or of several steps.
+    #[error("the parts of the ranks do not belong together: {0} differs")]
+    Parts(&'static str),
+    /// A lane that no part, or more than one, holds.
+    #[error("lane {0} is held by {1} parts, not by one: give the parts of all ranks, each once")]
+    Lane(usize, usize),
+}
+
+/// A snapshot without its documents' numbers, which follow one another in the order of the entries here: lane by lane the
+/// shuffled, the finished and the waiting ones.
+#[derive(Serialize, Deserialize)]
+struct Outline {
+    format: u32,
+    identity: Identity,
+    lanes: usize,
+    turn: usize,
     contexts: Contexts,
+    /// Contexts that documents name by their index here.
+    policies: Vec<ContextPolicy>,
+    held: BTreeMap<usize, LaneOutline>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct RankOutline {
+#[derive(Serialize, Deserialize)]
+struct LaneOutline {
     position: Position,
     draws: u64,
     shuffled: Vec<Entry>,
     finished: Vec<Vec<Entry>>,
-    open: Vec<Entry>,
+    waiting: Vec<Entry>,
 }
 
 /// A document, or a piece of one.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Entry {
     document: String,
     source: String,
-    start: usize,
     tokens: usize,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    start: usize,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    first_predicted: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    bos: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    policy: Option<usize>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 impl Snapshot {
-    /// The same data for another number of ranks: what was read by rank `r` goes to rank `r % world_size`, rows that had
-    /// room are closed, and every rank learns how far all partitions have been read, from which it takes its own.
+    /// The part of a rank: its lanes alone.
     #[must_use]
-    pub fn for_world_size(self, world_size: usize) -> Self {
-        if self.ranks.len() == world_size {
-            return self;
-        }
-        let positions: Vec<Position> = self.ranks.iter().map(|rank| rank.position.clone()).collect();
-        let position = Position { next_partition: None, ..Position::merged(&positions) };
-        let empty = RankSnapshot { position, ..RankSnapshot::default() };
-        let mut ranks = vec![empty; world_size];
-        // What all ranks had handed out is counted once, by the first.
-        ranks.iter_mut().skip(1).for_each(|rank| rank.position.documents = 0);
-        for (old, rank) in self.ranks.into_iter().enumerate() {
-            let new = &mut ranks[old % world_size];
-            // Draws are named by their number, so none is made twice if the numbers only grow.
-            new.draws += rank.draws;
-            new.shuffled.extend(rank.shuffled);
-            new.finished.extend(rank.finished);
-            new.finished.extend(Some(rank.open).filter(|open| !open.is_empty()));
-        }
-        Self { ranks, ..self }
+    pub fn part(&self, shard: Shard) -> Self {
+        let held = self.held.iter().filter(|(lane, _)| shard.owns(**lane));
+        Self { held: held.map(|(&lane, held)| (lane, held.clone())).collect(), ..self.clone() }
     }
 
-    /// Fails where a document holds a token id that the tokenizer does not have, which a damaged file may.
-    pub fn check_ids(&self, vocabulary: u32) -> Result<()> {
-        let pieces = |rank: &RankSnapshot| {
-            let rows = rank.finished.iter().flatten().chain(&rank.open);
-            rows.map(|piece| piece.document.clone()).chain(rank.shuffled.iter().cloned()).collect::<Vec<_>>()
-        };
-        let held = self.ranks.iter().flat_map(pieces).chain(self.picture.chosen().iter().cloned());
-        for document in held {
-            if let Some(id) = document.tokens().iter().find(|&&id| id >= vocabulary) {
-                bail!("document {:?} holds token id {id}, and the tokenizer has {vocabulary}", document.id());
+    /// The whole of the parts of all ranks, however many there were. Parts of different runs or steps are refused, and so
+    /// are too few and too many.
+    pub fn merged(parts: Vec<Self>) -> Result<Self, SnapshotError> {
+        let mut parts = parts.into_iter();
+        let Some(mut whole) = parts.next() else { return Err(SnapshotError::Lane(0, 0)) };
+        let mut held_by: BTreeMap<usize, usize> = whole.held.keys().map(|&lane| (lane, 1)).collect();
+        for part in parts {
+            if let Some(difference) = whole.identity.difference(&part.identity) {
+                return Err(SnapshotError::Parts(difference));
+            }
+            if whole.lanes != part.lanes {
+                return Err(SnapshotError::Parts("the number of lanes"));
+            }
+            if whole.turn != part.turn {
+                return Err(SnapshotError::Parts("the step"));
+            }
+            whole.identity.reference_model = whole.identity.reference_model.or(part.identity.reference_model);
+            whole.contexts.extend(part.contexts);
+            for (lane, held) in part.held {
+                *held_by.entry(lane).or_default() += 1;
+                whole.held.insert(lane, held);
+            }
+        }
+        let count = |lane| held_by.get(&lane).copied().unwrap_or(0);
+        match (0..whole.lanes).find(|&lane| count(lane) != 1) {
+            Some(lane) => Err(SnapshotError::Lane(lane, count(lane))),
+            None => Ok(whole),
+        }
+    }
+
+    /// Places of the lanes.
+    pub fn positions(&self) -> BTreeMap<usize, Position> {
+        self.held.iter().map(|(&lane, held)| (lane, held.position)).collect()
+    }
+
+    /// Fails where it holds what no run can have left, which a damaged file may: a token id of `vocabulary` or beyond, a
+    /// piece without a prediction, a row that is longer than a sequence.
+    pub fn check(&self, vocabulary: u32) -> Result<(), SnapshotError> {
+        for (&lane, held) in &self.held {
+            let row_max = self.identity.plan.shape.len;
+            let impossible = |document: &Document, what: String| {
+                Err(SnapshotError::Impossible { lane, document: document.id().to_owned(), what })
+            };
+            for row in &held.finished {
+                let tokens: usize = row.iter().map(Piece::len).sum();
+                match row.first() {
+                    None => {
+                        return impossible(
+                            &Document::plain(String::new(), String::new(), vec![]),
+                            "a row is empty".to_owned(),
+                        );
+                    }
+                    Some(piece) if tokens > row_max => {
+                        let what = format!("its row holds {tokens} tokens, and a sequence {row_max}");
+                        return impossible(&piece.document, what);
+                    }
+                    Some(_) => {}
+                }
+            }
+            for piece in held.finished.iter().flatten().chain(&held.waiting) {
+                let tokens = piece.document.tokens().len();
+                let first = piece.first_predicted;
+                // A token is predicted from one before it.
+                let has_prediction = first < tokens && (first > 0 || piece.bos.is_some());
+                if !has_prediction || piece.len() > row_max {
+                    let what = format!("a piece of {tokens} tokens that predicts from the {first}th on");
+                    return impossible(&piece.document, what);
+                }
+                if let Some(bos) = piece.bos.filter(|&bos| bos >= vocabulary) {
+                    return impossible(
+                        &piece.document,
+                        format!("BOS {bos} is beyond the vocabulary of {vocabulary}"),
+                    );
+                }
+            }
+            let pieces = held.finished.iter().flatten().chain(&held.waiting).map(|piece| &piece.document);
+            for document in held.shuffled.iter().chain(pieces) {
+                if let Some(id) = document.tokens().iter().find(|&&id| id >= vocabulary) {
+                    return impossible(
+                        document,
+                        format!("token id {id} is beyond the vocabulary of {vocabulary}"),
+                    );
+                }
             }
         }
         Ok(())
     }
 
-    /// Splits into the outline and the bytes of [`DOCUMENTS_FILE`].
-    pub fn to_files(&self) -> Result<(Outline, Vec<u8>)> {
+    /// The bytes of a safetensors file with all of it.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, SnapshotError> {
         let mut columns = Columns::default();
-        let mut ranks = Vec::with_capacity(self.ranks.len());
-        for rank in &self.ranks {
-            ranks.push(RankOutline {
-                position: rank.position.clone(),
-                draws: rank.draws,
-                shuffled: rank.shuffled.iter().map(|document| columns.put(document, 0)).collect(),
-                finished: rank.finished.iter().map(|row| columns.put_row(row)).collect(),
-                open: columns.put_row(&rank.open),
-            });
+        let mut held = BTreeMap::new();
+        for (&lane, snapshot) in &self.held {
+            let outline = LaneOutline {
+                position: snapshot.position,
+                draws: snapshot.draws,
+                shuffled: snapshot.shuffled.iter().map(|document| columns.put(document)).collect(),
+                finished: snapshot.finished.iter().map(|row| columns.put_pieces(row)).collect(),
+                waiting: columns.put_pieces(&snapshot.waiting),
+            };
+            held.insert(lane, outline);
         }
         let outline = Outline {
-            ranks,
-            sources: self.sources.clone(),
-            picture_seen: self.picture.seen(),
-            picture: self.picture.chosen().iter().map(|document| columns.put(document, 0)).collect(),
+            format: FORMAT,
+            identity: self.identity.clone(),
+            lanes: self.lanes,
+            turn: self.turn,
             contexts: self.contexts.clone(),
+            policies: columns.policies.clone(),
+            held,
         };
-        Ok((outline, columns.to_bytes()?))
+        columns.to_bytes(&serde_json::to_vec(&outline)?)
     }
 
-    /// Puts together what [`Snapshot::to_files`] split; `path` is that of the documents.
-    pub fn from_files(outline: &Outline, path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        Self::from_bytes(outline, &bytes)
-            .with_context(|| format!("cannot use {}: it may be damaged", path.display()))
-    }
-
-    fn from_bytes(outline: &Outline, bytes: &[u8]) -> Result<Self> {
-        let mut columns = Columns::from_bytes(bytes)?;
-        let mut ranks = Vec::with_capacity(outline.ranks.len());
-        for rank in &outline.ranks {
-            let RankOutline { position, draws, shuffled, finished, open } = rank;
-            ranks.push(RankSnapshot {
-                position: position.clone(),
-                draws: *draws,
-                shuffled: shuffled.iter().map(|entry| columns.take(entry)).collect::<Result<_>>()?,
-                finished: finished.iter().map(|row| columns.take_row(row)).collect::<Result<_>>()?,
-                open: columns.take_row(open)?,
-            });
+    /// Reads back what [`Snapshot::to_bytes`] made.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, SnapshotError> {
+        let file = SafeTensors::deserialize(bytes)?;
+        let outline = file.tensor(OUTLINE).map_err(|_| SnapshotError::Part(OUTLINE))?;
+        let Format { format } = serde_json::from_slice(outline.data())?;
+        if format != FORMAT {
+            return Err(SnapshotError::Format(format));
         }
-        let picture = outline.picture.iter().map(|entry| columns.take(entry)).collect::<Result<_>>()?;
-        ensure!(columns.taken == columns.tokens.len(), "it holds more documents than state.json names");
-        let picture = PictureDocuments::resumed(picture, outline.picture_seen);
-        Ok(Self { ranks, sources: outline.sources.clone(), picture, contexts: outline.contexts.clone() })
+        let outline: Outline = serde_json::from_slice(outline.data())?;
+        let mut columns = Columns::of(&file, outline.policies)?;
+        let mut held = BTreeMap::new();
+        for (lane, outline) in outline.held {
+            let LaneOutline { position, draws, shuffled, finished, waiting } = outline;
+            let snapshot = LaneSnapshot {
+                position,
+                draws,
+                shuffled: shuffled.into_iter().map(|entry| columns.take(entry)).collect::<Result<_, _>>()?,
+                finished: finished
+                    .into_iter()
+                    .map(|row| columns.take_pieces(row))
+                    .collect::<Result<_, _>>()?,
+                waiting: columns.take_pieces(waiting)?,
+            };
+            held.insert(lane, snapshot);
+        }
+        if columns.taken < columns.tokens.len() {
+            return Err(SnapshotError::Documents("more"));
+        }
+        let Outline { identity, lanes, turn, contexts, .. } =
+            Outline { held: BTreeMap::new(), policies: vec![], ..outline };
+        Ok(Self { identity, lanes, turn, contexts, held })
     }
 }
 
-impl Outline {
-    /// Number of ranks that the data was read by.
-    pub fn world_size(&self) -> usize {
-        self.ranks.len()
-    }
-
-    /// How far the ranks have read.
-    pub fn positions(&self) -> impl Iterator<Item = &Position> {
-        self.ranks.iter().map(|rank| &rank.position)
-    }
+/// What is read of an outline first.
+#[derive(Deserialize)]
+struct Format {
+    format: u32,
 }
 
 /// The numbers of many documents, one after the other.
@@ -187,77 +301,114 @@ struct Columns {
     tokens: Vec<u32>,
     reference_loss: Vec<f32>,
     reference_entropy: Vec<f32>,
+    policies: Vec<ContextPolicy>,
     /// Tokens taken so far.
     taken: usize,
 }
 
 impl Columns {
-    fn put(&mut self, document: &Document, start: usize) -> Entry {
+    fn put(&mut self, document: &Document) -> Entry {
         self.tokens.extend_from_slice(document.tokens());
         self.reference_loss.extend_from_slice(document.reference());
         self.reference_entropy.extend_from_slice(document.reference_entropy());
+        let policy = document.context().map(|context| {
+            let known = self.policies.iter().position(|policy| *policy == context);
+            known.unwrap_or_else(|| {
+                self.policies.push(context);
+                self.policies.len() - 1
+            })
+        });
         Entry {
             document: document.id().to_owned(),
             source: document.source().to_owned(),
-            start,
             tokens: document.tokens().len(),
+            start: 0,
+            first_predicted: 0,
+            bos: None,
+            policy,
         }
     }
 
-    fn put_row(&mut self, row: &[Piece]) -> Vec<Entry> {
-        row.iter().map(|piece| self.put(&piece.document, piece.start)).collect()
+    fn put_pieces(&mut self, pieces: &[Piece]) -> Vec<Entry> {
+        let put = |piece: &Piece| Entry {
+            start: piece.start,
+            first_predicted: piece.first_predicted,
+            bos: piece.bos,
+            ..self.put(&piece.document)
+        };
+        pieces.iter().map(put).collect()
     }
 
-    fn take(&mut self, entry: &Entry) -> Result<Document> {
+    fn take(&mut self, entry: Entry) -> Result<Document, SnapshotError> {
         let span = self.taken..self.taken.saturating_add(entry.tokens);
-        ensure!(span.end <= self.tokens.len(), "it holds fewer documents than state.json names");
+        if span.end > self.tokens.len() {
+            return Err(SnapshotError::Documents("fewer"));
+        }
         self.taken = span.end;
-        let document = Document::scored(
-            entry.document.clone(),
-            entry.source.clone(),
-            self.tokens[span.clone()].to_vec(),
-            self.reference_loss[span.clone()].to_vec(),
-        )?;
-        Ok(document.with_entropies(self.reference_entropy[span].to_vec())?)
+        let policy = match entry.policy {
+            Some(index) => Some(*self.policies.get(index).ok_or(SnapshotError::Part("context policies"))?),
+            None => None,
+        };
+        let (losses, entropies) = (&self.reference_loss[span.clone()], &self.reference_entropy[span.clone()]);
+        let tokens = self.tokens[span].to_vec();
+        let document = Document::scored(entry.document, entry.source, tokens, losses.to_vec())
+            .and_then(|document| document.with_entropies(entropies.to_vec()))
+            .map_err(|_| SnapshotError::Part(REFERENCE_LOSS))?;
+        Ok(match policy {
+            Some(policy) => document.with_context(policy),
+            None => document,
+        })
     }
 
-    fn take_row(&mut self, row: &[Entry]) -> Result<Vec<Piece>> {
-        row.iter().map(|entry| Ok(Piece { document: self.take(entry)?, start: entry.start })).collect()
+    fn take_pieces(&mut self, entries: Vec<Entry>) -> Result<Vec<Piece>, SnapshotError> {
+        let take = |entry: Entry| {
+            let Entry { start, first_predicted, bos, .. } = entry;
+            Ok(Piece { document: self.take(entry)?, start, first_predicted, bos })
+        };
+        entries.into_iter().map(take).collect()
     }
 
-    fn to_bytes(&self) -> Result<Vec<u8>> {
+    fn to_bytes(&self, outline: &[u8]) -> Result<Vec<u8>, SnapshotError> {
         let tokens: Vec<u8> = self.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
         let floats =
             |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|value| value.to_le_bytes()).collect() };
         let (losses, entropies) = (floats(&self.reference_loss), floats(&self.reference_entropy));
-        let shape = vec![self.tokens.len()];
-        let view = |dtype, bytes| TensorView::new(dtype, shape.clone(), bytes);
+        let view = |dtype, len: usize, bytes| TensorView::new(dtype, vec![len], bytes);
+        let count = self.tokens.len();
         let views = [
-            (TOKENS, view(Dtype::U32, &tokens)?),
-            (REFERENCE_LOSS, view(Dtype::F32, &losses)?),
-            (REFERENCE_ENTROPY, view(Dtype::F32, &entropies)?),
+            (OUTLINE, view(Dtype::U8, outline.len(), outline)?),
+            (TOKENS, view(Dtype::U32, count, &tokens)?),
+            (REFERENCE_LOSS, view(Dtype::F32, count, &losses)?),
+            (REFERENCE_ENTROPY, view(Dtype::F32, count, &entropies)?),
         ];
-        safetensors::serialize(views, None::<HashMap<String, String>>).context("cannot lay out documents")
+        Ok(safetensors::serialize(views, None::<HashMap<String, String>>)?)
     }
 
-    fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let file = SafeTensors::deserialize(bytes).context("not a whole safetensors file")?;
-        let words = |name: &str, dtype: Dtype| -> Result<Vec<[u8; 4]>> {
-            let view = file.tensor(name).with_context(|| format!("{name} is missing"))?;
-            ensure!(view.dtype() == dtype, "{name} is {:?}, not {dtype:?}", view.dtype());
+    fn of(file: &SafeTensors<'_>, policies: Vec<ContextPolicy>) -> Result<Self, SnapshotError> {
+        let words = |name: &'static str, dtype: Dtype| -> Result<Vec<[u8; 4]>, SnapshotError> {
+            let view = file.tensor(name).map_err(|_| SnapshotError::Part(name))?;
+            if view.dtype() != dtype {
+                return Err(SnapshotError::Part(name));
+            }
             Ok(view.data().chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect())
         };
-        let floats = |name| -> Result<Vec<f32>> {
+        let floats = |name| -> Result<Vec<f32>, SnapshotError> {
             Ok(words(name, Dtype::F32)?.into_iter().map(f32::from_le_bytes).collect())
         };
         let columns = Self {
             tokens: words(TOKENS, Dtype::U32)?.into_iter().map(u32::from_le_bytes).collect(),
             reference_loss: floats(REFERENCE_LOSS)?,
             reference_entropy: floats(REFERENCE_ENTROPY)?,
+            policies,
             taken: 0,
         };
-        let lengths = [columns.reference_loss.len(), columns.reference_entropy.len()];
-        ensure!(lengths == [columns.tokens.len(); 2], "its lists differ in length");
+        for (name, values) in
+            [(REFERENCE_LOSS, &columns.reference_loss), (REFERENCE_ENTROPY, &columns.reference_entropy)]
+        {
+            if values.len() != columns.tokens.len() {
+                return Err(SnapshotError::Part(name));
+            }
+        }
         Ok(columns)
     }
 }

@@ -1,4 +1,4 @@
-//! Snapshots to files and back, and from one number of ranks to another.
+//! Snapshots to bytes and back, in parts and whole, and those that no run can have left.
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 use std::collections::BTreeMap;
@@ -6,95 +6,151 @@ use std::collections::BTreeMap;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{Bos, ContextPolicy};
 
-use super::{Outline, RankSnapshot, Snapshot};
+use super::{LaneSnapshot, Snapshot, SnapshotError};
+use crate::cut::Piece;
 use crate::document::Document;
-use crate::pack::Piece;
-use crate::picture::PictureDocuments;
-use crate::stream::{PartitionPosition, Position};
+use crate::pack::{BatchShape, Packing};
+use crate::plan::{Identity, Plan};
+use crate::stream::{Extent, Position, Shard};
+
+const POLICY: ContextPolicy = ContextPolicy { window: 256, stride: 128, bos: Bos::Document(1) };
 
 /// A document whose losses are numbers that decimals would not give back, and whose first has none.
 fn document(number: u32, tokens: usize) -> Document {
     let losses = (0..tokens).map(|i| if i == 0 { f32::NAN } else { 1.0 / (number as f32 + i as f32) });
     let ids = (0..tokens as u32).map(|i| number * 100 + i).collect();
-    Document::scored(format!("d{number}"), "s".into(), ids, losses.collect()).unwrap()
+    let document = Document::scored(format!("d{number}"), "s".into(), ids, losses.collect()).unwrap();
+    if number % 2 == 0 { document.with_context(POLICY) } else { document }
 }
 
 fn piece(number: u32) -> Piece {
-    Piece { document: document(number, 4), start: 3 }
+    let bos = number.is_multiple_of(3).then_some(1);
+    Piece { document: document(number, 4), start: 3, first_predicted: 2, bos }
 }
 
-fn snapshot(world_size: u32) -> Snapshot {
-    let rank = |rank: u32| {
-        let place = PartitionPosition { epoch: 2, next_offset: i64::from(rank) + 5, end: Some(9) };
-        RankSnapshot {
-            position: Position {
-                epoch: 2,
-                partitions: BTreeMap::from([(rank as i32, place)]),
-                next_partition: Some(rank as i32),
-                documents: 10,
-            },
+fn identity() -> Identity {
+    let plan = Plan {
+        topic: "t".into(),
+        extent: Extent::UntilEnd { epochs: 2 },
+        shape: BatchShape { rows: 2, len: 16 },
+        packing: Packing::default(),
+        micro_batches: 4,
+        shuffle_buffer: 10,
+        seed: 1,
+    };
+    Identity { tokenizer: Fingerprint::of_bytes(b"t"), reference_model: None, plan }
+}
+
+fn snapshot(lanes: usize) -> Snapshot {
+    let lane = |lane: usize| {
+        let number = 10 * lane as u32 + 1;
+        LaneSnapshot {
+            position: Position { epoch: 2, first_offset: 1, next_offset: 5, end: Some(9), documents: 10 },
             draws: 7,
-            shuffled: (0..3).map(|n| document(10 * rank + n, 2 + n as usize)).collect(),
-            finished: vec![vec![piece(10 * rank + 3), piece(10 * rank + 4)], vec![piece(10 * rank + 5)]],
-            open: vec![piece(10 * rank + 6)],
+            shuffled: (0..3).map(|n| document(number + n, 2 + n as usize)).collect(),
+            finished: vec![vec![piece(number + 3), piece(number + 4)], vec![piece(number + 5)]],
+            waiting: vec![piece(number + 6)],
         }
     };
-    let picture = PictureDocuments::resumed(vec![document(99, 5)], 40);
-    let policy = ContextPolicy { window: 256, stride: 128, bos: Bos::Document(1) };
-    let contexts = BTreeMap::from([(Fingerprint::of_bytes(b"model"), policy)]);
-    Snapshot { ranks: (0..world_size).map(rank).collect(), sources: vec!["s".into()], picture, contexts }
+    let contexts = BTreeMap::from([(Fingerprint::of_bytes(b"model"), POLICY)]);
+    let held = (0..lanes).map(|number| (number, lane(number))).collect();
+    Snapshot { identity: identity(), lanes, turn: 1, contexts, held }
 }
 
-/// What two documents must share to be the same, bit by bit.
-fn bits(document: &Document) -> (String, Vec<u32>, Vec<u32>) {
-    let losses = document.reference().iter().map(|loss| loss.to_bits()).collect();
-    (document.id().to_owned(), document.tokens().to_vec(), losses)
-}
-
-fn documents(snapshot: &Snapshot) -> Vec<(String, Vec<u32>, Vec<u32>)> {
-    let pieces = |row: &Vec<Piece>| row.iter().map(|piece| bits(&piece.document)).collect::<Vec<_>>();
-    let of_rank = |rank: &RankSnapshot| {
-        let rows = rank.finished.iter().chain([&rank.open]).flat_map(pieces);
-        rank.shuffled.iter().map(bits).chain(rows).collect::<Vec<_>>()
+/// Written out with all bits, because NaN is not equal to itself.
+fn bits(snapshot: &Snapshot) -> String {
+    let of = |document: &Document| {
+        let losses: Vec<u32> = document.reference().iter().map(|loss| loss.to_bits()).collect();
+        format!(
+            "{} {} {:?} {losses:?} {:?}",
+            document.id(),
+            document.source(),
+            document.tokens(),
+            document.context()
+        )
     };
-    snapshot.ranks.iter().flat_map(of_rank).collect()
+    let pieces = |pieces: &[Piece]| -> String {
+        let of = |p: &Piece| format!("{} {} {} {:?};", of(&p.document), p.start, p.first_predicted, p.bos);
+        pieces.iter().map(of).collect()
+    };
+    let mut text =
+        format!("{:?} {} {} {:?}\n", snapshot.identity, snapshot.lanes, snapshot.turn, snapshot.contexts);
+    for (lane, held) in &snapshot.held {
+        let shuffled: Vec<String> = held.shuffled.iter().map(of).collect();
+        let rows: Vec<String> = held.finished.iter().map(|row| pieces(row)).collect();
+        text += &format!(
+            "{lane} {:?} {} {shuffled:?} {rows:?} {}\n",
+            held.position,
+            held.draws,
+            pieces(&held.waiting)
+        );
+    }
+    text
 }
 
 #[test]
-fn a_snapshot_comes_back_from_its_files_bit_by_bit() {
+fn a_snapshot_comes_back_from_its_bytes_bit_by_bit() {
     let before = snapshot(2);
-    let (outline, bytes) = before.to_files().unwrap();
-    let text = serde_json::to_string(&outline).unwrap();
-    let outline: Outline = serde_json::from_str(&text).unwrap();
-    let after = Snapshot::from_bytes(&outline, &bytes).unwrap();
-    assert_eq!(documents(&after), documents(&before));
-    assert_eq!(after.picture.chosen().iter().map(bits).collect::<Vec<_>>(), [bits(&document(99, 5))]);
-    for (after, before) in after.ranks.iter().zip(&before.ranks) {
-        assert_eq!((&after.position, after.draws), (&before.position, before.draws));
-        assert!(after.finished.iter().flatten().all(|piece| piece.start == 3));
+    before.check(10_000).unwrap();
+    let bytes = before.to_bytes().unwrap();
+    assert_eq!(bits(&Snapshot::from_bytes(&bytes).unwrap()), bits(&before));
+    for cut in 0..bytes.len() {
+        assert!(Snapshot::from_bytes(&bytes[..cut]).is_err(), "cut after {cut} bytes");
     }
-    let other = snapshot(1).to_files().unwrap();
-    assert!(Snapshot::from_bytes(&outline, &other.1).unwrap_err().to_string().contains("fewer documents"));
-    assert!(Snapshot::from_bytes(&other.0, &bytes).unwrap_err().to_string().contains("more documents"));
-    assert!(Snapshot::from_bytes(&outline, &bytes[..bytes.len() - 1]).is_err());
 }
 
 #[test]
-fn another_number_of_ranks_has_every_document_once_and_knows_every_partition() {
-    for (before, after) in [(2, 1), (2, 3), (3, 2), (1, 4)] {
-        let old = snapshot(before);
-        let new = old.clone().for_world_size(after);
-        assert_eq!(new.ranks.len(), after);
-        let mut sorted = [documents(&old), documents(&new)];
-        for documents in &mut sorted {
-            documents.sort();
-        }
-        assert_eq!(sorted[0], sorted[1]);
-        for rank in &new.ranks {
-            assert_eq!(rank.position.partitions.len(), before as usize);
-            assert_eq!((rank.position.next_partition, rank.open.len()), (None, 0));
+fn the_parts_of_all_ranks_are_the_whole_whatever_their_number() {
+    let whole = snapshot(4);
+    for ranks in [1, 2, 4] {
+        let part = |rank| {
+            let part = whole.part(Shard::new(rank, ranks).unwrap());
+            Snapshot::from_bytes(&part.to_bytes().unwrap()).unwrap()
+        };
+        let parts: Vec<Snapshot> = (0..ranks).rev().map(part).collect();
+        assert!(parts.iter().all(|part| part.held.len() == 4 / ranks));
+        let merged = Snapshot::merged(parts.clone()).unwrap();
+        // Parts come in any order, and each is put in its place.
+        assert_eq!(bits(&merged), bits(&whole));
+        if ranks > 1 {
+            let error = Snapshot::merged(parts[1..].to_vec()).unwrap_err();
+            assert!(error.to_string().contains("held by 0 parts"), "{error}");
+            let twice = Snapshot::merged(parts.iter().chain(&parts[..1]).cloned().collect()).unwrap_err();
+            assert!(twice.to_string().contains("held by 2 parts"), "{twice}");
+            let mut later = parts.clone();
+            later[0].turn = 2;
+            assert!(matches!(Snapshot::merged(later), Err(SnapshotError::Parts("the step"))));
+            let mut other = parts;
+            other[0].identity.plan.seed = 9;
+            assert!(matches!(Snapshot::merged(other), Err(SnapshotError::Parts("the seed"))));
         }
     }
-    let same = snapshot(2).for_world_size(2);
-    assert_eq!(same.ranks[1].position, snapshot(2).ranks[1].position, "nothing changes");
+    assert!(Snapshot::merged(vec![]).is_err());
+}
+
+#[test]
+fn what_no_run_can_have_left_is_refused_and_never_panics() {
+    let refused = |change: &dyn Fn(&mut LaneSnapshot)| {
+        let mut damaged = snapshot(1);
+        change(damaged.held.get_mut(&0).unwrap());
+        // It survives the bytes, and is found out all the same.
+        let read = Snapshot::from_bytes(&damaged.to_bytes().unwrap()).unwrap();
+        read.check(10_000).unwrap_err().to_string()
+    };
+    let empty = Document::plain("d0".into(), String::new(), vec![]);
+    let of_none = Piece { document: empty, start: 0, first_predicted: 1, bos: None };
+    assert!(refused(&|lane| lane.waiting.push(of_none.clone())).contains("predicts from the 1th on"));
+    let unpredicted = Piece { first_predicted: 4, ..piece(1) };
+    assert!(refused(&|lane| lane.finished[0].push(unpredicted.clone())).contains("predicts from the 4th on"));
+    let without_context = Piece { first_predicted: 0, bos: None, ..piece(1) };
+    assert!(refused(&|lane| lane.waiting.push(without_context.clone())).contains("predicts from the 0th on"));
+    let long = Piece { document: document(3, 17), start: 0, first_predicted: 1, bos: None };
+    assert!(refused(&|lane| lane.waiting.push(long.clone())).contains("a piece of 17 tokens"));
+    assert!(
+        refused(&|lane| lane.finished[0].extend([piece(5), piece(7), piece(8)])).contains("a sequence 16")
+    );
+    assert!(refused(&|lane| lane.finished.push(vec![])).contains("a row is empty"));
+    assert!(refused(&|lane| lane.shuffled.push(document(100, 2))).contains("token id 10000 is beyond"));
+    let foreign = Piece { bos: Some(10_000), ..piece(1) };
+    assert!(refused(&|lane| lane.waiting.push(foreign.clone())).contains("BOS 10000 is beyond"));
 }

@@ -1,152 +1,220 @@
-//! The micro-batches of one step after the other, from the streams of all ranks.
+//! The micro-batches of one step after the other, from lanes.
 //!
-//! A rank is one of several equal parts of the data, as in data-parallel training: it reads partitions of its own and has
-//! a shuffle buffer and a packer of its own. All ranks of a run live in one process, which adds up their gradients.
+//! A lane is a partition of the topic with all that belongs to it: how far it has been read, its share of the shuffle
+//! buffer, and its packer. Lanes are dealt to ranks, and micro-batches are numbered over lanes ([`crate::turns`]), so
+//! neither a micro-batch nor its number depends on how many ranks there are.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::BTreeMap;
 
-use crate::pack::{BatchShape, PackedBatch, Packer, Packing};
-use crate::picture::PictureDocuments;
+use crate::batch::PackedBatch;
+use crate::pack::{Packer, empty_batch};
+use crate::plan::Plan;
 use crate::random::SplitMix64;
 use crate::shuffle::ShuffleBuffer;
-use crate::snapshot::{RankSnapshot, Snapshot};
-use crate::stream::{DocumentStream, Position, StreamError};
-use crate::telemetry::Buffered;
+use crate::snapshot::LaneSnapshot;
+use crate::stream::{DocumentStream, Next, Shard, StreamError};
+use crate::turns::{Outlook, RankState, Turns};
 
-/// Packs the documents of every rank's stream.
-#[derive(Debug)]
-pub struct Supply {
-    ranks: Vec<Rank>,
-    picture: PictureDocuments,
+/// What the ranks' outlooks on the next step come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Agreed {
+    /// Every rank has what it needs: [`Supply::take`] gives the step's micro-batches.
+    Ready,
+    /// A lane has ended, so others must give more: fill and agree once more.
+    Again,
+    /// All lanes have ended and nothing is left of them.
+    Ended,
+    /// A rank was asked to stop; nothing has been taken.
+    Stopped,
+    /// A rank has failed.
+    Failed,
 }
 
-#[derive(Debug)]
-struct Rank {
+/// Documents that were read and not yet given out, by where they wait.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffered {
+    /// In shuffle buffers.
+    pub shuffle: usize,
+    /// As pieces in the packers.
+    pub packing: usize,
+}
+
+/// Packs the documents of a rank's lanes.
+#[derive(Clone, Debug)]
+pub struct Supply {
+    plan: Plan,
+    shard: Shard,
+    turns: Turns,
+    /// The turns before the micro-batches given out last.
+    before: Option<Turns>,
+    /// The rank's own lanes, by number.
+    lanes: BTreeMap<usize, Lane>,
+}
+
+#[derive(Clone, Debug)]
+struct Lane {
     shuffle: ShuffleBuffer,
     packer: Packer,
-    /// Documents packed so far; for a resumed run enough of them.
-    documents: usize,
+    /// Whether a document has shown that the lane fits the run; true of one that is gone on with.
+    has_shown: bool,
     has_ended: bool,
 }
 
-/// How a supply makes micro-batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SupplyPlan {
-    /// Shape of a micro-batch.
-    pub shape: BatchShape,
-    /// What is done where documents meet.
-    pub packing: Packing,
-    /// Documents in each rank's shuffle buffer; at most 1 leaves the streams' order as it is.
-    pub shuffle_buffer: usize,
-    /// Seed of the buffers' draws.
-    pub seed: u64,
-}
-
 impl Supply {
-    /// A supply for as many ranks as the snapshot has, holding what it holds.
-    pub fn new(plan: &SupplyPlan, snapshot: Snapshot) -> Self {
-        let rank = |(number, rank): (u64, RankSnapshot)| Rank {
-            documents: if rank.position == Position::default() { 0 } else { usize::MAX },
-            shuffle: ShuffleBuffer::new(plan.shuffle_buffer, SplitMix64::keyed(plan.seed, number).next_u64())
-                .holding(rank.shuffled, rank.draws),
-            packer: Packer::new(plan.shape).packing(plan.packing).holding(rank.finished, rank.open),
-            has_ended: false,
+    /// The supply of a rank that reads `lanes` lanes together with others, beginning at the turn of lane `turn` and with
+    /// what its own lanes hold in `held`.
+    pub fn new(
+        plan: Plan,
+        shard: Shard,
+        lanes: usize,
+        turn: usize,
+        held: &BTreeMap<usize, LaneSnapshot>,
+    ) -> Self {
+        let buffer = plan.shuffle_buffer_of_lane(lanes);
+        let lane = |number: usize| {
+            let seed = SplitMix64::keyed(plan.seed, number as u64).next_u64();
+            let (shuffle, packer) =
+                (ShuffleBuffer::new(buffer, seed), Packer::new(plan.shape).packing(plan.packing));
+            let lane = match held.get(&number).cloned() {
+                None => Lane { shuffle, packer, has_shown: false, has_ended: false },
+                Some(LaneSnapshot { position, draws, shuffled, finished, waiting }) => Lane {
+                    shuffle: shuffle.holding(shuffled, draws),
+                    packer: packer.holding(finished, waiting),
+                    has_shown: position.documents > 0,
+                    has_ended: false,
+                },
+            };
+            (number, lane)
         };
-        Self { ranks: (0..).zip(snapshot.ranks).map(rank).collect(), picture: snapshot.picture }
+        let own = shard.own(lanes).map(lane).collect();
+        Self { turns: Turns::new(lanes, turn), before: None, lanes: own, plan, shard }
     }
 
-    /// The micro-batches of a step: `accumulate` of each rank, in the order of the ranks. A rank whose stream has
-    /// ended gives what it has left, the last of them perhaps with fewer rows, and then none. When `stop` is set there are
-    /// none at all, and nothing is taken.
-    ///
-    /// # Panics
-    /// When there are not as many streams as ranks.
-    pub fn next_batches(
-        &mut self,
-        streams: &mut [&mut dyn DocumentStream],
-        accumulate: usize,
-        stop: &AtomicBool,
-    ) -> Result<Vec<PackedBatch>, StreamError> {
-        assert_eq!(streams.len(), self.ranks.len(), "one stream a rank");
-        // Nothing is taken before every rank has what it needs, so that an error or a stop loses nothing.
-        for (rank, stream) in self.ranks.iter_mut().zip(streams) {
-            // At first a document of every part, so that no step is taken before each has shown that it fits the run.
-            let parts = stream.parts();
-            while !rank.has_ended && (rank.documents < parts || !rank.packer.fills(accumulate)) {
-                match rank.shuffle.next_document(*stream, stop)? {
-                    Some(document) => {
-                        self.picture.offer(&document);
-                        rank.packer.push(&document);
-                        rank.documents = rank.documents.saturating_add(1);
+    /// Reads until the rank's lanes have what the next step takes of them, as far as is known of the other ranks' lanes,
+    /// and before the first step a document of each, so that no step is taken before every lane has shown that it fits the
+    /// run. What a lane holds is not changed by a stop or an error in another one.
+    pub fn fill(&mut self, stream: &mut dyn DocumentStream) -> Result<Outlook, StreamError> {
+        let wanted = self.turns.lanes_of_next(self.plan.micro_batches);
+        let lanes = self.turns.lanes();
+        for (&number, lane) in &mut self.lanes {
+            let count = wanted.iter().filter(|&&wanted| wanted == number).count();
+            while !lane.has_ended && !(lane.has_shown && lane.packer.fills(count)) {
+                match lane.shuffle.next_document(|| stream.next_document(number))? {
+                    Next::Document(document) => {
+                        lane.packer.push(&document);
+                        lane.has_shown = true;
                     }
-                    None if stop.load(Ordering::Relaxed) => return Ok(vec![]),
-                    None => rank.has_ended = true,
+                    Next::Ended => {
+                        lane.packer.close();
+                        lane.has_ended = true;
+                    }
+                    Next::Stopped => return Ok(Outlook::new(RankState::Stopped, lanes, std::iter::empty())),
                 }
             }
         }
-        let mut batches = Vec::with_capacity(accumulate * self.ranks.len());
-        for (number, rank) in self.ranks.iter_mut().enumerate() {
-            for _ in 0..accumulate {
-                let packed = if rank.has_ended { rank.packer.flush() } else { rank.packer.next_batch() };
-                batches.extend(packed.map(|packed| PackedBatch { rank: number, ..packed }));
+        let ended = self.lanes.iter().filter(|(_, lane)| lane.has_ended);
+        let left = ended.map(|(&number, lane)| (number, lane.packer.batches()));
+        Ok(Outlook::new(RankState::Well, lanes, left))
+    }
+
+    /// Takes in what the outlooks of all ranks come to.
+    pub fn agree(&mut self, outlook: &Outlook) -> Agreed {
+        match outlook.state() {
+            RankState::Failed => return Agreed::Failed,
+            RankState::Stopped => return Agreed::Stopped,
+            RankState::Well => {}
+        }
+        if self.turns.learn(outlook) {
+            Agreed::Again
+        } else if self.turns.lanes_of_next(1).is_empty() {
+            Agreed::Ended
+        } else {
+            Agreed::Ready
+        }
+    }
+
+    /// The rank's micro-batches of the next step, once all ranks are [`Agreed::Ready`]. At the end of the data they may be
+    /// fewer, the last of a lane perhaps with fewer rows; but every rank is given as many as any other, and has some
+    /// without tokens for it.
+    pub fn take(&mut self) -> Vec<PackedBatch> {
+        self.before = Some(self.turns.clone());
+        let turns = self.turns.take(self.plan.micro_batches);
+        let mut of_ranks = vec![0; self.shard.world_size()];
+        let mut taken = Vec::new();
+        for (number, &lane) in turns.iter().enumerate() {
+            of_ranks[self.shard.rank_of(lane)] += 1;
+            if let Some(own) = self.lanes.get_mut(&lane) {
+                let packed = own.packer.next_batch();
+                taken.extend(packed.map(|packed| PackedBatch { lane, number: Some(number), ..packed }));
             }
         }
-        Ok(batches)
+        taken.resize_with(of_ranks.into_iter().max().unwrap_or(0), || empty_batch(self.plan.shape));
+        taken
     }
 
     /// Takes back the micro-batches given out last.
     pub fn put_back(&mut self, batches: Vec<PackedBatch>) {
-        for packed in batches.into_iter().rev() {
-            self.ranks[packed.rank].packer.put_back(packed);
+        for packed in batches.into_iter().rev().filter(|packed| packed.number.is_some()) {
+            if let Some(lane) = self.lanes.get_mut(&packed.lane) {
+                lane.packer.put_back(packed);
+            }
         }
+        if let Some(before) = self.before.take() {
+            self.turns = before;
+        }
+    }
+
+    /// How the micro-batches are made.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The lanes that it reads.
+    pub fn shard(&self) -> Shard {
+        self.shard
+    }
+
+    /// The lane whose turn is next.
+    pub fn turn(&self) -> usize {
+        self.turns.next()
+    }
+
+    /// Lanes of all ranks.
+    pub fn lanes(&self) -> usize {
+        self.turns.lanes()
     }
 
     /// Documents that wait here; a document in several pieces counts as often.
     pub fn buffered(&self) -> Buffered {
         let pieces =
-            |rank: &Rank| rank.packer.finished().map(<[_]>::len).sum::<usize>() + rank.packer.open().len();
+            |lane: &Lane| lane.packer.finished().map(<[_]>::len).sum::<usize>() + lane.packer.waiting().len();
         Buffered {
-            shuffle: self.ranks.iter().map(|rank| rank.shuffle.documents().len()).sum(),
-            packing: self.ranks.iter().map(pieces).sum(),
+            shuffle: self.lanes.values().map(|lane| lane.shuffle.documents().len()).sum(),
+            packing: self.lanes.values().map(pieces).sum(),
         }
     }
 
-    /// Documents chosen for the token picture so far.
-    pub fn picture(&self) -> &PictureDocuments {
-        &self.picture
+    /// Documents handed out by the stream to the rank's lanes since the start of the run.
+    pub fn documents(&self, stream: &dyn DocumentStream) -> u64 {
+        self.lanes.keys().map(|&lane| stream.position(lane).documents).sum()
     }
 
-    /// Everything read and not given out, with the places of the streams that it was read from.
-    pub fn snapshot(&self, streams: &[&mut dyn DocumentStream], sources: &[String]) -> Snapshot {
-        let pairs = self.ranks.iter().zip(streams);
-        let ranks = pairs.map(|(rank, stream)| RankSnapshot {
-            position: stream.position(),
-            draws: rank.shuffle.draws(),
-            shuffled: rank.shuffle.documents().to_vec(),
-            finished: rank.packer.finished().map(<[_]>::to_vec).collect(),
-            open: rank.packer.open().to_vec(),
-        });
-        Snapshot {
-            ranks: ranks.collect(),
-            sources: sources.to_vec(),
-            picture: self.picture.clone(),
-            contexts: streams.iter().flat_map(|stream| stream.contexts()).collect(),
-        }
+    /// Everything read by the rank's lanes and not given out, with the places that it was read up to.
+    pub fn snapshot(&self, stream: &dyn DocumentStream) -> BTreeMap<usize, LaneSnapshot> {
+        let snapshot = |(&number, lane): (&usize, &Lane)| {
+            let lane = LaneSnapshot {
+                position: stream.position(number),
+                draws: lane.shuffle.draws(),
+                shuffled: lane.shuffle.documents().to_vec(),
+                finished: lane.packer.finished().map(<[_]>::to_vec).collect(),
+                waiting: lane.packer.waiting().cloned().collect(),
+            };
+            (number, lane)
+        };
+        self.lanes.iter().map(snapshot).collect()
     }
 }
 
-/// Micro-batches of this shape that a stream fills, counted by packing it.
-pub fn count_batches(stream: &mut dyn DocumentStream, shape: BatchShape) -> Result<u64, StreamError> {
-    let mut packer = Packer::new(shape);
-    let mut batches = 0;
-    while let Some(document) = stream.next_document()? {
-        packer.push(&document);
-        while packer.next_batch().is_some() {
-            batches += 1;
-        }
-    }
-    while packer.flush().is_some() {
-        batches += 1;
-    }
-    Ok(batches)
-}
+#[cfg(test)]
+#[path = "supply_tests.rs"]
+mod tests;

@@ -3,21 +3,23 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use clap::Args;
+use clap::{Args, ValueEnum};
+use sluice_feed::cut::UnequalContexts;
+use sluice_feed::pack::{FirstToken, Packing};
+use sluice_feed::stream::Broker;
 
-use crate::evaluate::EvalFile;
 use crate::failure::{Classify, Failure};
-use crate::http;
 use crate::model::checkpoint::{OPTIMIZER_FILE, read_weights};
 use crate::model::config::CONFIG_FILE;
 use crate::model::device::DeviceError;
+use crate::model::optimizer::AdamWConfig;
 use crate::model::{BurnLearner, DeviceName, ModelConfig, Precision};
-use crate::optimizer::AdamWConfig;
-use crate::pack::{BatchShape, FirstToken, Packing};
-use crate::schedule::{Schedule, Shape};
-use crate::stream::Broker;
-use crate::telemetry::Telemetry;
 use crate::text::TextTokenizer;
+use crate::training::evaluate::EvalFile;
+use crate::training::schedule::{Schedule, Shape};
+use crate::training::setup::Output;
+use crate::watch::http;
+use crate::watch::telemetry::Telemetry;
 
 /// Where the broker is.
 #[derive(Args, Clone, Debug)]
@@ -131,6 +133,24 @@ impl ModelArguments {
             .or_data()
     }
 
+    /// Refuses sizes of which no model can be made. The length of a sequence may not be known yet.
+    pub fn check(&self, tokenizer: &TextTokenizer, sequence_length: Option<usize>) -> anyhow::Result<()> {
+        match &self.init {
+            Some(_) => Ok(()),
+            None => self.config(tokenizer, sequence_length.unwrap_or(2)).validate().or_usage(),
+        }
+    }
+
+    /// The longest sequence that the model to start from reads; `None` where it is made to measure.
+    pub fn longest_sequence(&self) -> anyhow::Result<Option<usize>> {
+        match &self.init {
+            Some(folder) if folder.join(CONFIG_FILE).is_file() => {
+                Ok(Some(ModelConfig::read(folder).or_data()?.max_position_embeddings))
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// The model of a checkpoint, with its optimizer, if it is the one that these flags describe.
     pub fn resumed(
         &self,
@@ -214,6 +234,46 @@ impl ComputeArguments {
     }
 }
 
+/// What happens to the first token of a document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum FirstTokenName {
+    /// It is read and not predicted
+    Skip,
+    /// It is predicted from the document before it in its sequence, if there is one; a score that needs a reference
+    /// cannot choose it
+    Predict,
+}
+
+impl From<FirstTokenName> for FirstToken {
+    fn from(name: FirstTokenName) -> Self {
+        match name {
+            FirstTokenName::Skip => Self::Skip,
+            FirstTokenName::Predict => Self::Predict,
+        }
+    }
+}
+
+/// What happens to tokens that cannot be read under the contexts of their reference losses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum UnequalContextsName {
+    /// The first document with such tokens ends the run
+    Refuse,
+    /// They cannot be chosen by a score that looks at the reference
+    Mask,
+    /// They are ranked like all others
+    Allow,
+}
+
+impl From<UnequalContextsName> for UnequalContexts {
+    fn from(name: UnequalContextsName) -> Self {
+        match name {
+            UnequalContextsName::Refuse => Self::Refuse,
+            UnequalContextsName::Mask => Self::Mask,
+            UnequalContextsName::Allow => Self::Allow,
+        }
+    }
+}
+
 /// How to learn.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Training")]
@@ -221,18 +281,22 @@ pub(super) struct OptimizationArguments {
     /// Sequences in a micro-batch
     #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = at_least::<1>)]
     pub batch_size: usize,
-    /// Micro-batches whose gradients make one optimizer step
+    /// Micro-batches whose gradients make one optimizer step; they come from the topic's partitions in turn
     #[arg(long, env = "SLUICE_TRAIN_ACCUMULATE", default_value_t = 1, value_parser = at_least::<1>)]
     pub accumulate: usize,
-    /// Tokens in a sequence
-    #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", default_value_t = 256, value_parser = at_least::<2>)]
-    pub sequence_length: usize,
-    /// Let tokens attend to the documents before theirs in a sequence, which a reference model has not seen
+    /// Tokens in a sequence [default: as many as the window that the first record was scored in; 256 without a reference]
+    #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", value_parser = at_least::<2>)]
+    pub sequence_length: Option<usize>,
+    /// What happens to tokens that a sequence cannot hold the reference's context of, where its windows are longer
+    #[arg(long, env = "SLUICE_TRAIN_UNEQUAL_CONTEXTS", value_enum, default_value_t = UnequalContextsName::Mask)]
+    unequal_contexts: UnequalContextsName,
+    /// Let tokens attend to the documents before theirs in a sequence, which a reference model has not seen; needs
+    /// --unequal-contexts allow
     #[arg(long, env = "SLUICE_TRAIN_ATTEND_ACROSS_DOCUMENTS")]
-    pub attend_across_documents: bool,
+    attend_across_documents: bool,
     /// What happens to the first token of a document; predict needs --attend-across-documents
-    #[arg(long, env = "SLUICE_TRAIN_FIRST_TOKEN", value_enum, default_value_t = FirstToken::Skip)]
-    pub first_token: FirstToken,
+    #[arg(long, env = "SLUICE_TRAIN_FIRST_TOKEN", value_enum, default_value_t = FirstTokenName::Skip)]
+    first_token: FirstTokenName,
     /// The highest learning rate
     #[arg(long, env = "SLUICE_TRAIN_LEARNING_RATE", default_value_t = 1e-3, value_parser = positive)]
     pub learning_rate: f64,
@@ -258,18 +322,23 @@ pub(super) struct OptimizationArguments {
 }
 
 impl OptimizationArguments {
-    pub fn shape(&self) -> BatchShape {
-        BatchShape { rows: self.batch_size, len: self.sequence_length }
-    }
-
     pub fn packing(&self) -> anyhow::Result<Packing> {
-        let Self { attend_across_documents, first_token, .. } = *self;
-        if first_token == FirstToken::Predict && !attend_across_documents {
+        let Self { attend_across_documents, first_token, unequal_contexts, .. } = *self;
+        if first_token == FirstTokenName::Predict && !attend_across_documents {
             let error =
                 "--first-token predict has nothing to predict from: give --attend-across-documents too";
             return Err(Failure::Usage(error.to_owned()).into());
         }
-        Ok(Packing { attend_across_documents, first_token })
+        if attend_across_documents && unequal_contexts != UnequalContextsName::Allow {
+            let error = "--attend-across-documents gives tokens context that the reference model has not seen: give \
+                         --unequal-contexts allow too, if that is meant";
+            return Err(Failure::Usage(error.to_owned()).into());
+        }
+        Ok(Packing {
+            attend_across_documents,
+            first_token: first_token.into(),
+            unequal_contexts: unequal_contexts.into(),
+        })
     }
 
     /// Learning rates of a run of `steps` steps.
@@ -338,6 +407,20 @@ pub(super) struct OutputArguments {
 }
 
 impl OutputArguments {
+    /// The same without clap.
+    pub fn output(&self) -> Output {
+        Output {
+            folder: self.out.clone(),
+            resume: self.resume,
+            evals: self.evals.clone(),
+            token_losses: self.token_losses.clone(),
+            log_documents: self.log_documents,
+            checkpoints_keep: self.checkpoints_keep,
+            eval_every: self.eval_every,
+            checkpoint_every: self.checkpoint_every,
+        }
+    }
+
     /// The run's metrics, served where that was asked for.
     pub fn telemetry(&self) -> anyhow::Result<Telemetry> {
         let telemetry = Telemetry::default();

@@ -6,19 +6,19 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use sluice_feed::pack::BatchShape;
 
 use super::arguments::at_least;
 use super::say;
-use crate::checkpoints::{CHECKPOINTS, TOKENIZER_FILE, latest_checkpoint};
-use crate::evaluate::{EvalFile, read_sets};
 use crate::export::export_onnx;
 use crate::failure::Classify;
 use crate::model::BurnLearner;
-use crate::optimizer::AdamWConfig;
-use crate::pack::BatchShape;
-use crate::recorded_run::RecordedRun;
+use crate::model::optimizer::AdamWConfig;
 use crate::report;
+use crate::run::checkpoints::{CHECKPOINTS, TOKENIZER_FILE, latest_checkpoint};
+use crate::run::recorded::RecordedRun;
 use crate::text::TextTokenizer;
+use crate::training::evaluate::{EvalFile, read_sets};
 
 /// Arguments of `sluice-train export`.
 #[derive(Args, Clone, Debug)]

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
+use sluice_feed::select::{KeepRatio, KeepSchedule, Objective, Rule, Scope, Score, Selection};
 
 use crate::failure::{Classify, Failure};
 use crate::model::checkpoint::read_weights;
 use crate::model::config::CONFIG_FILE;
 use crate::model::{BurnLearner, ModelConfig};
-use crate::select::{KeepRatio, KeepSchedule, Objective, Rule, Scope, Score, Selection};
 
 /// Which tokens a run learns from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -43,6 +43,30 @@ enum ScoreName {
     Improvement,
 }
 
+/// Which tokens compete with one another for the share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ScopeName {
+    /// Those of one packed sequence (the equation of Rho-1)
+    Sequence,
+    /// Those of one micro-batch
+    MicroBatch,
+    /// Those of all micro-batches of an optimizer step (the text of Rho-1); with several, each runs forward twice
+    Batch,
+    /// None: a running mean of the micro-batches' thresholds decides, and the share is kept on average
+    RunningQuantile,
+}
+
+impl From<ScopeName> for Scope {
+    fn from(name: ScopeName) -> Self {
+        match name {
+            ScopeName::Sequence => Self::Sequence,
+            ScopeName::MicroBatch => Self::MicroBatch,
+            ScopeName::Batch => Self::Batch,
+            ScopeName::RunningQuantile => Self::RunningQuantile,
+        }
+    }
+}
+
 /// Which tokens to learn from.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Selection")]
@@ -69,7 +93,7 @@ pub(super) struct SelectionArguments {
     threshold: Option<f32>,
     /// Which tokens compete for the share [default: batch]
     #[arg(long, env = "SLUICE_TRAIN_SCOPE", value_enum)]
-    scope: Option<Scope>,
+    scope: Option<ScopeName>,
     /// Older checkpoint of the same model, for the score improvement
     #[arg(long, env = "SLUICE_TRAIN_HISTORY", value_name = "FOLDER", conflicts_with = "history_decay")]
     history: Option<PathBuf>,
@@ -100,7 +124,7 @@ impl SelectionArguments {
             (None, Some(keep)) => Rule::Keep(keep.clone()),
             (None, None) => Rule::Keep(KeepSchedule::constant(default_keep()?)),
         };
-        let scope = self.scope.unwrap_or_default();
+        let scope = self.scope.map(Scope::from).unwrap_or_default();
         Ok(Objective::Slm(Selection { score, rule, scope, warmup_steps: self.keep_warmup_steps }))
     }
 
@@ -123,7 +147,7 @@ impl SelectionArguments {
                 "--objective random looks at no score: leave out --score and --threshold, or give --objective slm",
             ),
             (
-                is(ObjectiveName::Random, None) && self.scope == Some(Scope::RunningQuantile),
+                is(ObjectiveName::Random, None) && self.scope == Some(ScopeName::RunningQuantile),
                 "--scope running-quantile follows scores, and --objective random has none: give another --scope",
             ),
             (

@@ -1,33 +1,40 @@
 //! `sluice-train run` and `sluice-train reference`.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
+use sluice_feed::document::Document;
+use sluice_feed::feed::{Alone, Feed, Step};
+use sluice_feed::pack::BatchShape;
+use sluice_feed::plan::Plan as FeedPlan;
+use sluice_feed::select::Objective;
+use sluice_feed::snapshot::Snapshot;
+use sluice_feed::stream::{
+    Broker, Decoder, DocumentStream, Extent, KafkaStream, Next, Shard, ShuffledDocuments, Start, StreamError,
+    TopicKind, first_context,
+};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
 
-use super::arguments::{BrokerArguments, ModelArguments, OptimizationArguments, OutputArguments, at_least};
+use super::arguments::{BrokerArguments, ModelArguments, OptimizationArguments, OutputArguments};
 use super::selection::SelectionArguments;
-use crate::checkpoints::{Reached, State};
-use crate::evaluate::read_sets;
 use crate::failure::{Classify, Failure};
-use crate::learner::Learner;
-use crate::model::{BurnLearner, Precision};
-use crate::progress::Progress;
-use crate::run_folder::RunFolder;
-use crate::run_record::RunRecord;
-use crate::select::Objective;
-use crate::snapshot::Snapshot;
-use crate::stream::{Decoder, DocumentStream, Extent, KafkaStream, Shard, ShuffledDocuments, TopicKind};
-use crate::supply::count_batches;
-use crate::telemetry::{Stage, Telemetry};
+use crate::model::BurnLearner;
+use crate::run::folder::recorded;
+use crate::run::record::RunRecord;
 use crate::text::TextTokenizer;
-use crate::train::{Ending, Plan, Training};
+use crate::training::Plan;
+use crate::training::learner::Learner;
+use crate::training::schedule::Schedule;
+use crate::training::setup::{Begun, Described, Setup};
+use crate::watch::telemetry::{Stage, Telemetry};
+
+/// Tokens of a sequence where no reference says how many it read at once.
+const SEQUENCE_LENGTH_WITHOUT_REFERENCE: usize = 256;
 
 /// Arguments of `sluice-train run`.
 #[derive(Args, Clone, Debug)]
@@ -50,11 +57,10 @@ pub(super) struct RunArguments {
     /// Passes over the topic; implies --until-end
     #[arg(long, env = "SLUICE_TRAIN_EPOCHS", conflicts_with = "follow", value_parser = clap::value_parser!(u64).range(1..))]
     epochs: Option<u64>,
-    /// Equal parts of the topic, each with its partitions, shuffle buffer and packing, that a step takes --accumulate
-    /// micro-batches of; may change when a run is resumed
-    #[arg(long, env = "SLUICE_TRAIN_WORLD_SIZE", default_value_t = 1, value_parser = at_least::<1>)]
-    world_size: usize,
-    /// Documents that wait in each part to be drawn from at random [default: the topic's order]
+    /// Said no more, and refused with what to give instead
+    #[arg(long, env = "SLUICE_TRAIN_WORLD_SIZE", hide = true)]
+    world_size: Option<String>,
+    /// Documents that wait to be drawn from at random, over all partitions [default: each partition's order]
     #[arg(
         long,
         env = "SLUICE_TRAIN_SHUFFLE_BUFFER",
@@ -111,291 +117,255 @@ pub(super) struct ReferenceArguments {
 
 /// Trains on a scored topic.
 pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
-    let objective = arguments.selection.objective(arguments.steps)?;
+    let RunArguments { selection, optimization, model, output, .. } = arguments;
+    if arguments.world_size.is_some() {
+        let error = "--world-size is no more: a run reads every partition in turn, in an order that no number of ranks \
+                     changes; for the steps of --world-size W --accumulate A give --accumulate W*A";
+        return Err(Failure::Usage(error.to_owned()).into());
+    }
+    let objective = selection.objective(arguments.steps)?;
     // Here as well, so that a wrong flag is found before a folder is made.
-    arguments.optimization.schedule(arguments.steps)?;
-    let extent = match arguments.epochs {
-        Some(epochs) => Extent::UntilEnd { epochs },
-        None if arguments.until_end => Extent::UntilEnd { epochs: 1 },
-        None => Extent::Follow,
-    };
+    let schedule = optimization.schedule(arguments.steps)?;
+    let packing = optimization.packing()?;
+    let extent = arguments.extent();
     let stop = stop_on_signals()?;
     let broker = arguments.broker.broker()?;
-    let telemetry = arguments.output.telemetry()?;
-    let broker = broker.observed(telemetry.clone());
+    let telemetry = output.telemetry()?;
+    let broker = broker.observed(Arc::new(telemetry.clone()));
     let tokenizer = TextTokenizer::read(&arguments.tokenizer)?;
-    let mut prepared =
-        Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
-    prepared.give_history(&arguments.selection)?;
-    let settings =
-        [("stream", arguments.stream_settings(extent)), ("history", arguments.selection.history_settings())];
-    let plan = prepared.plan(objective, arguments.steps, arguments.shuffle_buffer)?;
-    let record = prepared.record("run", &plan, settings.into())?;
-    let begun = prepared.begun(&record, arguments.world_size)?;
-
+    // Before the broker is asked for anything.
+    model.check(&tokenizer, optimization.sequence_length)?;
+    let Some(len) = arguments.sequence_length(&broker, extent, &stop)? else {
+        super::say(format_args!("stopped by a signal before the topic held a record"));
+        return Ok(());
+    };
+    let feed_plan = FeedPlan {
+        topic: arguments.topic.clone(),
+        extent,
+        shape: BatchShape { rows: optimization.batch_size, len },
+        packing,
+        micro_batches: optimization.accumulate,
+        shuffle_buffer: arguments.shuffle_buffer,
+        seed: optimization.seed,
+    };
+    let mut setup = set_up(model, optimization, output, &tokenizer, feed_plan.shape)?;
+    selection.give_history(&mut setup.learner)?;
+    if let Some(checkpoint) = setup.checkpoint().map(Path::to_owned) {
+        // The history is as it was in the checkpoint.
+        setup.learner.load(&checkpoint).or_data()?;
+    }
+    let plan = plan(objective, schedule, optimization, output);
+    let settings = [("stream", arguments.stream_settings()), ("history", selection.history_settings())];
+    let described = described("run", &setup.learner, model, optimization, settings)?;
+    let record = setup.record(described, &plan, &feed_plan)?;
+    let begun = setup.begun(&record)?;
+    say_begun(&setup, begun.as_ref());
     let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
         .needing_entropies(plan.objective.needs().reference_entropy)
-        .allowing(&arguments.reference_models)
-        .after(begun.as_ref().and_then(|begun| begun.reference_model))
-        .with_contexts(begun.as_ref().map(|begun| begun.snapshot.contexts.clone()).unwrap_or_default());
-    let mut streams = Vec::with_capacity(arguments.world_size);
-    for rank in 0..arguments.world_size {
-        let shard = Shard { rank, world_size: arguments.world_size };
-        let place = begun.as_ref().map(|begun| &begun.snapshot.ranks[rank].position);
-        let (broker, decoder) = (broker.clone(), decoder.clone());
-        let stop = Arc::clone(&stop);
-        streams.push(KafkaStream::open_at(broker, &arguments.topic, extent, (shard, place), decoder, stop)?);
-    }
-    let streams = streams.iter_mut().map(|stream| -> &mut dyn DocumentStream { stream }).collect();
-    prepared.train(plan, record, begun, streams, (&stop, telemetry))
+        .allowing(&arguments.reference_models);
+    let snapshot = begun.as_ref().map(Begun::feed);
+    let feed = Feed::open(broker, feed_plan, Shard::WHOLE, snapshot, decoder, Arc::clone(&stop))?;
+    train(setup, plan, record, begun, feed, (&stop, telemetry))
 }
 
 /// Trains a reference model on curated documents.
 pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
+    let ReferenceArguments { optimization, model, output, .. } = arguments;
+    let packing = optimization.packing()?;
     let stop = stop_on_signals()?;
     let broker = arguments.broker.broker()?;
-    let telemetry = arguments.output.telemetry()?;
-    let broker = broker.observed(telemetry.clone());
+    let telemetry = output.telemetry()?;
+    let broker = broker.observed(Arc::new(telemetry.clone()));
     let tokenizer = TextTokenizer::read(&arguments.tokenizer)?;
-    let prepared = Prepared::new(&arguments.model, &arguments.optimization, &arguments.output, &tokenizer)?;
+    let seed = optimization.seed;
+    let feed_plan = FeedPlan {
+        topic: arguments.topic.clone(),
+        extent: Extent::UntilEnd { epochs: arguments.epochs },
+        shape: BatchShape {
+            rows: optimization.batch_size,
+            len: optimization.sequence_length.unwrap_or(SEQUENCE_LENGTH_WITHOUT_REFERENCE),
+        },
+        packing,
+        micro_batches: optimization.accumulate,
+        shuffle_buffer: 0,
+        seed,
+    };
+    let setup = set_up(model, optimization, output, &tokenizer, feed_plan.shape)?;
     let decoder = Decoder::new(TopicKind::Documents, tokenizer.fingerprint(), tokenizer.vocabulary());
-    let extent = Extent::UntilEnd { epochs: 1 };
-    let mut topic = KafkaStream::open(broker, &arguments.topic, extent, decoder, Arc::clone(&stop))?;
     telemetry.enter(Stage::Data);
-    let mut documents = Vec::new();
-    while let Some(document) = topic.next_document()? {
-        documents.push(document);
-    }
-    drop(topic);
+    let documents = read_documents(broker, &arguments.topic, decoder, Arc::clone(&stop))?;
     let tokens: usize = documents.iter().map(|document| document.tokens().len()).sum();
     tracing::info!(documents = documents.len(), tokens, "read the curated documents");
-    let seed = arguments.optimization.seed;
     let stream = ShuffledDocuments::new(documents, arguments.epochs, seed, Arc::clone(&stop));
-    let batches = count_batches(&mut stream.clone(), arguments.optimization.shape())?;
-    let whole = batches.div_ceil(arguments.optimization.accumulate as u64);
+    let over = |stream: ShuffledDocuments, snapshot: Option<&Snapshot>| {
+        Feed::over(Box::new(stream), feed_plan.clone(), Shard::WHOLE, snapshot, tokenizer.fingerprint())
+    };
+    let whole = count_steps(&mut over(stream.clone(), None))?;
     let steps = arguments.steps.map_or(whole, |steps| steps.min(whole));
     let mut settings = stream_settings(&arguments.topic, &arguments.broker);
     settings["extent"] = json!({ "until_end": { "epochs": arguments.epochs } });
     settings["documents"] = stream.documents().into();
     settings["tokens"] = tokens.into();
-    let plan = prepared.plan(Objective::Clm, steps, 0)?;
-    let record = prepared.record("reference", &plan, [("stream", settings)].into())?;
-    let begun = prepared.begun(&record, 1)?;
-    let read = begun.as_ref().map_or(0, |begun| begun.snapshot.ranks[0].position.documents);
+    let plan = plan(Objective::Clm, optimization.schedule(steps)?, optimization, output);
+    let described = described("reference", &setup.learner, model, optimization, [("stream", settings)])?;
+    let record = setup.record(described, &plan, &feed_plan)?;
+    let begun = setup.begun(&record)?;
+    say_begun(&setup, begun.as_ref());
+    let snapshot = begun.as_ref().map(Begun::feed);
+    let read =
+        snapshot.map_or(0, |snapshot| snapshot.held.values().map(|lane| lane.position.documents).sum());
+    let feed = over(stream.after(read), snapshot);
     telemetry.enter(Stage::Setup);
-    prepared.train(plan, record, begun, vec![&mut stream.after(read)], (&stop, telemetry))
+    train(setup, plan, record, begun, feed, (&stop, telemetry))
 }
 
-/// What both commands set up before they open a stream, so that a wrong flag is found at once.
-struct Prepared<'a> {
-    learner: BurnLearner,
+/// All documents of a topic, up to the end that it has now, each partition's after the other's.
+fn read_documents(
+    broker: Broker,
+    topic: &str,
+    decoder: Decoder,
+    stop: Arc<AtomicBool>,
+) -> anyhow::Result<Vec<Document>> {
+    let extent = Extent::UntilEnd { epochs: 1 };
+    let mut topic = KafkaStream::open(broker, topic, extent, Start::whole(), decoder, stop)?;
+    let mut documents = Vec::new();
+    for lane in 0..topic.lanes() {
+        while let Next::Document(document) = topic.next_document(lane)? {
+            documents.push(document);
+        }
+    }
+    Ok(documents)
+}
+
+/// Steps that a feed holds, counted by packing all of it.
+fn count_steps(feed: &mut Feed) -> anyhow::Result<u64> {
+    let mut steps = 0;
+    while let Step::Batches(_) = feed.next_step(&mut Alone)? {
+        steps += 1;
+    }
+    Ok(steps)
+}
+
+fn set_up<'a>(
+    model: &ModelArguments,
+    optimization: &OptimizationArguments,
+    output: &OutputArguments,
     tokenizer: &'a TextTokenizer,
-    evals: Vec<crate::evaluate::EvalSet>,
-    folder: RunFolder,
-    /// The checkpoint to go on from.
-    checkpoint: Option<PathBuf>,
-    optimization: &'a OptimizationArguments,
-    output: &'a OutputArguments,
-    precision: Precision,
+    shape: BatchShape,
+) -> anyhow::Result<Setup<'a, BurnLearner>> {
+    Setup::new(tokenizer, shape, output.output(), |checkpoint| match checkpoint {
+        Some(checkpoint) => model.resumed(checkpoint, tokenizer, shape.len, optimization.optimizer()),
+        None => model.learner(tokenizer, shape.len, optimization.optimizer(), optimization.seed),
+    })
 }
 
-/// A run to go on with.
-struct Begun {
-    reached: Reached,
-    snapshot: Snapshot,
-    reference_model: Option<Fingerprint>,
+fn plan(
+    objective: Objective,
+    schedule: Schedule,
+    optimization: &OptimizationArguments,
+    output: &OutputArguments,
+) -> Plan {
+    Plan {
+        objective,
+        schedule,
+        seed: optimization.seed,
+        eval_every: output.eval_every,
+        checkpoint_every: output.checkpoint_every,
+    }
 }
 
-impl<'a> Prepared<'a> {
-    fn new(
-        model: &ModelArguments,
-        optimization: &'a OptimizationArguments,
-        output: &'a OutputArguments,
-        tokenizer: &'a TextTokenizer,
-    ) -> anyhow::Result<Self> {
-        optimization.packing()?;
-        let evals = read_sets(&output.evals, tokenizer, optimization.shape())?;
-        if let Some(name) =
-            output.token_losses.iter().find(|&name| !output.evals.iter().any(|file| file.name == *name))
-        {
-            let error = format!("--token-losses {name} names no evaluation set: give --eval {name}=FILE too");
-            return Err(Failure::Usage(error).into());
-        }
-        let OptimizationArguments { sequence_length, seed, .. } = *optimization;
-        let optimizer = optimization.optimizer();
-        let (mut folder, checkpoint, learner) = if output.resume && output.out.is_dir() {
-            let resumed = RunFolder::resume(&output.out);
-            let (folder, checkpoint) =
-                if resumed.as_ref().is_err_and(passes) { resumed } else { resumed.or_data() }?;
-            let learner = match &checkpoint {
-                Some(checkpoint) => model.resumed(checkpoint, tokenizer, sequence_length, optimizer)?,
-                None => model.learner(tokenizer, sequence_length, optimizer, seed)?,
-            };
-            (folder, checkpoint, learner)
-        } else {
-            // Before the folder is made, so that a wrong flag leaves nothing behind.
-            let learner = model.learner(tokenizer, sequence_length, optimizer, seed)?;
-            let created = RunFolder::create(&output.out);
-            let folder = if created.as_ref().is_err_and(is_held) { created } else { created.or_usage() }?;
-            (folder, None, learner)
-        };
-        folder.keep_checkpoints(output.checkpoints_keep);
-        folder.keep_token_losses(&output.token_losses);
-        if output.log_documents {
-            folder.open_documents()?;
-        }
-        Ok(Self {
-            learner,
-            tokenizer,
-            evals,
-            folder,
-            checkpoint,
-            optimization,
-            output,
-            precision: model.compute.precision,
-        })
-    }
+fn described(
+    command: &'static str,
+    learner: &BurnLearner,
+    model: &ModelArguments,
+    optimization: &OptimizationArguments,
+    settings: impl IntoIterator<Item = (&'static str, Value)>,
+) -> anyhow::Result<Described> {
+    let encode = |value: serde_json::Result<Value>| value.context("cannot encode the run's settings");
+    let own = [
+        ("model", encode(serde_json::to_value(learner.config()))?),
+        ("optimizer", encode(serde_json::to_value(optimization.optimizer()))?),
+        ("precision", encode(serde_json::to_value(model.compute.precision))?),
+    ];
+    let settings = own.into_iter().chain(settings).map(|(name, value)| (name.to_owned(), value));
+    Ok(Described { command, settings: settings.collect() })
+}
 
-    /// Gives the learner the history that its score looks at: as it was in the checkpoint, where there is one.
-    fn give_history(&mut self, selection: &SelectionArguments) -> anyhow::Result<()> {
-        selection.give_history(&mut self.learner)?;
-        match &self.checkpoint {
-            Some(checkpoint) => self.learner.load(checkpoint).or_data(),
-            None => Ok(()),
-        }
-    }
-
-    fn plan(&self, objective: Objective, steps: u64, shuffle_buffer: usize) -> anyhow::Result<Plan> {
-        let OptimizationArguments { seed, accumulate, .. } = *self.optimization;
-        Ok(Plan {
-            objective,
-            schedule: self.optimization.schedule(steps)?,
-            shape: self.optimization.shape(),
-            packing: self.optimization.packing()?,
-            accumulate,
-            shuffle_buffer,
-            seed,
-            eval_every: self.output.eval_every,
-            checkpoint_every: self.output.checkpoint_every,
-        })
-    }
-
-    /// The run that the checkpoint belongs to, if it is the one that `record` describes; its data for `world_size` ranks.
-    fn begun(&self, record: &RunRecord, world_size: usize) -> anyhow::Result<Option<Begun>> {
-        let Some(checkpoint) = &self.checkpoint else { return Ok(None) };
-        let (state, snapshot) = State::read(checkpoint).or_data()?;
-        let is_whole = snapshot.check_ids(self.tokenizer.vocabulary());
-        is_whole.with_context(|| format!("{} may be damaged", checkpoint.display())).or_data()?;
-        let before = self.folder.read_record().or_data()?;
-        let same_world_size = state.data.world_size() == world_size;
-        if let Some(difference) = before.first_difference(record, same_world_size) {
-            let error = anyhow::anyhow!(
-                "the run in {} was begun otherwise: {difference} differs, so it would not be the same run; give what it \
-                 began with (run.json), or begin another with --init {}",
-                self.output.out.display(),
-                checkpoint.display()
-            );
-            return Err(error).or_usage();
-        }
+fn say_begun(setup: &Setup<'_, BurnLearner>, begun: Option<&Begun>) {
+    if let (Some(checkpoint), Some(_)) = (setup.checkpoint(), begun) {
         super::say(format_args!("going on from {}", checkpoint.display()));
-        let snapshot = snapshot.for_world_size(world_size);
-        Ok(Some(Begun { reached: state.reached, snapshot, reference_model: before.reference_model }))
     }
+}
 
-    fn train(
-        mut self,
-        plan: Plan,
-        record: RunRecord,
-        begun: Option<Begun>,
-        mut streams: Vec<&mut dyn DocumentStream>,
-        (stop, telemetry): (&AtomicBool, Telemetry),
-    ) -> anyhow::Result<()> {
-        let steps = plan.schedule.steps;
-        let label = if record.command == "reference" { "reference" } else { plan.objective.name() };
-        // A resumed run's own record says what its reference model is.
-        let step = begun.as_ref().map_or(0, |begun| begun.reached.step);
-        let reference_model = begun.as_ref().and_then(|begun| begun.reference_model);
-        telemetry.begin(&RunRecord { reference_model, ..record.clone() }, self.folder.path(), step);
-        let training = Training {
-            learner: &mut self.learner,
-            // Borrowed anew, for as long as everything else here lives.
-            streams: streams.iter_mut().map(|stream| -> &mut dyn DocumentStream { &mut **stream }).collect(),
-            evals: &self.evals,
-            tokenizer: self.tokenizer,
-            folder: &mut self.folder,
-            stop,
-            progress: Progress::new(label, steps),
-            telemetry,
-            plan,
-        };
-        let outcome = match begun {
-            Some(Begun { reached, snapshot, .. }) => training.resume(reached, snapshot)?,
-            None => training.run(record)?,
-        };
-        let why = match outcome.ending {
-            Ending::Finished => "all steps done",
-            Ending::StreamEnded => {
-                "the stream ended first; give --epochs for more passes, or --follow to wait"
-            }
-            Ending::Stopped => "stopped by a signal",
-        };
-        super::say(format_args!(
-            "{} of {steps} steps, {} tokens seen, {} learnt from: {why}; the run is in {}",
-            outcome.steps,
-            outcome.tokens,
-            outcome.tokens_kept,
-            self.output.out.display()
-        ));
-        Ok(())
-    }
-
-    fn record(
-        &self,
-        command: &str,
-        plan: &Plan,
-        settings: BTreeMap<&str, Value>,
-    ) -> anyhow::Result<RunRecord> {
-        let mut settings: BTreeMap<String, Value> =
-            settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        let encode = |value: serde_json::Result<Value>| value.context("cannot encode the run's settings");
-        settings.insert("model".into(), encode(serde_json::to_value(self.learner.config()))?);
-        settings.insert("optimizer".into(), encode(serde_json::to_value(self.optimization.optimizer()))?);
-        settings.insert("packing".into(), encode(serde_json::to_value(plan.packing))?);
-        settings.insert("precision".into(), encode(serde_json::to_value(self.precision))?);
-        settings.insert("eval_every".into(), self.output.eval_every.into());
-        settings.insert("checkpoint_every".into(), self.output.checkpoint_every.into());
-        let evals = self.output.evals.iter().zip(&self.evals).map(|(file, set)| {
-            json!({ "name": set.name, "file": file.path, "documents": set.documents, "predictions": set.predictions })
-        });
-        settings.insert("evals".into(), evals.collect());
-        let (_, librdkafka) = rdkafka::util::get_rdkafka_version();
-        let versions = [("sluice-train", env!("CARGO_PKG_VERSION").to_owned()), ("librdkafka", librdkafka)];
-        Ok(RunRecord {
-            command: command.to_owned(),
-            objective: plan.objective.clone(),
-            seed: plan.seed,
-            batch_size: plan.shape.rows,
-            accumulate: plan.accumulate,
-            sequence_length: plan.shape.len,
-            schedule: plan.schedule,
-            tokenizer: self.tokenizer.fingerprint(),
-            reference_model: None,
-            initial_weights: self.folder.digest_weights(&self.learner)?,
-            settings,
-            versions: versions.into_iter().map(|(name, version)| (name.to_owned(), version)).collect(),
-        })
-    }
+fn train(
+    setup: Setup<'_, BurnLearner>,
+    plan: Plan,
+    record: RunRecord,
+    begun: Option<Begun>,
+    feed: Feed,
+    (stop, telemetry): (&AtomicBool, Telemetry),
+) -> anyhow::Result<()> {
+    let (steps, folder) = (plan.schedule.steps, setup.folder().to_owned());
+    let outcome = setup.train(plan, record, begun, feed, (stop, telemetry))?;
+    super::say(format_args!("{}", outcome.sentence(steps, &folder)));
+    Ok(())
 }
 
 impl RunArguments {
-    fn stream_settings(&self, extent: Extent) -> Value {
-        let mut settings = stream_settings(&self.topic, &self.broker);
-        settings["extent"] = match extent {
-            Extent::Follow => json!("follow"),
-            Extent::UntilEnd { epochs } => json!({ "until_end": { "epochs": epochs } }),
+    /// Tokens of a sequence: as given, as the run that is gone on with has them, or as many as the reference's windows
+    /// hold, which the first record of the topic says. `None` where the run was asked to stop before there was one.
+    fn sequence_length(
+        &self,
+        broker: &Broker,
+        extent: Extent,
+        stop: &AtomicBool,
+    ) -> anyhow::Result<Option<usize>> {
+        if let Some(given) = self.optimization.sequence_length {
+            return Ok(Some(given));
+        }
+        if self.output.resume
+            && let Some(record) = recorded(&self.output.out)
+        {
+            return Ok(Some(record.sequence_length));
+        }
+        let context = first_context(broker, &self.topic, extent, stop)?;
+        let Some(context) = context else {
+            let is_stopped = stop.load(Ordering::Relaxed);
+            return if is_stopped {
+                Ok(None)
+            } else {
+                Err(StreamError::EmptyTopic(self.topic.clone()).into())
+            };
         };
+        let window = context.window as usize;
+        let longest = self.model.longest_sequence()?.unwrap_or(window);
+        let len = window.min(longest);
+        if len < 2 {
+            let error = format!(
+                "the first record of {:?} was scored in windows of {window} tokens: give --sequence-length",
+                self.topic
+            );
+            return Err(Failure::Data(error).into());
+        }
+        tracing::info!(
+            window,
+            "sequences of {len} tokens, by the reference model's windows (--sequence-length)"
+        );
+        Ok(Some(len))
+    }
+
+    fn extent(&self) -> Extent {
+        match self.epochs {
+            Some(epochs) => Extent::UntilEnd { epochs },
+            None if self.until_end => Extent::UntilEnd { epochs: 1 },
+            None => Extent::Follow,
+        }
+    }
+
+    fn stream_settings(&self) -> Value {
+        let mut settings = stream_settings(&self.topic, &self.broker);
+        settings["extent"] = json!(self.extent());
         settings["shuffle_buffer"] = self.shuffle_buffer.into();
-        settings["world_size"] = self.world_size.into();
         let allowed: Vec<String> = self.reference_models.iter().map(ToString::to_string).collect();
         settings["reference_models"] = allowed.into();
         settings
@@ -406,17 +376,6 @@ fn stream_settings(topic: &str, broker: &BrokerArguments) -> Value {
     // Values of properties may be secrets; their names are enough to know that there were some.
     let properties: Vec<&str> = broker.property_names().collect();
     json!({ "topic": topic, "bootstrap_servers": broker.bootstrap_servers, "properties": properties })
-}
-
-/// Whether another process has the run folder.
-fn is_held(error: &anyhow::Error) -> bool {
-    error.is::<Failure>()
-}
-
-/// Whether a fault of a run folder may be over when somebody tries again, as a full disk and another process are: who starts
-/// the run again must not take those for wrong data.
-fn passes(error: &anyhow::Error) -> bool {
-    is_held(error) || error.chain().any(<dyn std::error::Error>::is::<std::io::Error>)
 }
 
 /// A flag that the first SIGINT or SIGTERM sets; a second one ends the process at once.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
+use sluice_feed::batch::Batch;
 
 use super::config::ModelConfig;
 use super::device::is_cpu;
@@ -11,7 +12,6 @@ use super::layers::{
     rms_norm_backward,
 };
 use super::weights::{Layer, Weights};
-use crate::batch::Batch;
 
 /// Some rows of a batch, as tensors.
 pub(super) struct Group {

@@ -3,13 +3,14 @@
 
 use std::cell::Cell;
 
+use sluice_feed::batch::{Batch, NO_TARGET};
+use sluice_feed::random::SplitMix64;
+use sluice_feed::select::Needs;
+
 use super::{DeviceName, reason};
-use crate::batch::{Batch, NO_TARGET};
-use crate::learner::{Learner, Measured};
+use crate::model::optimizer::AdamWConfig;
 use crate::model::{BurnLearner, ModelConfig};
-use crate::optimizer::AdamWConfig;
-use crate::random::SplitMix64;
-use crate::select::Needs;
+use crate::training::learner::{Learner, Measured};
 
 thread_local! {
     /// Of this thread alone: a device that is no CPU has no threads of the model's.

@@ -7,13 +7,13 @@
 //! kept rows are computed again, which bounds memory whatever the batch and the vocabulary.
 
 use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Tensor};
+use sluice_feed::batch::{Batch, NO_TARGET};
 
 use super::decoder::indices;
 use super::device::is_cpu;
 use super::kernels::{self, RowSum};
 use super::layers::{from_host, linear, linear_weight_backward, on_host, to_host};
 use super::parallel;
-use crate::batch::{Batch, NO_TARGET};
 
 /// Fewest columns in a block, below which matrix products lose their speed.
 const BLOCK_COLUMNS_MIN: usize = 256;

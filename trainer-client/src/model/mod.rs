@@ -7,7 +7,7 @@
 //! - [`device`]: where a model computes, and in which precision;
 //! - `kernels`: what the CPU does in one pass over slices where tensor operations take several;
 //! - `head`: the LM head, its losses and its gradient, in blocks of the vocabulary;
-//! - [`learner`]: all of it behind [`Learner`](crate::learner::Learner).
+//! - [`learner`]: all of it behind [`Learner`](crate::training::learner::Learner).
 //!
 //! The body's gradient is written out next to each operation instead of being recorded by Burn's autodiff, which keeps what
 //! no gradient needs and knows no operation of `kernels`. Groups of rows run side by side (see `parallel`).
@@ -20,6 +20,7 @@ mod head;
 pub(crate) mod kernels;
 pub(crate) mod layers;
 pub mod learner;
+pub mod optimizer;
 mod parallel;
 pub mod weights;
 

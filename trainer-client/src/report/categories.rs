@@ -4,8 +4,8 @@ use super::curves::figure;
 use super::html::{Html, PALETTE, escape, percent};
 use super::line_chart::{Frame, LineChart, Series};
 use super::summary::{Comparison, RunSummary};
-use crate::categories::{Category, categories};
-use crate::token_losses::TokenLosses;
+use crate::report::dynamics::{Category, categories};
+use crate::run::token_losses::TokenLosses;
 
 /// What one run's tokens did on one set.
 struct Dynamics<'a> {

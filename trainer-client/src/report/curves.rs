@@ -3,7 +3,7 @@
 use super::html::{Html, escape};
 use super::line_chart::{Frame, LineChart, Series};
 use super::summary::Comparison;
-use crate::metrics::StepMetric;
+use crate::run::metrics::StepMetric;
 
 /// Points of a curve over steps; each is the mean over its share of the steps.
 const POINTS_MAX: usize = 60;

@@ -2,6 +2,7 @@
 
 mod categories;
 mod curves;
+pub mod dynamics;
 mod html;
 pub(crate) mod line_chart;
 mod scores;
@@ -14,7 +15,7 @@ mod token_picture;
 use html::{Html, escape};
 use summary::Comparison;
 
-use crate::recorded_run::RecordedRun;
+use crate::run::recorded::RecordedRun;
 
 const STYLE: &str = include_str!("style.css");
 

@@ -4,8 +4,8 @@ use super::curves::figure;
 use super::html::{Html, escape};
 use super::line_chart::{Frame, LineChart, Series};
 use super::summary::Comparison;
-use crate::histogram::{BINS, LOWEST, ScoreHistogram, WIDTH};
-use crate::metrics::ScoresMetric;
+use crate::run::histogram::{BINS, LOWEST, ScoreHistogram, WIDTH};
+use crate::run::metrics::ScoresMetric;
 
 /// The first and the last step whose scores each run wrote down.
 pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {

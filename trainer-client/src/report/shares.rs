@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::html::{Html, PALETTE, escape, percent};
 use super::summary::{Comparison, RunSummary};
-use crate::metrics::SourceCount;
+use crate::run::metrics::SourceCount;
 
 /// A row for each source, two columns for each run that leaves tokens out.
 pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {

@@ -1,8 +1,9 @@
 //! The numbers behind the page: what each run came to, and how it stands to the plain one.
 
-use crate::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric, tokens_to_reach};
-use crate::recorded_run::RecordedRun;
-use crate::select::Objective;
+use sluice_feed::select::Objective;
+
+use crate::run::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric, tokens_to_reach};
+use crate::run::recorded::RecordedRun;
 
 /// Runs side by side.
 pub(super) struct Comparison<'a> {

@@ -1,10 +1,11 @@
 //! The token picture: a few documents, each token coloured by its reference loss, its excess loss, and by whether
 //! a step would learn from it.
 
+use sluice_feed::select::{Objective, Score};
+
 use super::html::{Html, escape};
 use super::summary::{Comparison, RunSummary};
-use crate::picture::{PictureDocument, PictureToken, TokenPicture};
-use crate::select::{Objective, Score};
+use crate::run::picture::{PictureDocument, PictureToken, TokenPicture};
 
 /// Levels of a colour scale above its lightest.
 const LEVELS: u32 = 8;

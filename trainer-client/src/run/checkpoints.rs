@@ -2,17 +2,21 @@
 //!
 //! A checkpoint is written under another name, put on the disk, and renamed; one that has its name is whole.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
+use sluice_feed::select::Thresholds;
+use sluice_feed::snapshot::Snapshot;
+use sluice_feed::stream::Position;
 
-use crate::files::{read_json, recreate, sync_folder, write_json, write_synced};
-use crate::learner::Learner;
-use crate::select::Thresholds;
-use crate::snapshot::{DOCUMENTS_FILE, Outline, Snapshot};
+use crate::run::files::{read_json, recreate, sync_folder, write_json, write_synced};
+use crate::run::picture::PictureDocuments;
 use crate::text::TextTokenizer;
+use crate::training::learner::Learner;
 
 /// Checkpoints of a run folder, a folder each.
 pub const CHECKPOINTS: &str = "checkpoints";
@@ -20,6 +24,9 @@ pub const CHECKPOINTS: &str = "checkpoints";
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// How far the run had come, in each checkpoint.
 pub const STATE_FILE: &str = "state.json";
+
+/// Where the data stands, in each checkpoint: a [`Snapshot`].
+pub const FEED_FILE: &str = "feed.safetensors";
 
 /// Name of a checkpoint that is being written.
 const PARTIAL: &str = ".partial";
@@ -42,30 +49,58 @@ pub struct Reached {
     pub thresholds: Thresholds,
 }
 
+/// What a run has read and looked at, beside the model: the data side of a checkpoint.
+#[derive(Clone, Debug)]
+pub struct DataState {
+    /// Where the stream stands, and what was read and not learnt from.
+    pub feed: Snapshot,
+    /// Names of sources, in the order of appearance.
+    pub sources: Vec<String>,
+    /// Documents of the token picture.
+    pub picture: PictureDocuments,
+}
+
 /// The content of a checkpoint's `state.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct State {
+struct State {
     /// How far the run had come.
     #[serde(flatten)]
-    pub reached: Reached,
-    /// Where its data stands.
-    pub data: Outline,
+    reached: Reached,
+    sources: Vec<String>,
+    picture: PictureDocuments,
+    /// Where each partition stands, for people: what counts is in [`FEED_FILE`].
+    partitions: BTreeMap<usize, Position>,
+}
+
+/// Part of `state.json` in versions that kept their data by rank.
+#[derive(Deserialize)]
+struct BeforeLanes {
+    data: Option<IgnoredAny>,
 }
 
 impl Reached {
     /// How far the run of a checkpoint had come.
     pub fn read(checkpoint: &Path) -> anyhow::Result<Self> {
-        Ok(read_json::<State>(&checkpoint.join(STATE_FILE))?.reached)
+        read_json(&checkpoint.join(STATE_FILE))
     }
 }
 
-impl State {
-    /// Reads a checkpoint's state, and the documents that belong to it.
-    pub fn read(checkpoint: &Path) -> anyhow::Result<(Self, Snapshot)> {
-        let state: Self = read_json(&checkpoint.join(STATE_FILE))?;
-        let snapshot = Snapshot::from_files(&state.data, &checkpoint.join(DOCUMENTS_FILE))?;
-        Ok((state, snapshot))
+/// Reads a checkpoint's state, and its data.
+pub fn read_state(checkpoint: &Path) -> anyhow::Result<(Reached, DataState)> {
+    let file = checkpoint.join(STATE_FILE);
+    if read_json::<BeforeLanes>(&file)?.data.is_some() {
+        bail!(
+            "{0} was written by a version of Sluice that kept the data of a run by rank, and this one keeps it by partition: \
+             it cannot be gone on with; begin another run with --init {0}",
+            checkpoint.display()
+        );
     }
+    let State { reached, sources, picture, .. } = read_json(&file)?;
+    let path = checkpoint.join(FEED_FILE);
+    let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let feed = Snapshot::from_bytes(&bytes)
+        .with_context(|| format!("cannot use {}: it may be damaged", path.display()))?;
+    Ok((reached, DataState { feed, sources, picture }))
 }
 
 /// The step that a checkpoint's folder is named after. Everything else beside them is somebody else's: a copy that was set aside,
@@ -102,7 +137,7 @@ pub(crate) fn write_checkpoint(
     is_saved: bool,
     (learner, tokenizer): (&dyn Learner, &TextTokenizer),
     reached: &Reached,
-    snapshot: &Snapshot,
+    data: &DataState,
 ) -> anyhow::Result<PathBuf> {
     let parent = run.join(CHECKPOINTS);
     let folder = parent.join(format!("step-{:07}", reached.step));
@@ -116,9 +151,11 @@ pub(crate) fn write_checkpoint(
     recreate(&partial)?;
     learner.save(&partial)?;
     write_synced(&partial.join(TOKENIZER_FILE), tokenizer.file())?;
-    let (data, documents) = snapshot.to_files()?;
-    write_synced(&partial.join(DOCUMENTS_FILE), &documents)?;
-    write_json(&partial.join(STATE_FILE), &State { reached: *reached, data })?;
+    let DataState { feed, sources, picture } = data;
+    let documents = feed.to_bytes().context("cannot lay out the documents of a checkpoint")?;
+    write_synced(&partial.join(FEED_FILE), &documents)?;
+    let (sources, picture, partitions) = (sources.clone(), picture.clone(), feed.positions());
+    write_json(&partial.join(STATE_FILE), &State { reached: *reached, sources, picture, partitions })?;
     sync_folder(&partial)?;
     fs::rename(&partial, &folder)
         .with_context(|| format!("cannot rename {} into place", partial.display()))?;

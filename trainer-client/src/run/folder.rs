@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
+use sluice_feed::batch::PackedBatch;
+use sluice_feed::cut::Piece;
 use sluice_schemas::fingerprint::Fingerprint;
 
-use crate::checkpoints::{CHECKPOINTS, Reached, latest_checkpoint, write_checkpoint};
 use crate::failure::Failure;
-use crate::files::{read_json, recreate, write_json, write_synced};
-use crate::learner::Learner;
-use crate::metrics::Metric;
-use crate::pack::{PackedBatch, Piece};
-use crate::picture::TokenPicture;
-use crate::run_record::RunRecord;
-use crate::snapshot::Snapshot;
+use crate::run::checkpoints::{CHECKPOINTS, DataState, Reached, latest_checkpoint, write_checkpoint};
+use crate::run::files::{read_json, recreate, write_json, write_synced};
+use crate::run::metrics::Metric;
+use crate::run::picture::TokenPicture;
+use crate::run::record::RunRecord;
+use crate::run::token_losses;
 use crate::text::TextTokenizer;
-use crate::token_losses;
+use crate::training::learner::Learner;
 
 /// What was asked for.
 pub const RUN_FILE: &str = "run.json";
@@ -34,6 +34,11 @@ pub const DOCUMENTS_FILE: &str = "documents.jsonl";
 const LOCK_FILE: &str = "lock";
 /// Name of a model's weights file, which [`Learner::save`] writes.
 const WEIGHTS_FILE: &str = "model.safetensors";
+
+/// What `run.json` in a folder says, if there is one that can be read.
+pub fn recorded(folder: &Path) -> Option<RunRecord> {
+    read_json(&folder.join(RUN_FILE)).ok()
+}
 
 /// A run folder being written.
 #[derive(Debug)]
@@ -136,7 +141,7 @@ impl RunFolder {
         let mut lines = Vec::new();
         for packed in batch {
             let pieces: Vec<PieceLine<'_>> = packed.rows.iter().flatten().map(PieceLine::of).collect();
-            let line = DocumentsLine { step, rank: packed.rank, pieces };
+            let line = DocumentsLine { step, lane: packed.lane, pieces };
             serde_json::to_writer(&mut lines, &line).context("cannot encode a list of documents")?;
             lines.push(b'\n');
         }
@@ -209,7 +214,7 @@ impl RunFolder {
         learner: &dyn Learner,
         tokenizer: &TextTokenizer,
         reached: &Reached,
-        snapshot: &Snapshot,
+        data: &DataState,
     ) -> anyhow::Result<PathBuf> {
         // A checkpoint must not outlive the lines that lead up to it.
         for file in [Some(&self.metrics), self.documents.as_ref()].into_iter().flatten() {
@@ -217,7 +222,7 @@ impl RunFolder {
         }
         let is_saved = self.saved_step == Some(reached.step);
         let kept = self.checkpoints_kept;
-        let folder = write_checkpoint(&self.path, kept, is_saved, (learner, tokenizer), reached, snapshot)?;
+        let folder = write_checkpoint(&self.path, kept, is_saved, (learner, tokenizer), reached, data)?;
         self.saved_step = Some(reached.step);
         Ok(folder)
     }
@@ -227,22 +232,25 @@ impl RunFolder {
 #[derive(Serialize)]
 struct DocumentsLine<'a> {
     step: u64,
-    rank: usize,
+    lane: usize,
     pieces: Vec<PieceLine<'a>>,
 }
 
-/// Some tokens of a document, from the `start`-th on.
+/// Some tokens of a document, from the `start`-th on, of which those from the `predicted_from`-th of the document on are
+/// predicted.
 #[derive(Serialize)]
 struct PieceLine<'a> {
     document: &'a str,
     start: usize,
     tokens: usize,
+    predicted_from: usize,
 }
 
 impl<'a> PieceLine<'a> {
     fn of(piece: &'a Piece) -> Self {
         let tokens = piece.document.tokens().len();
-        Self { document: piece.document.id(), start: piece.start, tokens }
+        let predicted_from = piece.start + piece.first_predicted;
+        Self { document: piece.document.id(), start: piece.start, tokens, predicted_from }
     }
 }
 

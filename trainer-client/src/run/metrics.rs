@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::histogram::ScoreHistogram;
+use crate::run::histogram::ScoreHistogram;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -55,6 +55,10 @@ pub struct StepMetric {
     pub cpu_seconds: f64,
     /// Kept and scored tokens by source of the document.
     pub sources: BTreeMap<String, SourceCount>,
+    /// Digest of the step's micro-batches as the feed made them: equal for all trainers that read the same data by the same
+    /// plan. Absent in runs of before there was one.
+    #[serde(default)]
+    pub data: String,
     /// Digest over the token ids, the kept positions and the bits of all losses: two steps with one digest saw and
     /// did the same.
     pub digest: String,

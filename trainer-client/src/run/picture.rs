@@ -1,12 +1,13 @@
 //! A few documents of the stream with what was thought of each of their tokens.
 
 use serde::{Deserialize, Serialize};
+use sluice_feed::batch::PackedBatch;
+use sluice_feed::document::Document;
+use sluice_feed::pack::{BatchShape, Packer};
+use sluice_feed::select::{Objective, Signals, Thresholds, Turn};
 
-use crate::document::Document;
-use crate::learner::{Learner, Measured};
-use crate::pack::{BatchShape, Packer};
-use crate::select::{Objective, Signals, Thresholds, Turn};
 use crate::text::TextTokenizer;
+use crate::training::learner::{Learner, Measured};
 
 /// Documents in a picture.
 const DOCUMENTS_MAX: usize = 6;
@@ -56,39 +57,62 @@ pub struct PictureToken {
     pub kept: bool,
 }
 
-/// Chooses documents from the start of a stream, by order and source alone.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// Chooses documents from the first micro-batches of a run, by order and source alone.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PictureDocuments {
-    chosen: Vec<Document>,
+    chosen: Vec<ChosenDocument>,
     seen: usize,
 }
 
+/// A document of the picture, as a checkpoint keeps it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct ChosenDocument {
+    id: String,
+    source: String,
+    tokens: Vec<u32>,
+    /// Bits of the reference losses: JSON has no NaN, and decimals need not come back as the same numbers.
+    reference_bits: Vec<u32>,
+}
+
+impl ChosenDocument {
+    fn of(document: &Document) -> Self {
+        let tokens = document.tokens().len().min(TOKENS_MAX);
+        Self {
+            id: document.id().to_owned(),
+            source: document.source().to_owned(),
+            tokens: document.tokens()[..tokens].to_vec(),
+            reference_bits: document.reference()[..tokens].iter().map(|loss| loss.to_bits()).collect(),
+        }
+    }
+
+    fn document(&self) -> Document {
+        let losses = self.reference_bits.iter().map(|&bits| f32::from_bits(bits)).collect();
+        let Self { id, source, tokens, .. } = self.clone();
+        // Only a damaged file has fewer losses than tokens, and a picture can do without.
+        Document::scored(id.clone(), source.clone(), tokens.clone(), losses)
+            .unwrap_or_else(|_| Document::plain(id, source, tokens))
+    }
+}
+
 impl PictureDocuments {
-    /// What an earlier run has chosen, after looking at `seen` documents.
-    pub fn resumed(chosen: Vec<Document>, seen: usize) -> Self {
-        Self { chosen, seen }
-    }
-
-    /// The documents chosen so far.
-    pub fn chosen(&self) -> &[Document] {
-        &self.chosen
-    }
-
-    /// Documents looked at so far.
-    pub fn seen(&self) -> usize {
-        self.seen
-    }
-
-    /// Looks at the next document of the stream.
-    pub fn offer(&mut self, document: &Document) {
-        if self.chosen.len() == DOCUMENTS_MAX || self.seen == DOCUMENTS_SEEN_MAX {
-            return;
+    /// Looks at the documents that begin in a micro-batch.
+    pub fn offer(&mut self, packed: &PackedBatch) {
+        for piece in packed.rows.iter().flatten().filter(|piece| piece.start == 0) {
+            if self.chosen.len() == DOCUMENTS_MAX || self.seen == DOCUMENTS_SEEN_MAX {
+                return;
+            }
+            self.seen += 1;
+            let document = &piece.document;
+            let same_source = self.chosen.iter().filter(|chosen| chosen.source == document.source()).count();
+            if document.tokens().len() >= TOKENS_MIN && same_source < DOCUMENTS_PER_SOURCE_MAX {
+                self.chosen.push(ChosenDocument::of(document));
+            }
         }
-        self.seen += 1;
-        let same_source = self.chosen.iter().filter(|chosen| chosen.source() == document.source()).count();
-        if document.tokens().len() >= TOKENS_MIN && same_source < DOCUMENTS_PER_SOURCE_MAX {
-            self.chosen.push(document.clone().truncated(TOKENS_MAX));
-        }
+    }
+
+    /// Whether every chosen document has token ids below `vocabulary`.
+    pub fn fits(&self, vocabulary: u32) -> bool {
+        self.chosen.iter().flat_map(|document| &document.tokens).all(|&token| token < vocabulary)
     }
 
     /// The picture under the model as it is now; documents longer than a training sequence are cut to one.
@@ -100,7 +124,7 @@ impl PictureDocuments {
         sequence_length: usize,
     ) -> TokenPicture {
         let documents = (0..).zip(&self.chosen).map(|(index, document)| {
-            let document = document.clone().truncated(sequence_length);
+            let document = document.document().truncated(sequence_length);
             draw_document(&document, learner, tokenizer, rule, index)
         });
         TokenPicture { step: rule.turn.step, threshold: rule.threshold, documents: documents.collect() }
@@ -146,7 +170,8 @@ fn draw_document(
 ) -> PictureDocument {
     let mut packer = Packer::new(BatchShape { rows: 1, len: document.tokens().len() });
     packer.push(document);
-    let batch = packer.flush().map(|row| row.batch).unwrap_or_default();
+    packer.close();
+    let batch = packer.next_batch().map(|row| row.batch).unwrap_or_default();
     let measured = match batch.rows {
         0 => Measured::default(),
         _ => learner.measure(&batch, rule.objective.needs()),

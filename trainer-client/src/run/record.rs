@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use sluice_feed::select::Objective;
 use sluice_schemas::fingerprint::Fingerprint;
 
-use crate::schedule::Schedule;
-use crate::select::Objective;
+use crate::training::schedule::Schedule;
 
 /// The content of `run.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,9 +39,8 @@ pub struct RunRecord {
 
 impl RunRecord {
     /// Name of the first setting in which a run that is to go on differs from this one; `None` if the steps would be the
-    /// same. Where to read and how often to look may differ, and so may the number of ranks, with which the micro-batches
-    /// of a step may change too.
-    pub fn first_difference(&self, other: &Self, same_world_size: bool) -> Option<&'static str> {
+    /// same. Where to read and how often to look may differ.
+    pub fn first_difference(&self, other: &Self) -> Option<&'static str> {
         let setting = |name: &str| self.settings.get(name) == other.settings.get(name);
         let of_stream = |name: &str| {
             let stream = |record: &Self| record.settings.get("stream").and_then(|s| s.get(name).cloned());
@@ -54,14 +53,14 @@ impl RunRecord {
             ("the selection (--objective, --score, --keep, --scope ...)", self.objective == other.objective),
             ("--seed", self.seed == other.seed),
             ("--batch-size", self.batch_size == other.batch_size),
-            ("--accumulate", self.accumulate == other.accumulate || !same_world_size),
+            ("--accumulate", self.accumulate == other.accumulate),
             ("--sequence-length", self.sequence_length == other.sequence_length),
             ("the learning rate, its schedule or --steps", self.schedule == other.schedule),
             ("--tokenizer", self.tokenizer == other.tokenizer),
             ("the model", setting("model")),
             ("the optimizer", setting("optimizer")),
             ("--precision", precision(self) == precision(other)),
-            ("--attend-across-documents or --first-token", setting("packing")),
+            ("--attend-across-documents, --first-token or --unequal-contexts", setting("packing")),
             ("--history or --history-decay", setting("history")),
             ("--topic", of_stream("topic")),
             ("--epochs, --until-end or --follow", of_stream("extent")),

@@ -5,12 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 
-use crate::files::read_json;
-use crate::metrics::{EvalMetric, Metric, StepMetric};
-use crate::picture::TokenPicture;
-use crate::run_folder::{METRICS_FILE, RUN_FILE, TOKENS_FILE};
-use crate::run_record::RunRecord;
-use crate::token_losses::{self, TokenLosses};
+use crate::run::files::read_json;
+use crate::run::folder::{METRICS_FILE, RUN_FILE, TOKENS_FILE};
+use crate::run::metrics::{EvalMetric, Metric, StepMetric};
+use crate::run::picture::TokenPicture;
+use crate::run::record::RunRecord;
+use crate::run::token_losses::{self, TokenLosses};
 
 /// A run as its folder tells it.
 #[derive(Clone, Debug)]

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use sha2::{Digest, Sha256};
+use sluice_feed::batch::{PackedBatch, digest_of_step};
+use sluice_feed::cut::Piece;
+use sluice_feed::select::{Choice, Objective};
+use sluice_feed::sources::SourceNames;
+use sluice_schemas::fingerprint::Fingerprint;
 
-use crate::histogram::ScoreHistogram;
-use crate::metrics::{SourceCount, StepMetric};
-use crate::pack::{PackedBatch, Piece};
-use crate::select::{Choice, Objective};
-use crate::sources::SourceNames;
+use crate::run::histogram::ScoreHistogram;
+use crate::run::metrics::{SourceCount, StepMetric};
 
 /// Hexadecimal digits of a step's digest.
 const DIGEST_DIGITS: usize = 16;
@@ -23,6 +25,8 @@ pub(crate) struct Books {
     threshold: Option<f32>,
     sources: BTreeMap<String, SourceCount>,
     digest: Sha256,
+    /// Digests of what was read.
+    micro_batches: Vec<Fingerprint>,
     histogram: Option<ScoreHistogram>,
 }
 
@@ -37,6 +41,7 @@ impl Books {
             threshold: None,
             sources: BTreeMap::new(),
             digest: Sha256::new(),
+            micro_batches: vec![],
             histogram: None,
         }
     }
@@ -75,6 +80,7 @@ impl Books {
             sum.kept += count.kept;
             sum.scored += count.scored;
         }
+        self.micro_batches.push(packed.digest());
         let words = packed.batch.tokens.iter().chain(&choice.kept).copied();
         for word in words.chain(losses.iter().map(|loss| loss.to_bits())) {
             self.digest.update(word.to_le_bytes());
@@ -115,6 +121,7 @@ impl Books {
             data_wait_seconds: 0.0,
             cpu_seconds: 0.0,
             sources: self.sources,
+            data: digest_of_step(&self.micro_batches).to_string()[..DIGEST_DIGITS].to_owned(),
             digest: digest[..DIGEST_DIGITS].to_owned(),
         }
     }
@@ -124,8 +131,8 @@ impl Books {
 /// predicted, counts as the source of the token before it.
 fn sources_of(row: &[Piece], len: usize, sources: &mut SourceNames) -> Vec<u16> {
     let mut indices = Vec::with_capacity(len);
-    for Piece { document, .. } in row {
-        indices.extend(std::iter::repeat_n(sources.index(document.source()), document.tokens().len()));
+    for piece in row {
+        indices.extend(std::iter::repeat_n(sources.index(piece.document.source()), piece.len()));
     }
     indices.resize(len, 0);
     indices

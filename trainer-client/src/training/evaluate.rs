@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
+use sluice_feed::batch::{Batch, NO_TARGET, PackedBatch};
+use sluice_feed::document::Document;
+use sluice_feed::pack::{BatchShape, Packer};
 
-use crate::batch::{Batch, NO_TARGET};
-use crate::document::Document;
 use crate::failure::Classify;
-use crate::learner::Learner;
-use crate::pack::{BatchShape, PackedBatch, Packer};
 use crate::text::TextTokenizer;
+use crate::training::learner::Learner;
 
 /// `NAME=FILE` of a command line: a name for an evaluation set and its JSON Lines file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,10 +124,11 @@ impl EvalSet {
         for WithContext { document, .. } in documents {
             packer.push(document);
         }
+        packer.close();
         let has_contexts = documents.iter().any(|document| document.context > 0);
         let mut predicted = Vec::new();
         let mut batches = Vec::new();
-        while let Some(packed) = packer.flush() {
+        while let Some(packed) = packer.next_batch() {
             batches.push(without_contexts(packed, documents, &mut predicted));
         }
         let predictions = predicted.len() as u64;

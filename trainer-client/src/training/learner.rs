@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use crate::batch::Batch;
-use crate::select::{Needs, Signals};
+use sluice_feed::batch::Batch;
+use sluice_feed::select::{Needs, Signals};
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,4 +1,10 @@
-//! The training loop: documents to batches, the current losses to a selection, a step, and the books.
+//! The training loop: micro-batches in, the current losses to a selection, a step, and the books.
+
+mod books;
+pub mod evaluate;
+pub mod learner;
+pub mod schedule;
+pub mod setup;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,44 +12,34 @@ use std::time::Instant;
 
 use anyhow::bail;
 use serde::Serialize;
+use sluice_feed::batch::PackedBatch;
+use sluice_feed::feed::{Alone, Feed, Step};
+use sluice_feed::select::{Choice, KeepRatio, Needs, Objective, Score, Signals, Turn};
+use sluice_feed::sources::SourceNames;
 
-use crate::books::Books;
-use crate::checkpoints::{Reached, latest_checkpoint};
-use crate::evaluate::EvalSet;
 use crate::failure::Failure;
-use crate::learner::{Learner, Measured, StepOutcome};
-use crate::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric};
-use crate::pack::{BatchShape, PackedBatch, Packing};
-use crate::picture::PictureRule;
-use crate::process::own_cpu_seconds;
-use crate::progress::Progress;
-use crate::run_folder::RunFolder;
-use crate::run_record::RunRecord;
-use crate::schedule::Schedule;
-use crate::select::{Choice, KeepRatio, Needs, Objective, Score, Signals, Turn};
-use crate::snapshot::{RankSnapshot, Snapshot};
-use crate::sources::SourceNames;
-use crate::stream::DocumentStream;
-use crate::supply::{Supply, SupplyPlan};
-use crate::telemetry::{Refused, Stage, Telemetry};
+use crate::run::checkpoints::{DataState, Reached, latest_checkpoint};
+use crate::run::folder::RunFolder;
+use crate::run::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric};
+use crate::run::picture::{PictureDocuments, PictureRule};
+use crate::run::record::RunRecord;
 use crate::text::TextTokenizer;
+use crate::watch::process::own_cpu_seconds;
+use crate::watch::progress::Progress;
+use crate::watch::telemetry::{Refused, Stage, Telemetry};
+use books::Books;
+use evaluate::EvalSet;
+use learner::{Learner, Measured, StepOutcome};
+use schedule::Schedule;
 
-/// What a run does, apart from where its documents come from.
+/// What a run does with its micro-batches.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// What is minimised.
     pub objective: Objective,
     /// Learning rates, and the most steps to take.
     pub schedule: Schedule,
-    /// Shape of a micro-batch.
-    pub shape: BatchShape,
-    /// What is done where documents meet.
-    pub packing: Packing,
-    /// Micro-batches of each rank whose gradients make one step.
-    pub accumulate: usize,
-    /// Documents in each rank's shuffle buffer; at most 1 leaves the streams' order as it is.
-    pub shuffle_buffer: usize,
-    /// Seed of random selections and of the shuffle buffers.
+    /// Seed of random selections.
     pub seed: u64,
     /// Steps between evaluations; there is one before the first step and one after the last as well.
     pub eval_every: u64,
@@ -80,8 +76,8 @@ pub struct Outcome {
 pub struct Training<'a> {
     /// The model.
     pub learner: &'a mut dyn Learner,
-    /// The documents, a stream for each rank.
-    pub streams: Vec<&'a mut dyn DocumentStream>,
+    /// Where its micro-batches come from.
+    pub feed: Feed,
     /// What to do.
     pub plan: Plan,
     /// Held-out sets.
@@ -102,13 +98,14 @@ pub struct Training<'a> {
 struct Start {
     record: Option<RunRecord>,
     reached: Reached,
-    snapshot: Snapshot,
+    seen: Seen,
 }
 
-/// What has been read and not yet learnt from, and the names of where it came from.
-struct Data {
-    supply: Supply,
+/// What of the stream has been looked at, apart from learning from it.
+#[derive(Debug, Default)]
+struct Seen {
     sources: SourceNames,
+    picture: PictureDocuments,
 }
 
 impl Training<'_> {
@@ -116,79 +113,81 @@ impl Training<'_> {
     /// each case, and where an error ends the run after a step. `run.json` is written once the first batch has shown
     /// that the stream fits the tokenizer.
     pub fn run(self, record: RunRecord) -> anyhow::Result<Outcome> {
-        let ranks = vec![RankSnapshot::default(); self.streams.len()];
-        let start = Start {
-            record: Some(record),
-            reached: Reached::default(),
-            snapshot: Snapshot { ranks, ..Snapshot::default() },
-        };
-        self.go(start)
+        self.go(Start { record: Some(record), reached: Reached::default(), seen: Seen::default() })
     }
 
-    /// As [`Training::run`], from a checkpoint on that the learner has loaded and the streams stand at.
-    pub fn resume(self, reached: Reached, snapshot: Snapshot) -> anyhow::Result<Outcome> {
-        self.go(Start { record: None, reached, snapshot })
+    /// As [`Training::run`], from a checkpoint on that the learner has loaded and the feed stands at, with the names of
+    /// sources and the documents of the picture that it holds.
+    pub fn resume(
+        self,
+        reached: Reached,
+        sources: Vec<String>,
+        picture: PictureDocuments,
+    ) -> anyhow::Result<Outcome> {
+        let seen = Seen { sources: SourceNames::from_names(sources), picture };
+        self.go(Start { record: None, reached, seen })
     }
 
     fn go(mut self, start: Start) -> anyhow::Result<Outcome> {
-        let Plan { shape, packing, shuffle_buffer, seed, .. } = self.plan;
-        let plan = SupplyPlan { shape, packing, shuffle_buffer, seed };
-        let mut data = Data {
-            sources: SourceNames::from_names(start.snapshot.sources.clone()),
-            supply: Supply::new(&plan, start.snapshot),
-        };
-        let mut reached = start.reached;
-        match self.take_steps(start.record, &mut data, &mut reached) {
-            Ok(ending) => self.close(start.reached.step, &reached, &data, ending),
-            Err(error) => Err(self.save_after(error, start.reached.step, &reached, &data)),
+        let Start { record, mut reached, mut seen } = start;
+        let first = reached.step;
+        match self.take_steps(record, &mut seen, &mut reached) {
+            Ok(ending) => self.close(first, &reached, &seen, ending),
+            Err(error) => Err(self.save_after(error, first, &reached, &seen)),
         }
     }
 
-    /// Steps until something ends them. After an error the weights are those of `reached`, and so is what `data` holds:
+    /// Steps until something ends them. After an error the weights are those of `reached`, and so is what the feed holds:
     /// no step is taken by half.
     fn take_steps(
         &mut self,
         mut record: Option<RunRecord>,
-        data: &mut Data,
+        seen: &mut Seen,
         reached: &mut Reached,
     ) -> anyhow::Result<Ending> {
         let steps = self.plan.schedule.steps;
-        let mut documents = self.documents();
+        let mut documents = self.feed.documents();
         while reached.step < steps {
             self.telemetry.enter(Stage::Data);
             let (started, cpu_before) = (Instant::now(), own_cpu_seconds());
-            let batch = data.supply.next_batches(&mut self.streams, self.plan.accumulate, self.stop)?;
+            let next = self.feed.next_step(&mut Alone)?;
             let (waited, cpu_waited) = (started.elapsed().as_secs_f64(), own_cpu_seconds() - cpu_before);
-            let documents_before = std::mem::replace(&mut documents, self.documents());
+            let documents_before = std::mem::replace(&mut documents, self.feed.documents());
             self.telemetry.documents(documents - documents_before);
-            self.telemetry.set_buffered(data.supply.buffered());
+            self.telemetry.set_buffered(self.feed.buffered());
+            let batch = match next {
+                Step::Batches(batch) => batch,
+                Step::Ended => return Ok(Ending::StreamEnded),
+                Step::Stopped => return Ok(Ending::Stopped),
+            };
             if self.stop.load(Ordering::Relaxed) {
-                data.supply.put_back(batch);
+                self.feed.put_back(batch);
                 return Ok(Ending::Stopped);
             }
-            if batch.is_empty() {
-                return Ok(Ending::StreamEnded);
-            }
             if let Some(mut record) = record.take() {
-                record.reference_model = self.streams.iter().find_map(|stream| stream.reference_model());
+                for notice in self.feed.notices() {
+                    tracing::warn!("{notice}");
+                }
+                record.reference_model = self.feed.reference_model();
                 self.folder.write_record(&record)?;
                 self.telemetry.begin(&record, self.folder.path(), reached.step);
                 self.evaluate(reached)?;
             }
             let (step_started, cpu_before) = (Instant::now(), own_cpu_seconds());
             let thresholds = reached.thresholds;
-            let (mut metric, scores) = match self.step(&batch, reached, &mut data.sources) {
+            let (mut metric, scores) = match self.step(&batch, reached, &mut seen.sources) {
                 Ok(done) => done,
                 Err(error) => {
                     // The step was not taken, so a checkpoint must hold its micro-batches.
                     reached.thresholds = thresholds;
-                    data.supply.put_back(batch);
+                    self.feed.put_back(batch);
                     return Err(error);
                 }
             };
             metric.data_wait_seconds = waited;
             metric.seconds = waited + step_started.elapsed().as_secs_f64();
             metric.cpu_seconds = cpu_waited + own_cpu_seconds() - cpu_before;
+            batch.iter().for_each(|packed| seen.picture.offer(packed));
             reached.step += 1;
             let tokens = batch.iter().map(|packed| packed.batch.predictions() as u64).sum();
             reached.tokens += tokens;
@@ -208,24 +207,23 @@ impl Training<'_> {
                 self.evaluate(reached)?;
             }
             if reached.step.is_multiple_of(self.plan.checkpoint_every) && reached.step < steps {
-                self.checkpoint(reached, data)?;
+                self.checkpoint(reached, seen)?;
             }
         }
         Ok(if self.stop.load(Ordering::Relaxed) { Ending::Stopped } else { Ending::Finished })
     }
 
-    fn checkpoint(&mut self, reached: &Reached, data: &Data) -> anyhow::Result<PathBuf> {
+    fn checkpoint(&mut self, reached: &Reached, seen: &Seen) -> anyhow::Result<PathBuf> {
         self.telemetry.enter(Stage::Checkpoint);
         let started = Instant::now();
-        let snapshot = data.supply.snapshot(&self.streams, data.sources.names());
-        let written = self.folder.checkpoint(self.learner, self.tokenizer, reached, &snapshot);
+        let data = DataState {
+            feed: self.feed.snapshot(),
+            sources: seen.sources.names().to_vec(),
+            picture: seen.picture.clone(),
+        };
+        let written = self.folder.checkpoint(self.learner, self.tokenizer, reached, &data);
         self.telemetry.checkpoint(reached.step, started.elapsed(), written.is_ok());
         written
-    }
-
-    /// Documents that the streams have handed out.
-    fn documents(&self) -> u64 {
-        self.streams.iter().map(|stream| stream.position().documents).sum()
     }
 
     /// The share of tokens that a step is to keep; `None` where a threshold decides.
@@ -243,14 +241,14 @@ impl Training<'_> {
         error: anyhow::Error,
         first: u64,
         reached: &Reached,
-        data: &Data,
+        seen: &Seen,
     ) -> anyhow::Error {
         self.progress.finish();
         let step = reached.step;
         if step == first {
             return error;
         }
-        match self.checkpoint(reached, data) {
+        match self.checkpoint(reached, seen) {
             Ok(path) => error
                 .context(format!("the run ended after step {step}, and its model is in {}", path.display())),
             Err(lost) => {
@@ -270,7 +268,7 @@ impl Training<'_> {
         mut self,
         first: u64,
         reached: &Reached,
-        data: &Data,
+        seen: &Seen,
         ending: Ending,
     ) -> anyhow::Result<Outcome> {
         let Reached { step, tokens, tokens_kept, threshold, .. } = *reached;
@@ -278,19 +276,20 @@ impl Training<'_> {
             let error = "the stream ended without a single document of two tokens or more";
             return Err(Failure::Data(error.to_owned()).into());
         }
-        let Plan { schedule, eval_every, shape, .. } = self.plan;
+        let Plan { schedule, eval_every, .. } = self.plan;
         if step > first {
             let is_evaluated = step.is_multiple_of(eval_every) && step < schedule.steps;
             if !is_evaluated {
                 self.evaluate(reached)?;
             }
-            self.checkpoint(reached, data)?;
+            self.checkpoint(reached, seen)?;
         }
         if step > 0 {
             let objective = self.plan.objective.clone();
+            let row_len = self.feed.shape().len;
             let rule = PictureRule { objective, threshold, turn: self.turn(step) };
             self.telemetry.enter(Stage::Evaluate);
-            let picture = data.supply.picture().draw(self.learner, self.tokenizer, &rule, shape.len);
+            let picture = seen.picture.draw(self.learner, self.tokenizer, &rule, row_len);
             self.folder.write_picture(&picture)?;
         }
         self.progress.finish();
@@ -312,7 +311,8 @@ impl Training<'_> {
         let step = reached.step + 1;
         let thresholds = &mut reached.thresholds;
         let turn = self.turn(step);
-        let Plan { objective, schedule, shape, .. } = &self.plan;
+        let Plan { objective, schedule, .. } = &self.plan;
+        let row_len = self.feed.shape().len;
         let mut needs = objective.needs();
         let mut books = Books::new(objective);
         if self.counts_scores(step) {
@@ -329,7 +329,7 @@ impl Training<'_> {
                 .map(|(measured, packed)| measured.signals(&packed.batch))
                 .collect();
             self.telemetry.enter(Stage::Select);
-            decided = Some(objective.select(&signals, shape.len, turn, thresholds).into_iter());
+            decided = Some(objective.select(&signals, row_len, turn, thresholds).into_iter());
             needs = Needs::default();
         }
         let telemetry = &self.telemetry;
@@ -341,7 +341,7 @@ impl Training<'_> {
                     choices.next()
                 } else {
                     let turn = Turn { micro_batch, ..turn };
-                    objective.select(&[measured.signals(&packed.batch)], shape.len, turn, thresholds).pop()
+                    objective.select(&[measured.signals(&packed.batch)], row_len, turn, thresholds).pop()
                 };
                 let choice: Choice = choice.unwrap_or_default();
                 books.add(packed, &measured.losses, &choice, sources);

@@ -10,7 +10,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 
 use crate::failure::Failure;
-use crate::telemetry::Telemetry;
+use crate::watch::telemetry::Telemetry;
 
 /// Serves `telemetry` at `listen` (`HOST:PORT`; port 0 takes a free one) until the process ends, on a thread of its
 /// own, so that no step holds it up. Returns the address.

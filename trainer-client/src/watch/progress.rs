@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::metrics::StepMetric;
+use crate::run::metrics::StepMetric;
 
 /// Lines over a whole run where there is no terminal.
 const LINES: u64 = 20;

@@ -10,10 +10,12 @@ use prometheus::{
     CounterVec, Encoder as _, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
+use sluice_feed::observer::Observer;
+use sluice_feed::stream::StreamError;
+use sluice_feed::supply::Buffered;
 
-use crate::metrics::{EvalMetric, StepMetric};
-use crate::run_record::RunRecord;
-use crate::stream::StreamError;
+use crate::run::metrics::{EvalMetric, StepMetric};
+use crate::run::record::RunRecord;
 
 /// What the trainer's time goes into; it is always in one of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,15 +88,6 @@ impl Refused {
     }
 }
 
-/// Documents that were read and are not trained on yet, by where they wait.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Buffered {
-    /// In shuffle buffers.
-    pub shuffle: usize,
-    /// As pieces of rows that are not full, or not enough for a step.
-    pub packing: usize,
-}
-
 #[derive(Debug)]
 struct Clock {
     stage: Stage,
@@ -142,9 +135,10 @@ impl Default for Telemetry {
 }
 
 const NO_LABELS: [&str; 0] = [];
-const TURN: &str = "turn";
+const FETCHED: &str = "fetched";
 const QUEUE: &str = "queue";
 const TOMBSTONE: &str = "tombstone";
+const REMOVED: &str = "removed";
 
 impl Telemetry {
     /// Registers every metric, each at zero.
@@ -233,7 +227,7 @@ impl Telemetry {
             )?,
             skipped: counters(
                 "sluice_train_records_skipped_total",
-                "Records that hold no document and were passed over.",
+                "Records that were passed over: tombstones, and what retention removed between two passes.",
                 "reason",
             )?,
             checkpoint_seconds: seconds("sluice_train_checkpoint_seconds", "Time to write a checkpoint.")?,
@@ -270,8 +264,10 @@ impl Telemetry {
         for reason in StreamError::REJECTIONS {
             telemetry.rejected.with_label_values(&[reason]);
         }
-        telemetry.skipped.with_label_values(&[TOMBSTONE]);
-        for place in [TURN, QUEUE] {
+        for reason in [TOMBSTONE, REMOVED] {
+            telemetry.skipped.with_label_values(&[reason]);
+        }
+        for place in [FETCHED, QUEUE] {
             telemetry.buffered.with_label_values(&[place]);
         }
         telemetry.set_buffered(Buffered::default());
@@ -360,33 +356,6 @@ impl Telemetry {
         self.buffered.with_label_values(&["packing"]).set(buffered.packing as i64);
     }
 
-    /// Counts a record in that arrived before its partition's turn, or with -1 one out whose turn has come.
-    pub fn waiting_for_turn(&self, change: i64) {
-        self.buffered.with_label_values(&[TURN]).add(change);
-    }
-
-    /// Counts a document into, or with -1 out of, the queue between a stream's thread and the trainer.
-    pub fn queue(&self, change: i64) {
-        self.buffered.with_label_values(&[QUEUE]).add(change);
-    }
-
-    /// Adds to the records that are not read yet; each reader adds and takes off its own.
-    pub fn lag(&self, change: i64) {
-        self.stream_lag.add(change);
-    }
-
-    /// Enters a record that was refused, if that is what the error says.
-    pub fn stream_failed(&self, error: &StreamError) {
-        if let Some(reason) = error.rejection() {
-            self.rejected.with_label_values(&[reason]).inc();
-        }
-    }
-
-    /// Enters a record without a payload.
-    pub fn skipped_tombstone(&self) {
-        self.skipped.with_label_values(&[TOMBSTONE]).inc();
-    }
-
     /// Enters an attempt to write a checkpoint of `step`.
     pub fn checkpoint(&self, step: u64, took: Duration, is_written: bool) {
         if is_written {
@@ -404,6 +373,32 @@ impl Telemetry {
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)
+    }
+}
+
+impl Observer for Telemetry {
+    fn fetched(&self, change: i64) {
+        self.buffered.with_label_values(&[FETCHED]).add(change);
+    }
+
+    fn queued(&self, change: i64) {
+        self.buffered.with_label_values(&[QUEUE]).add(change);
+    }
+
+    fn lag(&self, change: i64) {
+        self.stream_lag.add(change);
+    }
+
+    fn tombstone(&self) {
+        self.skipped.with_label_values(&[TOMBSTONE]).inc();
+    }
+
+    fn rejected(&self, reason: &'static str) {
+        self.rejected.with_label_values(&[reason]).inc();
+    }
+
+    fn removed(&self, records: u64) {
+        self.skipped.with_label_values(&[REMOVED]).inc_by(records);
     }
 }
 

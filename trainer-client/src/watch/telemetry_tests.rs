@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::{Refused, Stage, Telemetry};
-use crate::metrics::StepMetric;
+use crate::run::metrics::StepMetric;
 
 fn value(telemetry: &Telemetry, name: &str) -> Option<f64> {
     let text = String::from_utf8(telemetry.render().unwrap()).unwrap();
@@ -30,6 +30,7 @@ fn metric(threshold: Option<f32>, loss_unselected: Option<f64>) -> StepMetric {
         cpu_seconds: 0.5,
         data_wait_seconds: 0.1,
         sources: BTreeMap::new(),
+        data: String::new(),
         digest: String::new(),
     }
 }

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use sluice_trainer::batch::{Batch, NO_TARGET};
-use sluice_trainer::learner::{Learner, Measured, StepOutcome};
-use sluice_trainer::select::Needs;
+use sluice_feed::batch::{Batch, NO_TARGET};
+use sluice_feed::select::Needs;
+use sluice_trainer::training::learner::{Learner, Measured, StepOutcome};
 
 /// Logits of the next token given the last one.
 pub struct Bigram {

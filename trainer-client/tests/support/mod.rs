@@ -17,12 +17,16 @@ use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use serde_json::json;
+use sluice_feed::feed::Feed;
+use sluice_feed::pack::{BatchShape, Packing};
+use sluice_feed::plan::Plan as FeedPlan;
+use sluice_feed::random::SplitMix64;
+use sluice_feed::stream::{DocumentStream, Extent, Shard};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names::RECORD_HEADER;
 use sluice_schemas::record::{
     Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
 };
-use sluice_trainer::random::SplitMix64;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 /// A byte-level tokenizer without merges: 256 ids, one for each byte.
@@ -61,7 +65,7 @@ pub fn scored(document: TokenizedDocument, loss: f32, reference_model: Fingerpri
         reference_losses: Losses::new(&losses, LossFormat::F32).unwrap(),
         reference_entropies: None,
         reference_model,
-        context: ContextPolicy { window: 256, stride: 256, bos: Bos::None },
+        context: ContextPolicy { window: 32, stride: 16, bos: Bos::None },
         precision: Precision::F32,
     }
 }
@@ -107,10 +111,24 @@ pub fn produce_as(
     kind: Option<&str>,
     records: impl IntoIterator<Item = (i32, Vec<u8>)>,
 ) {
+    let records = records.into_iter().map(|(partition, payload)| (partition, Some(payload)));
+    produce_with_tombstones(servers, topic, kind, records);
+}
+
+/// The same, a record without a payload where there is none.
+pub fn produce_with_tombstones(
+    servers: &str,
+    topic: &str,
+    kind: Option<&str>,
+    records: impl IntoIterator<Item = (i32, Option<Vec<u8>>)>,
+) {
     let producer: ThreadedProducer<_> =
         ClientConfig::new().set("bootstrap.servers", servers).create().unwrap();
     for (partition, payload) in records {
-        let mut record = BaseRecord::<(), [u8]>::to(topic).partition(partition).payload(&payload);
+        let mut record = BaseRecord::<(), [u8]>::to(topic).partition(partition);
+        if let Some(payload) = &payload {
+            record = record.payload(payload);
+        }
         if let Some(kind) = kind {
             let header = Header { key: RECORD_HEADER, value: Some(kind) };
             record = record.headers(OwnedHeaders::new().insert(header));
@@ -118,6 +136,25 @@ pub fn produce_as(
         producer.send(record).map_err(|(error, _)| error).unwrap();
     }
     producer.flush(Duration::from_secs(10)).unwrap();
+}
+
+/// A feed over a stream in memory, a micro-batch a step.
+pub fn feed_over(
+    stream: impl DocumentStream + 'static,
+    shape: BatchShape,
+    shuffle_buffer: usize,
+    tokenizer: Fingerprint,
+) -> Feed {
+    let plan = FeedPlan {
+        topic: "memory".into(),
+        extent: Extent::UntilEnd { epochs: 1 },
+        shape,
+        packing: Packing::default(),
+        micro_batches: 1,
+        shuffle_buffer,
+        seed: 1,
+    };
+    Feed::over(Box::new(stream), plan, Shard::WHOLE, None, tokenizer)
 }
 
 /// Spreads documents over partitions in turn.

@@ -1,6 +1,6 @@
 //! A tiny model, a batch for it, and ways to compare what comes of them.
 
-use sluice_trainer::batch::{Batch, NO_TARGET};
+use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_trainer::model::ModelConfig;
 
 pub fn tiny(tie_word_embeddings: bool) -> ModelConfig {

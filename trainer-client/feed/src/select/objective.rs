@@ -42,17 +42,17 @@ pub enum Rule {
 }
 
 /// Which tokens compete with one another for the share.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scope {
-    /// Those of one packed sequence (the equation of Rho-1)
+    /// Those of one packed sequence (the equation of Rho-1).
     Sequence,
-    /// Those of one micro-batch
+    /// Those of one micro-batch.
     MicroBatch,
-    /// Those of all micro-batches of an optimizer step (the text of Rho-1); with several, each runs forward twice
+    /// Those of all micro-batches of an optimizer step (the text of Rho-1).
     #[default]
     Batch,
-    /// None: a running mean of the micro-batches' thresholds decides, and the share is kept on average
+    /// None: a running mean of the micro-batches' thresholds decides, and the share is kept on average.
     RunningQuantile,
 }
 

@@ -49,7 +49,7 @@ struct Case {
 }
 
 fn golden() -> Golden {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/selection.json");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/selection.json");
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 

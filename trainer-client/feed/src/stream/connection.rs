@@ -1,8 +1,7 @@
 //! A consumer that keeps no offsets at the broker: those belong to the trainer's checkpoints.
 
-use std::collections::BTreeMap;
 use std::error::Error;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::client::{ClientContext, OAuthToken};
@@ -14,7 +13,7 @@ use rdkafka::statistics::Statistics;
 use rdkafka::types::{RDKafkaConfRes, RDKafkaErrorCode};
 
 use super::error::StreamError;
-use crate::telemetry::Telemetry;
+use crate::observer::{SharedObserver, Unobserved};
 
 /// How long a broker may take to answer the first question.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,11 +36,11 @@ pub const PROPERTIES_OWNED: [&str; 8] = [
 ];
 
 /// How to reach a broker.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Broker {
     servers: String,
     properties: Vec<(String, String)>,
-    telemetry: Telemetry,
+    observer: SharedObserver,
 }
 
 impl Broker {
@@ -58,18 +57,18 @@ impl Broker {
         // Tried here as well, so that a wrong one is found before anything else is done.
         let tried: ClientConfig = properties.iter().cloned().collect();
         tried.create_native_config().map_err(refused)?;
-        Ok(Self { servers, properties, telemetry: Telemetry::default() })
+        Ok(Self { servers, properties, observer: Arc::new(Unobserved) })
     }
 
-    /// The same brokers, whose readers enter what they do into `telemetry`.
+    /// The same brokers, whose readers tell `observer` what they do.
     #[must_use]
-    pub fn observed(self, telemetry: Telemetry) -> Self {
-        Self { telemetry, ..self }
+    pub fn observed(self, observer: SharedObserver) -> Self {
+        Self { observer, ..self }
     }
 
-    /// Where readers enter what they do.
-    pub(super) fn telemetry(&self) -> &Telemetry {
-        &self.telemetry
+    /// Who is told what readers do.
+    pub(super) fn observer(&self) -> &SharedObserver {
+        &self.observer
     }
 
     /// The addresses, as given.
@@ -96,7 +95,7 @@ impl Broker {
             .set("isolation.level", "read_committed")
             // How often the lag is worked out.
             .set("statistics.interval.ms", "1000");
-        let listener = Listener::new(self.telemetry.clone());
+        let listener = Listener::new(Arc::clone(&self.observer));
         let consumer: BaseConsumer<Listener> = config.create_with_context(listener).map_err(refused)?;
         let metadata = consumer.fetch_metadata(Some(topic), CONNECT_TIMEOUT).map_err(|error| {
             // What the broker threads had to say is in the queue among statistics, and nobody has polled it yet.
@@ -123,18 +122,16 @@ impl Broker {
         Ok((consumer, partitions))
     }
 
-    /// First and past-the-last offset of each partition, as a reader of committed records sees them now.
-    pub(super) fn offsets(
+    /// First and past-the-last offset of a partition, as a reader of committed records sees them now.
+    pub(super) fn watermarks(
         &self,
         consumer: &BaseConsumer<Listener>,
         topic: &str,
-        partitions: &[i32],
-    ) -> Result<BTreeMap<i32, (i64, i64)>, StreamError> {
-        let ask = |&partition: &i32| match consumer.fetch_watermarks(topic, partition, CONNECT_TIMEOUT) {
-            Ok(watermarks) => Ok((partition, watermarks)),
-            Err(error) => Err(self.failed(topic, error, consumer.context().last_error())),
-        };
-        partitions.iter().map(ask).collect()
+        partition: i32,
+    ) -> Result<(i64, i64), StreamError> {
+        consumer
+            .fetch_watermarks(topic, partition, CONNECT_TIMEOUT)
+            .map_err(|error| self.failed(topic, error, consumer.context().last_error()))
     }
 
     fn failed(&self, topic: &str, error: KafkaError, reason: Option<String>) -> StreamError {
@@ -181,14 +178,14 @@ fn refused(error: KafkaError) -> StreamError {
 #[derive(Debug)]
 pub(super) struct Listener {
     last_error: Mutex<Option<String>>,
-    telemetry: Telemetry,
+    observer: SharedObserver,
     /// Records not read yet, as this reader last entered them.
     lag: Mutex<i64>,
 }
 
 impl Listener {
-    fn new(telemetry: Telemetry) -> Self {
-        Self { last_error: Mutex::default(), telemetry, lag: Mutex::default() }
+    fn new(observer: SharedObserver) -> Self {
+        Self { last_error: Mutex::default(), observer, lag: Mutex::default() }
     }
 
     pub(super) fn last_error(&self) -> Option<String> {
@@ -197,7 +194,7 @@ impl Listener {
 
     fn enter_lag(&self, lag: i64) {
         let mut entered = self.lag.lock().unwrap_or_else(PoisonError::into_inner);
-        self.telemetry.lag(lag - std::mem::replace(&mut *entered, lag));
+        self.observer.lag(lag - std::mem::replace(&mut *entered, lag));
     }
 
     fn remember(&self, message: &str) {

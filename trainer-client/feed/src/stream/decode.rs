@@ -1,63 +1,17 @@
 //! Record bytes to documents, with every check that needs to know the run.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::names;
-use sluice_schemas::record::{ContextPolicy, Losses, RecordError, ScoredDocument, TokenizedDocument};
+use sluice_schemas::record::{Bos, ContextPolicy, Losses, RecordError, ScoredDocument, TokenizedDocument};
 
 use super::error::{Origin, StreamError};
+use super::kind::TopicKind;
+use crate::cut::has_equal_contexts;
 use crate::document::Document;
 
-/// What the records of a topic are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TopicKind {
-    /// `sluice.v1.ScoredDocument`.
-    Scored,
-    /// `sluice.v1.TokenizedDocument`.
-    Documents,
-}
-
-impl TopicKind {
-    /// The kind that a record's header names; `None` for a header of something else.
-    pub(super) fn of_header(value: &[u8]) -> Option<Self> {
-        [(Self::Scored, names::SCORED_DOCUMENT), (Self::Documents, names::TOKENIZED_DOCUMENT)]
-            .into_iter()
-            .find_map(|(kind, name)| (value == name.as_bytes()).then_some(kind))
-    }
-
-    /// Many records of this kind, in words.
-    pub(super) fn plural(self) -> &'static str {
-        match self {
-            Self::Scored => "scored documents",
-            Self::Documents => "tokenized documents",
-        }
-    }
-
-    /// What to do with a topic of this kind that was read as the other.
-    pub(super) fn advice(self) -> &'static str {
-        match self {
-            Self::Scored => "`reference` wants tokenized ones, so check --topic",
-            Self::Documents => "`run` wants scored ones, so check --topic or score it with `sluiced serve`",
-        }
-    }
-}
-
-impl std::fmt::Display for TopicKind {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(match self {
-            Self::Scored => "a scored document",
-            Self::Documents => "a tokenized document",
-        })
-    }
-}
-
-/// How reference models saw their documents, by fingerprint.
-pub type Contexts = BTreeMap<Fingerprint, ContextPolicy>;
-
-/// Decodes records and holds them against the run's tokenizer and reference model.
+/// Decodes records and holds each by itself against what a run can use.
 #[derive(Clone, Debug)]
 pub struct Decoder {
     kind: TopicKind,
@@ -65,24 +19,24 @@ pub struct Decoder {
     vocabulary: u32,
     needs_entropies: bool,
     allowed: Arc<[Fingerprint]>,
-    /// Shared by the decoders of all ranks.
-    reference_model: Arc<OnceLock<Fingerprint>>,
-    /// Shared as well: how each reference model has seen its documents so far.
-    contexts: Arc<Mutex<Contexts>>,
+    /// Tokens of a sequence that documents must fit under the contexts of their reference losses.
+    sequence: Option<usize>,
 }
 
 impl Decoder {
     /// A decoder that refuses documents of another tokenizer and ids of `vocabulary` and beyond.
     pub fn new(kind: TopicKind, tokenizer: Fingerprint, vocabulary: u32) -> Self {
-        Self {
-            kind,
-            tokenizer,
-            vocabulary,
-            needs_entropies: false,
-            allowed: Arc::new([]),
-            reference_model: Arc::default(),
-            contexts: Arc::default(),
-        }
+        Self { kind, tokenizer, vocabulary, needs_entropies: false, allowed: Arc::new([]), sequence: None }
+    }
+
+    /// Fingerprint of the tokenizer whose documents it takes.
+    pub fn tokenizer(&self) -> Fingerprint {
+        self.tokenizer
+    }
+
+    /// Token ids that it takes are below this.
+    pub fn vocabulary(&self) -> u32 {
+        self.vocabulary
     }
 
     /// The same decoder, which refuses scored documents without reference entropies if they are needed.
@@ -99,27 +53,16 @@ impl Decoder {
         Self { allowed: reference_models.into(), ..self }
     }
 
-    /// The same decoder, which has seen a record of this reference model already.
+    /// The same decoder, which refuses documents that do not fit a sequence of so many tokens under the contexts of their
+    /// reference losses.
     #[must_use]
-    pub fn after(self, reference_model: Option<Fingerprint>) -> Self {
-        let reference_model = reference_model.map(OnceLock::from).unwrap_or_default();
-        Self { reference_model: Arc::new(reference_model), ..self }
+    pub fn refusing_unequal_contexts(self, sequence: usize) -> Self {
+        Self { sequence: Some(sequence), ..self }
     }
 
-    /// The same decoder, which has seen reference models score in these contexts already.
-    #[must_use]
-    pub fn with_contexts(self, contexts: Contexts) -> Self {
-        Self { contexts: Arc::new(Mutex::new(contexts)), ..self }
-    }
-
-    /// How each reference model has seen its documents so far, of this decoder and its clones.
-    pub fn contexts(&self) -> Contexts {
-        self.contexts.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// The reference model of the first scored record, of this decoder and its clones.
-    pub fn reference_model(&self) -> Option<Fingerprint> {
-        self.reference_model.get().copied()
+    /// Reference models whose records it takes; of an empty list, those of one.
+    pub fn allowed(&self) -> &[Fingerprint] {
+        &self.allowed
     }
 
     /// Refuses a record whose header says that it is of the other kind; one that says nothing is left to
@@ -135,21 +78,28 @@ impl Decoder {
         }
     }
 
-    /// Decodes and checks one record.
-    pub fn decode(&self, payload: Bytes, origin: impl Fn() -> Origin) -> Result<Document, StreamError> {
+    /// Decodes and checks one record; gives the document, and the reference model that scored it, if one did.
+    pub fn decode(
+        &self,
+        payload: Bytes,
+        origin: impl Fn() -> Origin,
+    ) -> Result<(Document, Option<Fingerprint>), StreamError> {
         let refused = |error| StreamError::Record { origin: origin(), error: Box::new(error) };
         match self.kind {
             TopicKind::Documents => {
                 let record = TokenizedDocument::decode(payload).map_err(refused)?;
                 self.check(&record).map_err(refused)?;
                 let tokens = record.tokens.to_vec();
-                Ok(Document::plain(record.id, record.source, tokens))
+                Ok((Document::plain(record.id, record.source, tokens), None))
             }
             TopicKind::Scored => {
                 let record = ScoredDocument::decode(payload).map_err(refused)?;
                 self.check(&record.document).map_err(refused)?;
-                self.check_reference(record.reference_model, &origin)?;
-                self.check_context(record.reference_model, record.context, &origin)?;
+                let (found, context) = (record.reference_model, record.context);
+                if !self.allowed.is_empty() && !self.allowed.contains(&found) {
+                    return Err(StreamError::NotAllowed { origin: origin(), found });
+                }
+                self.check_context(context, record.document.tokens.len(), &origin)?;
                 let entropies = record.reference_entropies.as_ref().map(Losses::to_vec);
                 if self.needs_entropies && entropies.is_none() {
                     return Err(StreamError::NoEntropies { origin: origin() });
@@ -160,42 +110,36 @@ impl Decoder {
                         Some(entropies) => document.with_entropies(entropies),
                         None => Ok(document),
                     })
+                    .map(|document| (document.with_context(context), Some(found)))
                     .map_err(|error| StreamError::Losses { origin: origin(), error })
             }
         }
     }
 
-    fn check_reference(&self, found: Fingerprint, origin: impl Fn() -> Origin) -> Result<(), StreamError> {
-        let expected = *self.reference_model.get_or_init(|| found);
-        if !self.allowed.is_empty() {
-            let is_allowed = self.allowed.contains(&found);
-            return if is_allowed {
-                Ok(())
-            } else {
-                Err(StreamError::NotAllowed { origin: origin(), found })
-            };
-        }
-        if found == expected {
-            Ok(())
-        } else {
-            Err(StreamError::ForeignReference { origin: origin(), found, expected })
-        }
-    }
-
-    /// One model's losses under more and under less context are no more to be compared than two models'.
     fn check_context(
         &self,
-        reference_model: Fingerprint,
         found: ContextPolicy,
+        tokens: usize,
         origin: impl Fn() -> Origin,
     ) -> Result<(), StreamError> {
-        let mut contexts = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
-        let expected = *contexts.entry(reference_model).or_insert(found);
-        if found == expected {
-            Ok(())
-        } else {
-            Err(StreamError::ForeignContext { origin: origin(), found, expected })
+        let ContextPolicy { window, stride, bos } = found;
+        // Windows that do not overlap leave tokens that no window could have scored. A BOS takes a place in them.
+        let overlap = if bos == Bos::None { 1 } else { 2 };
+        let is_cut = tokens as u64 + overlap - 1 > u64::from(window);
+        if is_cut && (stride == 0 || u64::from(stride) + overlap > u64::from(window)) {
+            return Err(StreamError::Windows { origin: origin(), tokens, context: found });
         }
+        if let Bos::Document(token) | Bos::Window(token) = bos
+            && token >= self.vocabulary
+        {
+            return Err(StreamError::ForeignBos { origin: origin(), token, vocabulary: self.vocabulary });
+        }
+        if let Some(sequence) = self.sequence
+            && !has_equal_contexts(tokens, found, sequence)
+        {
+            return Err(StreamError::UnequalContexts { origin: origin(), tokens, window, sequence });
+        }
+        Ok(())
     }
 
     fn check(&self, record: &TokenizedDocument) -> Result<(), RecordError> {

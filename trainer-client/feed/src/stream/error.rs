@@ -4,7 +4,8 @@ use rdkafka::error::KafkaError;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{ContextPolicy, RecordError};
 
-use super::decode::TopicKind;
+use super::kind::TopicKind;
+use super::place::ShardError;
 use crate::document::LengthMismatch;
 
 /// Why a stream could not be opened or had to end.
@@ -12,8 +13,7 @@ use crate::document::LengthMismatch;
 pub enum StreamError {
     /// No broker answered in time.
     #[error(
-        "no Kafka broker answered at {servers} within {seconds} s{}; check --bootstrap-servers and that the broker \
-         is up",
+        "no Kafka broker answered at {servers} within {seconds} s{}; check the address and that the broker is up",
         detail(.reason.as_ref())
     )]
     Unreachable {
@@ -25,25 +25,25 @@ pub enum StreamError {
         reason: Option<String>,
     },
     /// A setting whose value should come from a file and does not.
-    #[error("--property: {0}")]
+    #[error("a librdkafka setting: {0}")]
     PropertyFile(sluice_kafka::PropertyError),
     /// The client refused its settings; the words are librdkafka's and hold no property's value.
-    #[error("librdkafka refused its settings: {0}; check the --property flags")]
+    #[error("librdkafka refused its settings: {0}")]
     Settings(String),
     /// A setting that does not exist. Its value may be a secret, so nothing here holds it.
-    #[error("--property {0} is unknown to librdkafka; check its spelling{hint}", hint = sluice_kafka::hint(.0))]
+    #[error("setting {0} is unknown to librdkafka; check its spelling{hint}", hint = sluice_kafka::hint(.0))]
     UnknownProperty(String),
     /// A setting with a value of the wrong kind, which may be a secret and is not held here.
     #[error(
-        "the value of --property {0} is not accepted by librdkafka; see {0} in its CONFIGURATION.md{hint}",
+        "the value of setting {0} is not accepted by librdkafka; see {0} in its CONFIGURATION.md{hint}",
         hint = sluice_kafka::hint(.0)
     )]
     PropertyValue(String),
     /// A setting that the stream's guarantees rest on.
-    #[error("--property {0} cannot be set: the trainer keeps its own offsets and sets this itself")]
+    #[error("setting {0} cannot be set: offsets are kept with checkpoints, and the stream sets this itself")]
     OwnedProperty(String),
     /// There is no such topic.
-    #[error("topic {topic:?} does not exist on {servers}; create it, or check --topic")]
+    #[error("topic {topic:?} does not exist on {servers}; create it, or check its name")]
     NoSuchTopic {
         /// Its name.
         topic: String,
@@ -51,7 +51,7 @@ pub enum StreamError {
         servers: String,
     },
     /// The topic has ended before it began.
-    #[error("topic {0:?} holds no documents; fill it first, or give --follow to wait for them")]
+    #[error("topic {0:?} holds no documents; fill it first, or follow it to wait for them")]
     EmptyTopic(String),
     /// The broker refused, or lost what was asked for.
     #[error("reading topic {topic:?} failed: {error}{}", detail(.reason.as_ref()))]
@@ -72,7 +72,7 @@ pub enum StreamError {
         error: Box<RecordError>,
     },
     /// A record that says itself that it is of the other kind.
-    #[error("record at {origin} is {found}: this is a topic of {}; {}", .found.plural(), .found.advice())]
+    #[error("record at {origin} is {found}: this is a topic of {}", .found.plural())]
     Kind {
         /// Where it was read.
         origin: Origin,
@@ -89,8 +89,8 @@ pub enum StreamError {
     },
     /// A scored document without the entropies that the run's score looks at.
     #[error(
-        "record at {origin} carries no reference entropies, which --score reference-entropy, intersection and union \
-         look at; score the topic with `sluiced serve --score-entropies true`, or give another --score"
+        "record at {origin} carries no reference entropies, which the score looks at; score the topic with entropies \
+         (`sluiced serve --score-entropies true`), or choose by another score"
     )]
     NoEntropies {
         /// Where it was read.
@@ -99,7 +99,7 @@ pub enum StreamError {
     /// Losses of two reference models cannot be compared with one another.
     #[error(
         "record at {origin} was scored by reference model {found}, but this run began with {expected}; train on a \
-         topic that one model scored, or allow both with --reference-model"
+         topic that one model scored, or allow both"
     )]
     ForeignReference {
         /// Where it was read.
@@ -127,7 +127,7 @@ pub enum StreamError {
     /// What was to be read next was never there.
     #[error(
         "topic {topic:?}, partition {partition} ends before offset {high}, but the run stands at {next_offset}: it is not the \
-         topic that the run read, or was made anew; begin a new run with --init"
+         topic that the run read, or was made anew; begin a new run"
     )]
     Shorter {
         /// The topic.
@@ -139,22 +139,18 @@ pub enum StreamError {
         /// The end that the partition has.
         high: i64,
     },
-    /// A shard without a partition would wait for ever.
-    #[error(
-        "topic {topic:?} has {partitions} partitions, too few for {world_size} ranks; give --world-size {partitions} or less"
-    )]
-    NoPartitions {
+    /// The topic's partitions cannot be dealt to the ranks.
+    #[error("topic {topic:?}: {error}")]
+    Shard {
         /// The topic.
         topic: String,
-        /// How many it has.
-        partitions: usize,
-        /// How many ranks share them.
-        world_size: usize,
+        /// Why not.
+        error: ShardError,
     },
     /// Losses under two context policies cannot be compared with one another.
     #[error(
         "record at {origin} was scored in windows of {} tokens every {}, but others of its reference model in windows of {} \
-         every {}; score the topic anew with one --score-window-tokens and --score-stride-tokens",
+         every {}; score the topic anew with one window and one stride",
         .found.window, .found.stride, .expected.window, .expected.stride
     )]
     ForeignContext {
@@ -165,10 +161,59 @@ pub enum StreamError {
         /// How the first one of this reference model was.
         expected: ContextPolicy,
     },
+    /// A context policy under which no model can have scored the document.
+    #[error(
+        "record at {origin} says that its {} tokens were scored in windows of {} every {}, which would leave some out; \
+         score the topic anew with windows that overlap",
+        .tokens, .context.window, .context.stride
+    )]
+    Windows {
+        /// Where it was read.
+        origin: Origin,
+        /// Tokens of the document.
+        tokens: usize,
+        /// How the record says that its document was seen.
+        context: ContextPolicy,
+    },
+    /// The reference saw a BOS token that the run's vocabulary does not have.
+    #[error(
+        "record at {origin} was scored with BOS token {token} before it, which is beyond the vocabulary of {vocabulary}: the \
+         reference model has another tokenizer than this run"
+    )]
+    ForeignBos {
+        /// Where it was read.
+        origin: Origin,
+        /// The token.
+        token: u32,
+        /// Ids are below this.
+        vocabulary: u32,
+    },
+    /// A document that does not fit a sequence under the contexts of its reference losses.
+    #[error(
+        "record at {origin} has {tokens} tokens, which the reference model read in windows of {window}, and a sequence \
+         holds {sequence}: the losses of both models would be taken under different contexts; give sequences of \
+         {window}, or have such tokens masked or allowed"
+    )]
+    UnequalContexts {
+        /// Where it was read.
+        origin: Origin,
+        /// Tokens of the document.
+        tokens: usize,
+        /// Tokens of the reference's windows.
+        window: u32,
+        /// Tokens of a sequence.
+        sequence: usize,
+    },
+    /// Another rank of the group has failed.
+    #[error("another rank of the group has failed; see what it says")]
+    OtherRank,
+    /// Ranks could not reach an agreement.
+    #[error("the ranks of the group could not agree on a step: {0}")]
+    Agreement(String),
     /// A record of a reference model that is not on the run's list.
     #[error(
-        "record at {origin} was scored by reference model {found}, which no --reference-model names; add it if its \
-         losses are meant to be compared with"
+        "record at {origin} was scored by reference model {found}, which is none of those allowed; add it if its losses are \
+         meant to be compared with"
     )]
     NotAllowed {
         /// Where it was read.
@@ -183,7 +228,7 @@ pub enum StreamError {
 
 impl StreamError {
     /// Every reason that [`Self::rejection`] may give.
-    pub const REJECTIONS: [&'static str; 7] = [
+    pub const REJECTIONS: [&'static str; 10] = [
         "record",
         "kind",
         "losses",
@@ -191,6 +236,9 @@ impl StreamError {
         "foreign_reference_model",
         "reference_model_not_allowed",
         "foreign_context",
+        "windows",
+        "foreign_bos",
+        "unequal_contexts",
     ];
 
     /// Why a record was refused, in a word; `None` where it is not a record that is at fault.
@@ -203,6 +251,9 @@ impl StreamError {
             Self::ForeignReference { .. } => Some("foreign_reference_model"),
             Self::NotAllowed { .. } => Some("reference_model_not_allowed"),
             Self::ForeignContext { .. } => Some("foreign_context"),
+            Self::Windows { .. } => Some("windows"),
+            Self::ForeignBos { .. } => Some("foreign_bos"),
+            Self::UnequalContexts { .. } => Some("unequal_contexts"),
             _ => None,
         }
     }

@@ -1,186 +1,275 @@
 //! A Kafka topic as a stream of documents: the trainer's side of a thread that reads ahead.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use rdkafka::Message as _;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::{ContextPolicy, ScoredDocument};
 
-use super::DocumentStream;
-use super::connection::Broker;
-use super::decode::{Contexts, Decoder};
-use super::error::StreamError;
-use super::place::{Position, Shard, starting_position};
-use super::reader::{Delivery, POLL, QUEUE_DOCUMENTS_MAX, Reader};
-use crate::document::Document;
-use crate::telemetry::Telemetry;
+use super::connection::{Broker, Listener};
+use super::decode::Decoder;
+use super::error::{Origin, StreamError};
+use super::place::{Extent, Position, Shard};
+use super::provenance::{Contexts, Provenance};
+use super::queue::{Delivery, Queues, Waiting};
+use super::reader::Reader;
+use super::start::starting_position;
+use super::track::Track;
+use super::{DocumentStream, Next};
+use crate::observer::SharedObserver;
 
-/// How much of a topic to read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Extent {
-    /// Up to the end it has when the stream opens, this many times over.
-    UntilEnd {
-        /// Passes over the topic.
-        epochs: u64,
-    },
-    /// For ever.
-    Follow,
-}
+/// Longest wait between looks at whether somebody asked to stop.
+const POLL: Duration = Duration::from_millis(50);
+/// A lane that has given nothing for longer than this is worth a line.
+const STALL: Duration = Duration::from_secs(5);
+/// Between two words about the same stall.
+const AGAIN: Duration = Duration::from_secs(30);
 
-/// A topic's documents in strict rotation over its partitions.
+/// A topic's documents, each partition a lane.
 #[derive(Debug)]
 pub struct KafkaStream {
     topic: String,
-    deliveries: Receiver<Result<Delivery, StreamError>>,
-    queued_tokens: Arc<AtomicUsize>,
-    telemetry: Telemetry,
-    closed: Arc<AtomicBool>,
+    extent: Extent,
+    lanes: usize,
+    /// The rank's lanes and where they stand, in the order of their queues.
+    own: Vec<(usize, Position)>,
+    queues: Arc<Queues>,
+    observer: SharedObserver,
     stop: Arc<AtomicBool>,
     reader: Option<JoinHandle<()>>,
-    position: Position,
-    reference_model: Option<Fingerprint>,
-    /// Shares what it has seen with the reader's.
-    decoder: Decoder,
+    provenance: Provenance,
+}
+
+/// Which part of a topic is read, and from where on.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// The rank's lanes.
+    pub shard: Shard,
+    /// Where lanes stand; one without a place is read from its first record.
+    pub places: BTreeMap<usize, Position>,
+    /// The reference model that documents before this place have shown.
+    pub reference_model: Option<Fingerprint>,
+    /// How each reference model saw the documents before this place.
+    pub contexts: Contexts,
+}
+
+impl Start {
+    /// The whole topic from its first records on.
+    pub fn whole() -> Self {
+        Self::of(Shard::WHOLE)
+    }
+
+    /// A rank's lanes from their first records on.
+    pub fn of(shard: Shard) -> Self {
+        Self { shard, places: BTreeMap::new(), reference_model: None, contexts: Contexts::new() }
+    }
 }
 
 impl KafkaStream {
-    /// Connects and starts reading from the first retained record; ends early once `stop` is set.
+    /// Connects and starts reading a part of a topic. Ends early once `stop` is set.
     ///
-    /// Fails within seconds where no broker answers, the topic does not exist, or it is empty and not followed.
+    /// Fails within seconds where no broker answers, the topic does not exist, it is empty and not followed, retention has
+    /// removed what was to be read next, or the topic has fewer partitions than the shard's group has ranks.
     pub fn open(
         broker: Broker,
         topic: &str,
         extent: Extent,
+        start: Start,
         decoder: Decoder,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, StreamError> {
-        Self::open_at(broker, topic, extent, (Shard::WHOLE, None), decoder, stop)
-    }
-
-    /// As [`KafkaStream::open`], for one shard of the topic, from a place on that this or other shards had reached.
-    ///
-    /// Fails where retention has removed what was to be read next, or the shard has no partition.
-    pub fn open_at(
-        broker: Broker,
-        topic: &str,
-        extent: Extent,
-        (shard, place): (Shard, Option<&Position>),
-        decoder: Decoder,
-        stop: Arc<AtomicBool>,
-    ) -> Result<Self, StreamError> {
-        let (consumer, all) = broker.connect(topic)?;
-        let partitions: Vec<i32> = all.iter().copied().filter(|&partition| shard.owns(partition)).collect();
-        if partitions.is_empty() {
-            let world_size = shard.world_size;
-            return Err(StreamError::NoPartitions {
-                topic: topic.to_owned(),
-                partitions: all.len(),
-                world_size,
-            });
+        let Start { shard, places, reference_model, contexts } = start;
+        let (consumer, partitions) = broker.connect(topic)?;
+        let lanes = partitions.len();
+        let mut own = Vec::new();
+        let mut is_empty = true;
+        for (lane, &partition) in partitions.iter().enumerate() {
+            if !shard.owns(lane) {
+                continue;
+            }
+            let offsets = broker.watermarks(&consumer, topic, partition)?;
+            is_empty &= offsets.0 >= offsets.1;
+            own.push((lane, starting_position((topic, partition), extent, offsets, places.get(&lane))?));
         }
-        let offsets = broker.offsets(&consumer, topic, &partitions)?;
-        let is_empty = shard == Shard::WHOLE && offsets.values().all(|(low, high)| low >= high);
-        if extent != Extent::Follow && place.is_none() && is_empty {
+        if extent != Extent::Follow && places.is_empty() && is_empty && shard == Shard::WHOLE {
             return Err(StreamError::EmptyTopic(topic.to_owned()));
         }
-        let position = starting_position(topic, extent, &offsets, place)?;
-        let (sender, deliveries) = mpsc::sync_channel(QUEUE_DOCUMENTS_MAX);
-        let queued_tokens = Arc::new(AtomicUsize::new(0));
-        let closed = Arc::new(AtomicBool::new(false));
-        let telemetry = broker.telemetry().clone();
-        let start = position.clone();
-        let lows = offsets.iter().map(|(&partition, &(low, _))| (partition, low)).collect();
+        let provenance = Provenance::new(!decoder.allowed().is_empty(), reference_model, contexts);
+        let queues = Arc::new(Queues::new(own.len()));
+        let observer = broker.observer().clone();
         let reader = Reader {
             broker,
             topic: topic.to_owned(),
+            extent,
             consumer,
-            decoder: decoder.clone(),
-            sender,
-            queued_tokens: Arc::clone(&queued_tokens),
-            closed: Arc::clone(&closed),
+            decoder,
+            tracks: own.iter().map(|(lane, position)| Track::new(partitions[*lane], position)).collect(),
+            queues: Arc::clone(&queues),
         };
         let thread = std::thread::Builder::new()
             .name("stream".into())
-            .spawn(move || reader.run(extent, &start, lows))
+            .spawn(move || reader.run())
             .map_err(|_| StreamError::ReaderGone(topic.to_owned()))?;
         Ok(Self {
             topic: topic.to_owned(),
-            deliveries,
-            queued_tokens,
-            telemetry,
-            closed,
+            extent,
+            lanes,
+            own,
+            queues,
+            observer,
             stop,
             reader: Some(thread),
-            position,
-            reference_model: None,
-            decoder,
+            provenance,
         })
     }
-}
 
-impl KafkaStream {
-    fn advance(&mut self, delivery: &Delivery) {
-        let Position { epoch, partitions, next_partition, documents } = &mut self.position;
-        *epoch = delivery.epoch;
-        *documents += 1;
-        if let Some(place) = partitions.get_mut(&delivery.partition) {
-            (place.epoch, place.next_offset) = (delivery.epoch, delivery.next_offset);
-        }
-        // None after the last partition, when the first one's turn comes.
-        *next_partition = partitions.range(delivery.partition + 1..).next().map(|(&partition, _)| partition);
+    /// Index of a lane's queue.
+    fn queue_of(&self, lane: usize) -> usize {
+        let index = self.own.iter().position(|(own, _)| *own == lane);
+        index.unwrap_or_else(|| panic!("lane {lane} is one of this rank's"))
     }
 }
 
 impl DocumentStream for KafkaStream {
-    fn next_document(&mut self) -> Result<Option<Document>, StreamError> {
+    fn lanes(&self) -> usize {
+        self.lanes
+    }
+
+    fn next_document(&mut self, lane: usize) -> Result<Next, StreamError> {
+        let queue = self.queue_of(lane);
+        let mut stall = Stall::default();
         while !self.stop.load(Ordering::Relaxed) {
-            match self.deliveries.recv_timeout(POLL) {
-                Ok(Ok(delivery)) => {
-                    self.queued_tokens.fetch_sub(delivery.document.tokens().len(), Ordering::Relaxed);
-                    self.telemetry.queue(-1);
-                    self.advance(&delivery);
-                    self.reference_model = delivery.reference_model;
-                    return Ok(Some(delivery.document));
+            match self.queues.take(queue, POLL) {
+                Waiting::Delivery(Delivery { document, epoch, offset, reference_model }) => {
+                    self.observer.queued(-1);
+                    if let (Some(model), Some(context)) = (reference_model, document.context()) {
+                        let topic = &self.topic;
+                        let origin = || Origin { topic: topic.clone(), partition: lane as i32, offset };
+                        self.provenance.admit(model, context, origin).inspect_err(|error| {
+                            error.rejection().into_iter().for_each(|reason| self.observer.rejected(reason));
+                        })?;
+                    }
+                    let position = &mut self.own[queue].1;
+                    (position.epoch, position.next_offset) = (epoch, offset + 1);
+                    position.documents += 1;
+                    return Ok(Next::Document(document));
                 }
-                Ok(Err(error)) => return Err(error),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => {
-                    let panicked = self.reader.take().is_some_and(|reader| reader.join().is_err());
-                    return if panicked {
-                        Err(StreamError::ReaderGone(self.topic.clone()))
-                    } else {
-                        Ok(None)
-                    };
-                }
+                Waiting::Ended => return Ok(Next::Ended),
+                Waiting::Failed(error) => return Err(error),
+                Waiting::Gone => return Err(StreamError::ReaderGone(self.topic.clone())),
+                Waiting::Nothing => stall.waiting(&self.topic, lane, self.extent),
             }
         }
-        Ok(None)
+        Ok(Next::Stopped)
     }
 
-    fn position(&self) -> Position {
-        self.position.clone()
-    }
-
-    fn parts(&self) -> usize {
-        self.position.partitions.len()
+    fn position(&self, lane: usize) -> Position {
+        self.own[self.queue_of(lane)].1
     }
 
     fn contexts(&self) -> Contexts {
-        self.decoder.contexts()
+        self.provenance.contexts().clone()
     }
 
     fn reference_model(&self) -> Option<Fingerprint> {
-        self.reference_model
+        self.provenance.reference_model()
     }
 }
 
 impl Drop for KafkaStream {
     fn drop(&mut self) {
-        self.closed.store(true, Ordering::Relaxed);
+        // The reader waits for nobody here, so it sees this within a poll.
+        self.queues.close();
         if let Some(reader) = self.reader.take() {
             // A panic there has nothing to add to what this side already reports.
             let _ = reader.join();
         }
+        self.observer.queued(-(self.queues.waiting() as i64));
     }
+}
+
+/// Says now and then that a lane keeps the stream waiting.
+#[derive(Default)]
+struct Stall {
+    since: Option<Instant>,
+    said: u32,
+}
+
+impl Stall {
+    fn waiting(&mut self, topic: &str, lane: usize, extent: Extent) {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        if since.elapsed() > STALL + AGAIN * self.said {
+            self.said += 1;
+            let hint = if extent == Extent::Follow {
+                "; micro-batches come from all partitions in turn"
+            } else {
+                ""
+            };
+            tracing::info!(
+                topic,
+                "waiting for partition {lane}: it is its turn, and it holds no new record{hint}"
+            );
+        }
+    }
+}
+
+/// How the reference saw the first scored record of a topic that there is; waits for one where the topic is followed, and
+/// gives `None` where it is not and holds none, or `stop` is set.
+pub fn first_context(
+    broker: &Broker,
+    topic: &str,
+    extent: Extent,
+    stop: &AtomicBool,
+) -> Result<Option<ContextPolicy>, StreamError> {
+    let (consumer, partitions) = broker.connect(topic)?;
+    let mut assignment = TopicPartitionList::new();
+    let mut is_empty = true;
+    for &partition in &partitions {
+        let (low, high) = broker.watermarks(&consumer, topic, partition)?;
+        is_empty &= low >= high;
+        let added = assignment.add_partition_offset(topic, partition, Offset::Offset(low));
+        added.map_err(|error| failed(topic, &consumer, error))?;
+    }
+    if is_empty && extent != Extent::Follow {
+        return Ok(None);
+    }
+    consumer.assign(&assignment).map_err(|error| failed(topic, &consumer, error))?;
+    let mut ended = 0;
+    while !stop.load(Ordering::Relaxed) {
+        match consumer.poll(POLL) {
+            Some(Ok(message)) => {
+                let Some(payload) = message.payload() else { continue };
+                let origin = Origin {
+                    topic: topic.to_owned(),
+                    partition: message.partition(),
+                    offset: message.offset(),
+                };
+                return match ScoredDocument::decode(Bytes::copy_from_slice(payload)) {
+                    Ok(record) => Ok(Some(record.context)),
+                    Err(error) => Err(StreamError::Record { origin, error: Box::new(error) }),
+                };
+            }
+            Some(Err(rdkafka::error::KafkaError::PartitionEOF(_))) => {
+                ended += 1;
+                if ended >= partitions.len() && extent != Extent::Follow {
+                    return Ok(None);
+                }
+            }
+            Some(Err(error)) => tracing::debug!(topic, %error, "the broker has trouble; trying on"),
+            None => {}
+        }
+    }
+    Ok(None)
+}
+
+fn failed(topic: &str, consumer: &BaseConsumer<Listener>, error: rdkafka::error::KafkaError) -> StreamError {
+    let reason = consumer.context().last_error();
+    StreamError::Broker { topic: topic.to_owned(), error: Box::new(error), reason }
 }

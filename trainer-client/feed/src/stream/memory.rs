@@ -1,11 +1,11 @@
-//! Documents held in memory, in a new order for each pass over them.
+//! Documents held in memory, in a new order for each pass over them: a stream of one lane.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use sluice_schemas::fingerprint::Fingerprint;
 
-use super::{DocumentStream, Position, StreamError};
+use super::{DocumentStream, Next, Position, StreamError};
 use crate::document::Document;
 use crate::random::SplitMix64;
 
@@ -64,23 +64,27 @@ impl ShuffledDocuments {
 }
 
 impl DocumentStream for ShuffledDocuments {
-    fn next_document(&mut self) -> Result<Option<Document>, StreamError> {
-        if self.stop.load(Ordering::Relaxed) || self.documents.is_empty() {
-            return Ok(None);
+    fn lanes(&self) -> usize {
+        1
+    }
+
+    fn next_document(&mut self, _lane: usize) -> Result<Next, StreamError> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Ok(Next::Stopped);
         }
         if self.next == self.order.len() {
-            if self.epoch == self.epochs {
-                return Ok(None);
+            if self.epoch == self.epochs || self.documents.is_empty() {
+                return Ok(Next::Ended);
             }
             self.begin(self.epoch + 1);
         }
         let document = self.documents[self.order[self.next] as usize].clone();
         self.next += 1;
         self.handed_out += 1;
-        Ok(Some(document))
+        Ok(Next::Document(document))
     }
 
-    fn position(&self) -> Position {
+    fn position(&self, _lane: usize) -> Position {
         Position { epoch: self.epoch, documents: self.handed_out, ..Position::default() }
     }
 
@@ -98,7 +102,14 @@ mod tests {
 
     use super::ShuffledDocuments;
     use crate::document::Document;
-    use crate::stream::DocumentStream;
+    use crate::stream::{DocumentStream, Next};
+
+    fn next(stream: &mut ShuffledDocuments) -> Option<Document> {
+        match stream.next_document(0).unwrap() {
+            Next::Document(document) => Some(document),
+            Next::Ended | Next::Stopped => None,
+        }
+    }
 
     #[test]
     fn every_epoch_has_every_document_in_an_order_of_its_own() {
@@ -106,28 +117,26 @@ mod tests {
         let documents: Vec<Document> =
             (0..50).map(|n| Document::plain(n.to_string(), String::new(), vec![n, n])).collect();
         let mut stream = ShuffledDocuments::new(documents, 2, 9, Arc::clone(&stop));
-        let mut epoch = || -> Vec<u32> {
-            (0..50).map(|_| stream.next_document().unwrap().unwrap().tokens()[0]).collect()
-        };
+        let mut epoch = || -> Vec<u32> { (0..50).map(|_| next(&mut stream).unwrap().tokens()[0]).collect() };
         let (mut first, mut second) = (epoch(), epoch());
         assert_ne!(first, second);
         first.sort_unstable();
         second.sort_unstable();
         assert_eq!(first, second);
-        assert_eq!(stream.next_document().unwrap(), None);
-        assert_eq!(stream.position().documents, 100);
+        assert_eq!(stream.next_document(0).unwrap(), Next::Ended);
+        assert_eq!(stream.position(0).documents, 100);
         for taken in [0, 1, 49, 50, 51, 100] {
             let documents = stream.documents.to_vec();
             let (mut whole, resumed) = [0, taken]
                 .map(|taken| ShuffledDocuments::new(documents.clone(), 2, 9, Arc::default()).after(taken))
                 .into();
-            (0..taken).for_each(|_| drop(whole.next_document()));
+            (0..taken).for_each(|_| drop(next(&mut whole)));
             assert_eq!(
-                (&whole.order, whole.next, whole.position()),
-                (&resumed.order, resumed.next, resumed.position())
+                (&whole.order, whole.next, whole.position(0)),
+                (&resumed.order, resumed.next, resumed.position(0))
             );
         }
         stop.store(true, Ordering::Relaxed);
-        assert_eq!(stream.next_document().unwrap(), None);
+        assert_eq!(stream.next_document(0).unwrap(), Next::Stopped);
     }
 }

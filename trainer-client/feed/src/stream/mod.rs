@@ -1,38 +1,60 @@
-//! Documents in, in an order that depends on the data alone: from a Kafka topic or from memory.
+//! Documents in, by lanes: from a Kafka topic, whose partitions are lanes, or from memory.
 
 mod connection;
 mod decode;
 mod error;
 mod fetch;
+mod kind;
 mod memory;
 mod place;
+mod provenance;
+mod queue;
 mod reader;
-mod rotation;
+mod start;
 mod throttle;
+mod track;
 
 use sluice_schemas::fingerprint::Fingerprint;
 
 pub use connection::{Broker, PROPERTIES_OWNED};
-pub use decode::{Contexts, Decoder, TopicKind};
+pub use decode::Decoder;
 pub use error::{Origin, StreamError};
-pub use fetch::{Extent, KafkaStream};
+pub use fetch::{KafkaStream, Start, first_context};
+pub use kind::TopicKind;
 pub use memory::ShuffledDocuments;
-pub use place::{PartitionPosition, Position, Shard};
+pub use place::{Extent, Position, Shard, ShardError};
+pub use provenance::Contexts;
 
 use crate::document::Document;
 
-/// Where documents come from, one after the other.
-pub trait DocumentStream {
-    /// The next document; `None` at the end of the stream, or once the run has been asked to stop.
-    fn next_document(&mut self) -> Result<Option<Document>, StreamError>;
+/// What comes next in a lane.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    /// A document.
+    Document(Document),
+    /// The lane has ended.
+    Ended,
+    /// Somebody has asked to stop; the lane stays where it is.
+    Stopped,
+}
+
+/// Where documents come from: lanes, each of them in an order of its own that depends on the data alone. In Kafka a lane
+/// is a partition, and has its number.
+pub trait DocumentStream: Send {
+    /// Lanes of the whole stream, those of other ranks included.
+    fn lanes(&self) -> usize;
+
+    /// The next document of a lane.
+    ///
+    /// # Panics
+    /// When the lane is not one of this rank's.
+    fn next_document(&mut self, lane: usize) -> Result<Next, StreamError>;
 
     /// How far the documents handed out so far reach: what a checkpoint must carry to go on from here.
-    fn position(&self) -> Position;
-
-    /// Parts that documents come from in turn; a document of each shows whether all of them fit the run.
-    fn parts(&self) -> usize {
-        1
-    }
+    ///
+    /// # Panics
+    /// When the lane is not one of this rank's.
+    fn position(&self, lane: usize) -> Position;
 
     /// How each reference model saw the documents read so far; a checkpoint carries it, so that a run that goes on still
     /// knows a record whose losses are not to be compared with the others'.

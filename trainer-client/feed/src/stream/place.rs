@@ -1,155 +1,166 @@
-//! Places in a stream, and the parts of a topic that ranks read.
-
-use std::collections::BTreeMap;
+//! Places in a stream, and how its lanes are dealt to ranks.
 
 use serde::{Deserialize, Serialize};
 
-use super::error::StreamError;
-use super::fetch::Extent;
+/// How much of a topic to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Extent {
+    /// Up to the end it has when the stream opens, this many times over.
+    UntilEnd {
+        /// Passes over the topic.
+        epochs: u64,
+    },
+    /// For ever.
+    Follow,
+}
 
-/// A place in a stream.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+impl Extent {
+    /// Passes over the topic; `None` where the first one never ends.
+    pub fn epochs(self) -> Option<u64> {
+        match self {
+            Self::UntilEnd { epochs } => Some(epochs),
+            Self::Follow => None,
+        }
+    }
+}
+
+/// A place in a lane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
-    /// Pass over the data that the last document belongs to, counted from 1.
+    /// Pass over the lane that the last document belongs to, counted from 1.
     pub epoch: u64,
-    /// How far each partition has been read; empty for documents held in memory.
-    pub partitions: BTreeMap<i32, PartitionPosition>,
-    /// The partition whose turn is next, if it is not the first one's.
-    pub next_partition: Option<i32>,
+    /// Offset that the first pass began at.
+    pub first_offset: i64,
+    /// Offset of the next record to read in this pass.
+    pub next_offset: i64,
+    /// Offset that each pass ends before, fixed when the run began; none for a topic that is followed, and in memory.
+    pub end: Option<i64>,
     /// Documents handed out since the start of the run.
     pub documents: u64,
 }
 
-/// A place in a partition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PartitionPosition {
-    /// Pass over the partition, counted from 1.
-    pub epoch: u64,
-    /// Offset of the next record to read in this pass.
-    pub next_offset: i64,
-    /// Offset that each pass ends before, fixed when the run began; none for a topic that is followed.
-    pub end: Option<i64>,
-}
-
-impl Position {
-    /// The places of several shards of one topic as one place, from which other shards can go on. Whose turn it is gets
-    /// lost where there are several.
-    pub fn merged(shards: &[Self]) -> Self {
-        match shards {
-            [alone] => alone.clone(),
-            _ => Self {
-                epoch: shards.iter().map(|shard| shard.epoch).max().unwrap_or(0),
-                partitions: shards.iter().flat_map(|shard| shard.partitions.clone()).collect(),
-                next_partition: None,
-                documents: shards.iter().map(|shard| shard.documents).sum(),
-            },
-        }
-    }
-}
-
-/// One of several equal parts of a topic: partition `p` belongs to rank `p % world_size`.
+/// How the lanes of a stream are dealt to the ranks of a group: lane `l` belongs to rank `l % ranks`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
-    /// Which part, from 0.
-    pub rank: usize,
-    /// Number of parts.
-    pub world_size: usize,
+    rank: usize,
+    world_size: usize,
+}
+
+/// Ranks that lanes cannot be dealt to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ShardError {
+    /// There is no such rank.
+    #[error("rank {rank} is none of {world_size} ranks, which are numbered from 0")]
+    Rank {
+        /// The number given.
+        rank: usize,
+        /// How many there are.
+        world_size: usize,
+    },
+    /// Some ranks would have more lanes than others.
+    #[error(
+        "{lanes} lanes (partitions of the topic) cannot be dealt to {world_size} ranks in equal numbers; use {} ranks, or \
+         a topic whose partitions {world_size} divides",
+        divisors(*.lanes)
+    )]
+    Lanes {
+        /// Lanes of the stream.
+        lanes: usize,
+        /// How many ranks there are.
+        world_size: usize,
+    },
+    /// Some ranks would have more micro-batches of a step than others.
+    #[error("{micro_batches} micro-batches a step are not a multiple of {world_size} ranks: give a multiple")]
+    MicroBatches {
+        /// Micro-batches of a step, over all ranks.
+        micro_batches: usize,
+        /// How many ranks there are.
+        world_size: usize,
+    },
 }
 
 impl Shard {
-    /// The whole topic.
+    /// One rank, which has every lane.
     pub const WHOLE: Self = Self { rank: 0, world_size: 1 };
 
-    /// Whether a partition belongs to this part.
-    pub fn owns(self, partition: i32) -> bool {
-        usize::try_from(partition).is_ok_and(|partition| partition % self.world_size == self.rank)
+    /// The lanes of rank `rank` of `ranks`.
+    pub fn new(rank: usize, world_size: usize) -> Result<Self, ShardError> {
+        if rank < world_size {
+            Ok(Self { rank, world_size })
+        } else {
+            Err(ShardError::Rank { rank, world_size })
+        }
+    }
+
+    /// Which rank, from 0.
+    pub fn rank(self) -> usize {
+        self.rank
+    }
+
+    /// Number of ranks.
+    pub fn world_size(self) -> usize {
+        self.world_size
+    }
+
+    /// The rank that a lane belongs to.
+    pub fn rank_of(self, lane: usize) -> usize {
+        lane % self.world_size
+    }
+
+    /// Whether a lane belongs to this rank.
+    pub fn owns(self, lane: usize) -> bool {
+        self.rank_of(lane) == self.rank
+    }
+
+    /// The rank's lanes of so many.
+    pub fn own(self, lanes: usize) -> impl Iterator<Item = usize> {
+        (self.rank..lanes).step_by(self.world_size)
+    }
+
+    /// Fails where ranks would not have lanes and micro-batches in equal numbers, with the numbers that would do.
+    pub fn check(self, lanes: usize, micro_batches: usize) -> Result<(), ShardError> {
+        let world_size = self.world_size;
+        if !lanes.is_multiple_of(world_size) {
+            return Err(ShardError::Lanes { lanes, world_size });
+        }
+        if !micro_batches.is_multiple_of(world_size) {
+            return Err(ShardError::MicroBatches { micro_batches, world_size });
+        }
+        Ok(())
     }
 }
 
-/// Where a shard begins to read: where `place` says, and at the first record of partitions that it does not know.
-pub(super) fn starting_position(
-    topic: &str,
-    extent: Extent,
-    offsets: &BTreeMap<i32, (i64, i64)>,
-    place: Option<&Position>,
-) -> Result<Position, StreamError> {
-    let mut partitions = BTreeMap::new();
-    for (&partition, &(low, high)) in offsets {
-        let end = (extent != Extent::Follow).then_some(high);
-        let begin = PartitionPosition { epoch: 1, next_offset: low, end };
-        let at = place.and_then(|place| place.partitions.get(&partition)).copied().unwrap_or(begin);
-        let PartitionPosition { next_offset, end, .. } = at;
-        if next_offset < low && end.is_none_or(|end| next_offset < end) {
-            return Err(StreamError::Removed { topic: topic.to_owned(), partition, next_offset, low });
-        }
-        let reached = end.unwrap_or(next_offset).max(next_offset);
-        if reached > high {
-            return Err(StreamError::Shorter {
-                topic: topic.to_owned(),
-                partition,
-                next_offset: reached,
-                high,
-            });
-        }
-        partitions.insert(partition, at);
+/// Numbers of ranks that so many lanes can be dealt to, in words.
+fn divisors(lanes: usize) -> String {
+    let all: Vec<String> =
+        (1..=lanes).filter(|&ranks| lanes.is_multiple_of(ranks)).map(|ranks| ranks.to_string()).collect();
+    match all.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
+        _ => all.concat(),
     }
-    let begun = Position { epoch: 1, ..Position::default() };
-    Ok(Position { partitions, ..place.cloned().unwrap_or(begun) })
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-    use std::collections::BTreeMap;
-
-    use super::{PartitionPosition, Position, starting_position};
-    use crate::stream::{Extent, StreamError};
-
-    const EPOCHS: Extent = Extent::UntilEnd { epochs: 2 };
-
-    fn at(next_offset: i64, end: i64) -> PartitionPosition {
-        PartitionPosition { epoch: 1, next_offset, end: Some(end) }
-    }
+    use super::Shard;
 
     #[test]
-    fn a_place_is_gone_on_from_and_partitions_that_it_does_not_know_are_read_from_their_start() {
-        let place = Position {
-            epoch: 1,
-            partitions: BTreeMap::from([(0, at(7, 20)), (2, at(5, 5))]),
-            next_partition: Some(2),
-            documents: 9,
-        };
-        let offsets = BTreeMap::from([(0, (3, 30)), (1, (2, 8)), (2, (6, 9))]);
-        let found = starting_position("t", EPOCHS, &offsets, Some(&place)).unwrap();
-        // The ends are those that the run began with, whatever has been added since; a partition that was read to its end
-        // misses nothing that retention has removed.
-        assert_eq!(found.partitions, BTreeMap::from([(0, at(7, 20)), (1, at(2, 8)), (2, at(5, 5))]));
-        assert_eq!((found.next_partition, found.documents), (Some(2), 9));
-        let begun = starting_position("t", Extent::Follow, &offsets, None).unwrap();
-        assert_eq!(begun.partitions[&0], PartitionPosition { epoch: 1, next_offset: 3, end: None });
-    }
-
-    #[test]
-    fn what_retention_has_removed_is_an_error_and_not_a_gap() {
-        let place = Position { partitions: BTreeMap::from([(0, at(7, 20))]), ..Position::default() };
-        let error =
-            starting_position("t", EPOCHS, &BTreeMap::from([(0, (8, 30))]), Some(&place)).unwrap_err();
-        assert!(
-            matches!(error, StreamError::Removed { partition: 0, next_offset: 7, low: 8, .. }),
-            "{error}"
-        );
-        assert!(error.to_string().contains("documents would be lost"));
-    }
-
-    #[test]
-    fn a_topic_that_ends_before_the_place_is_another_one() {
-        for (next_offset, end) in [(21, None), (7, Some(21))] {
-            let at = PartitionPosition { epoch: 1, next_offset, end };
-            let place = Position { partitions: BTreeMap::from([(0, at)]), ..Position::default() };
-            let offsets = BTreeMap::from([(0, (0, 20))]);
-            let error = starting_position("t", EPOCHS, &offsets, Some(&place)).unwrap_err();
-            assert!(matches!(error, StreamError::Shorter { next_offset: 21, high: 20, .. }), "{error}");
+    fn lanes_are_dealt_in_equal_numbers_or_not_at_all() {
+        for ranks in [1, 2, 3, 6] {
+            let mut dealt: Vec<usize> =
+                (0..ranks).flat_map(|rank| Shard::new(rank, ranks).unwrap().own(6)).collect();
+            dealt.sort_unstable();
+            assert_eq!(dealt, [0, 1, 2, 3, 4, 5]);
+            assert_eq!(Shard::new(0, ranks).unwrap().check(6, 12), Ok(()));
         }
+        let refused = |ranks, micro_batches| {
+            Shard::new(0, ranks).unwrap().check(6, micro_batches).unwrap_err().to_string()
+        };
+        assert!(refused(4, 4).contains("6 lanes") && refused(4, 4).contains("use 1, 2, 3 or 6 ranks"));
+        assert!(refused(3, 4).contains("4 micro-batches a step are not a multiple of 3 ranks"));
+        assert!(Shard::new(2, 2).unwrap_err().to_string().contains("rank 2 is none of 2"));
     }
 }

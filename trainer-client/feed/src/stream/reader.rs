@@ -1,10 +1,7 @@
-//! The thread that polls a topic, buffers what comes, takes it in turn, decodes it and hands it over through a bounded channel.
+//! The thread that polls a topic, keeps what comes by partition, decodes it and hands it over as there is room.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rdkafka::Message;
@@ -13,234 +10,229 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::Headers;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
-use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
 
 use super::connection::{Broker, Listener, is_unknown_topic};
-use super::decode::{Decoder, TopicKind};
+use super::decode::Decoder;
 use super::error::{Origin, StreamError};
-use super::fetch::Extent;
-use super::place::{PartitionPosition, Position};
-use super::rotation::{Range, Record, Rotation, Turn};
-use super::throttle::{Stall, Throttle};
-use crate::document::Document;
+use super::kind::TopicKind;
+use super::place::Extent;
+use super::queue::{Delivery, Queues};
+use super::throttle::Throttle;
+use super::track::{Progress, Record, Track};
 
-/// Documents that may wait decoded for the trainer.
-pub(super) const QUEUE_DOCUMENTS_MAX: usize = 1024;
-/// Tokens that may wait decoded for the trainer; one document more may exceed it.
+/// Tokens that may wait decoded, over all lanes; one document more in each may exceed it.
 const QUEUE_TOKENS_MAX: usize = 1 << 20;
 /// Payload bytes that may wait over all partitions before they are paused.
 const BUFFER_BYTES_MAX: usize = 64 << 20;
-/// Longest silence between looks at the broker, and at whether the run was asked to stop.
-pub(super) const POLL: Duration = Duration::from_millis(50);
+/// Longest silence between looks at the broker, and at whether the stream was left.
+const POLL: Duration = Duration::from_millis(50);
+/// Between two questions where partitions end.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// Longest time that a change of place may take.
+const SEEK_MAX: Duration = Duration::from_secs(10);
 
-/// What the reader thread hands over.
-pub(super) struct Delivery {
-    pub document: Document,
-    pub epoch: u64,
-    pub partition: i32,
-    pub next_offset: i64,
-    pub reference_model: Option<Fingerprint>,
-}
-
-/// The thread's side of the stream.
+/// The thread's side of a stream.
 pub(super) struct Reader {
     pub broker: Broker,
     pub topic: String,
+    pub extent: Extent,
     pub consumer: BaseConsumer<Listener>,
     pub decoder: Decoder,
-    pub sender: SyncSender<Result<Delivery, StreamError>>,
-    pub queued_tokens: Arc<AtomicUsize>,
-    pub closed: Arc<AtomicBool>,
+    /// The rank's partitions, in the order of the queues.
+    pub tracks: Vec<Track>,
+    pub queues: Arc<Queues>,
 }
 
 impl Reader {
-    /// Reads until everything has been handed over or the stream is closed; an error is handed over too.
-    pub fn run(mut self, extent: Extent, start: &Position, lows: BTreeMap<i32, i64>) {
-        if let Err(error) = self.read(extent, start, lows) {
-            self.broker.telemetry().stream_failed(&error);
-            // Nobody is left to hear it when this fails.
-            let _ = self.sender.send(Err(error));
-        }
+    /// Reads until everything has been handed over or the stream is left; an error is handed over too.
+    pub fn run(mut self) {
+        let read = self.read();
+        let waiting: usize = self.tracks.iter().map(Track::buffered).sum();
+        self.broker.observer().fetched(-(waiting as i64));
+        self.queues.leave(read.err());
     }
 
-    /// Reads every pass from `start` on; `lows` are the first offsets that the partitions have.
-    fn read(
-        &mut self,
-        extent: Extent,
-        start: &Position,
-        mut lows: BTreeMap<i32, i64>,
-    ) -> Result<(), StreamError> {
-        let Position { partitions, next_partition, .. } = start.clone();
-        let Extent::UntilEnd { epochs } = extent else {
-            let range = |at: PartitionPosition| Range { start: at.next_offset, end: None };
-            let ranges = partitions.into_iter().map(|(partition, at)| (partition, range(at))).collect();
-            return self.read_pass(1, &ranges, next_partition);
-        };
-        let own: Vec<i32> = partitions.keys().copied().collect();
-        let mut is_assigned = false;
-        // Partitions may be in different passes where other shards had read them.
-        let first = partitions.values().map(|at| at.epoch).min().unwrap_or(1);
-        for epoch in first..=epochs {
-            if is_assigned {
-                // A new consumer, because assigning the same partitions a second time and closing soon after trips an
-                // assertion in librdkafka 2.12 (`rktp_started` in rd_kafka_assignment_partition_stopped).
-                let (consumer, _) = self.broker.connect(&self.topic)?;
-                // Retention may have moved the beginning while the last pass went on.
-                let now = self.broker.offsets(&consumer, &self.topic, &own)?;
-                lows.extend(now.into_iter().map(|(partition, (low, _))| (partition, low)));
-                self.consumer = consumer;
-                is_assigned = false;
+    fn read(&mut self) -> Result<(), StreamError> {
+        for lane in 0..self.tracks.len() {
+            self.pass_on(lane)?;
+        }
+        self.assign()?;
+        let mut throttle = Throttle::new(BUFFER_BYTES_MAX / self.tracks.len().max(1));
+        let mut asked = None;
+        while !self.queues.is_closed() {
+            self.hand_over();
+            if self.is_done() {
+                break;
             }
-            let range = |(&partition, at): (&i32, &PartitionPosition)| {
-                let start = match at.epoch.cmp(&epoch) {
-                    std::cmp::Ordering::Less => lows[&partition],
-                    std::cmp::Ordering::Equal => at.next_offset,
-                    std::cmp::Ordering::Greater => at.end.unwrap_or(i64::MAX),
-                };
-                (partition, Range { start, end: at.end })
+            throttle.apply(&self.consumer, &self.topic, &self.tracks).map_err(|error| self.failed(error))?;
+            self.poll()?;
+            for lane in 0..self.tracks.len() {
+                if self.pass_on(lane)? {
+                    throttle
+                        .resume(&self.consumer, &self.topic, &self.tracks[lane])
+                        .map_err(|error| self.failed(error))?;
+                    self.seek(lane)?;
+                }
+            }
+            self.confirm_ends(&mut asked)?;
+        }
+        Ok(())
+    }
+
+    fn is_done(&self) -> bool {
+        self.tracks.iter().all(|track| track.progress() == Progress::Ended && track.buffered() == 0)
+    }
+
+    /// Begins a lane's next pass where one is read; whether its reading goes on elsewhere now.
+    fn pass_on(&mut self, lane: usize) -> Result<bool, StreamError> {
+        let mut has_begun = false;
+        while self.tracks[lane].progress() == Progress::PassRead {
+            let track = &mut self.tracks[lane];
+            if self.extent.epochs().is_none_or(|epochs| track.epoch() >= epochs) {
+                track.finish();
+                return Ok(false);
+            }
+            // Retention may have moved the beginning since the last pass began.
+            let (low, _) = match self.broker.watermarks(&self.consumer, &self.topic, track.partition()) {
+                Ok(offsets) => offsets,
+                Err(error @ StreamError::Unreachable { .. }) => {
+                    tracing::warn!(topic = self.topic, %error, "the broker has trouble; trying on");
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
             };
-            let ranges: BTreeMap<i32, Range> = partitions.iter().map(range).collect();
-            if ranges.values().all(|range| range.end.is_some_and(|end| range.start >= end)) {
-                continue;
-            }
-            is_assigned = true;
-            // A turn belongs to the pass that it was left in; every other pass begins with the first partition.
-            let turn = next_partition.filter(|_| epoch == start.epoch);
-            self.read_pass(epoch, &ranges, turn)?;
-            if self.closed.load(Ordering::Relaxed) {
-                break;
+            track.begin_pass(low);
+            has_begun = true;
+            let removed = low.min(track.end().unwrap_or(low)) - track.first_offset();
+            if removed > 0 {
+                tracing::warn!(
+                    topic = self.topic,
+                    partition = track.partition(),
+                    pass = track.epoch(),
+                    "retention has removed up to {removed} records that the first pass read; this pass goes without them"
+                );
+                self.broker.observer().removed(removed as u64);
             }
         }
-        Ok(())
+        Ok(has_begun)
     }
 
-    fn read_pass(
-        &mut self,
-        epoch: u64,
-        ranges: &BTreeMap<i32, Range>,
-        turn: Option<i32>,
-    ) -> Result<(), StreamError> {
-        self.assign(ranges)?;
-        let mut rotation = Rotation::new(ranges).beginning_at(turn);
-        let mut throttle = Throttle::new(BUFFER_BYTES_MAX / ranges.len().max(1));
-        let mut stall = Stall::default();
-        let mut refused = None;
-        while !self.closed.load(Ordering::Relaxed) {
-            let room = self.hand_over(epoch, &mut rotation, &mut refused, &mut stall)?;
-            if room == Handed::AllDone {
-                break;
-            }
-            throttle.apply(&self.consumer, &self.topic, &rotation).map_err(|error| self.failed(error))?;
-            self.poll(&mut rotation)?;
-        }
-        Ok(())
-    }
-
-    fn assign(&self, ranges: &BTreeMap<i32, Range>) -> Result<(), StreamError> {
+    fn assign(&self) -> Result<(), StreamError> {
         let mut assignment = TopicPartitionList::new();
-        for (&partition, range) in ranges {
+        for track in self.tracks.iter().filter(|track| track.progress() != Progress::Ended) {
             assignment
-                .add_partition_offset(&self.topic, partition, Offset::Offset(range.start))
+                .add_partition_offset(&self.topic, track.partition(), Offset::Offset(track.expected_offset()))
                 .map_err(|error| self.failed(error))?;
         }
         self.consumer.assign(&assignment).map_err(|error| self.failed(error))
     }
 
-    /// Hands documents over in rotation until the queue is full or the next one has not arrived.
-    fn hand_over(
-        &mut self,
-        epoch: u64,
-        rotation: &mut Rotation,
-        refused: &mut Option<Delivery>,
-        stall: &mut Stall,
-    ) -> Result<Handed, StreamError> {
-        loop {
-            if self.queued_tokens.load(Ordering::Relaxed) >= QUEUE_TOKENS_MAX {
-                return Ok(Handed::QueueFull);
-            }
-            let delivery = match refused.take() {
-                Some(delivery) => delivery,
-                None => match self.take(rotation) {
-                    Turn::Done => return Ok(Handed::AllDone),
-                    Turn::Waiting(partition) => {
-                        stall.waiting(&self.topic, partition);
-                        return Ok(Handed::Waiting);
-                    }
-                    // A tombstone holds no document; it only moves the offset.
-                    Turn::Take(_, Record { payload: None, .. }) => {
-                        self.broker.telemetry().skipped_tombstone();
-                        continue;
-                    }
-                    Turn::Take(partition, Record { offset, payload: Some(payload), kind }) => {
-                        stall.over();
-                        self.decode(epoch, partition, offset, kind, payload)?
-                    }
-                },
-            };
-            let tokens = delivery.document.tokens().len();
-            // Counted before it is sent, or the receiver could subtract first.
-            self.queued_tokens.fetch_add(tokens, Ordering::Relaxed);
-            self.broker.telemetry().queue(1);
-            match self.sender.try_send(Ok(delivery)) {
-                Ok(()) => {}
-                Err(TrySendError::Full(Ok(delivery))) => {
-                    self.queued_tokens.fetch_sub(tokens, Ordering::Relaxed);
-                    self.broker.telemetry().queue(-1);
-                    *refused = Some(delivery);
-                    return Ok(Handed::QueueFull);
+    /// Goes on where the track does. A second assignment instead would trip an assertion in librdkafka 2.12
+    /// (`rktp_started` in `rd_kafka_assignment_partition_stopped`) where the consumer is closed soon after.
+    fn seek(&self, lane: usize) -> Result<(), StreamError> {
+        let track = &self.tracks[lane];
+        let offset = Offset::Offset(track.expected_offset());
+        self.consumer
+            .seek(&self.topic, track.partition(), offset, SEEK_MAX)
+            .map_err(|error| self.failed(error))
+    }
+
+    /// Asks for the end of partitions that the broker ended before their pass does, and fetches the rest once more where
+    /// the broker has all of it by now. What it had before may have been a replica that lags behind.
+    fn confirm_ends(&mut self, asked: &mut Option<Instant>) -> Result<(), StreamError> {
+        let early: Vec<usize> = (0..self.tracks.len())
+            .filter(|&lane| self.tracks[lane].progress() == Progress::EndedEarly)
+            .collect();
+        if early.is_empty() || asked.is_some_and(|at| at.elapsed() < ASK_AGAIN) {
+            return Ok(());
+        }
+        let mut is_short = false;
+        for lane in early {
+            let track = &mut self.tracks[lane];
+            match self.broker.watermarks(&self.consumer, &self.topic, track.partition()) {
+                Ok((_, high)) if track.end().is_none_or(|end| high >= end) => {
+                    track.confirm();
+                    self.seek(lane)?;
                 }
-                Err(_) => {
-                    self.closed.store(true, Ordering::Relaxed);
-                    return Ok(Handed::QueueFull);
+                Ok(_) => is_short = true,
+                Err(error @ StreamError::Unreachable { .. }) => {
+                    tracing::warn!(topic = self.topic, %error, "the broker has trouble; trying on");
+                    is_short = true;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        // A partition that is complete need not wait; one that is short is asked for now and then.
+        *asked = is_short.then(Instant::now);
+        Ok(())
+    }
+
+    /// Decodes what waits, and hands over documents to the lanes that have room.
+    fn hand_over(&mut self) {
+        let tokens_max = QUEUE_TOKENS_MAX / self.tracks.len().max(1);
+        for (lane, track) in self.tracks.iter_mut().enumerate() {
+            while self.queues.tokens(lane) < tokens_max {
+                let Some(record) = track.take() else {
+                    if track.progress() == Progress::Ended {
+                        self.queues.end(lane, None);
+                    }
+                    break;
+                };
+                self.broker.observer().fetched(-1);
+                let Record { epoch, offset, payload, kind } = record;
+                // A tombstone holds no document; it only moves the offset.
+                let Some(payload) = payload else {
+                    self.broker.observer().tombstone();
+                    continue;
+                };
+                let origin = || Origin { topic: self.topic.clone(), partition: track.partition(), offset };
+                let decoded =
+                    self.decoder.check_kind(kind, origin).and_then(|()| self.decoder.decode(payload, origin));
+                match decoded {
+                    Ok((document, reference_model)) => {
+                        self.broker.observer().queued(1);
+                        self.queues.push(lane, Delivery { document, epoch, offset, reference_model });
+                    }
+                    Err(error) => {
+                        if let Some(reason) = error.rejection() {
+                            self.broker.observer().rejected(reason);
+                        }
+                        track.finish();
+                        self.broker.observer().fetched(-(track.discard() as i64));
+                        self.queues.end(lane, Some(error));
+                        break;
+                    }
                 }
             }
         }
-    }
-
-    /// The next record in the rotation.
-    fn take(&self, rotation: &mut Rotation) -> Turn {
-        let turn = rotation.take();
-        if let Turn::Take(..) = turn {
-            self.broker.telemetry().waiting_for_turn(-1);
-        }
-        turn
-    }
-
-    fn decode(
-        &mut self,
-        epoch: u64,
-        partition: i32,
-        offset: i64,
-        kind: Option<TopicKind>,
-        payload: Bytes,
-    ) -> Result<Delivery, StreamError> {
-        let origin = || Origin { topic: self.topic.clone(), partition, offset };
-        self.decoder.check_kind(kind, origin)?;
-        let document = self.decoder.decode(payload, origin)?;
-        let reference_model = self.decoder.reference_model();
-        Ok(Delivery { document, epoch, partition, next_offset: offset + 1, reference_model })
     }
 
     /// Waits a moment for the broker, then takes whatever else has been fetched.
-    fn poll(&self, rotation: &mut Rotation) -> Result<(), StreamError> {
+    fn poll(&mut self) -> Result<(), StreamError> {
         let mut timeout = POLL;
+        let mut bytes: usize = self.tracks.iter().map(Track::buffered_bytes).sum();
         while let Some(polled) = self.consumer.poll(timeout) {
             timeout = Duration::ZERO;
             match polled {
                 Ok(message) => {
+                    let Some(track) = track_of(&mut self.tracks, message.partition()) else { continue };
                     let payload = message.payload().map(Bytes::copy_from_slice);
-                    let kind = kind_of(&message);
-                    let record = Record { offset: message.offset(), payload, kind };
-                    if rotation.arrive(message.partition(), record) {
-                        self.broker.telemetry().waiting_for_turn(1);
+                    let size = payload.as_ref().map_or(0, Bytes::len);
+                    if track.arrive(message.offset(), payload, kind_of(&message)) {
+                        bytes += size;
+                        self.broker.observer().fetched(1);
                     }
                     // Hand over early: a large fetch should not be copied whole before the trainer sees any of it.
-                    if rotation.buffered().map(|(_, bytes, _)| bytes).sum::<usize>() >= BUFFER_BYTES_MAX {
+                    if bytes >= BUFFER_BYTES_MAX {
                         return Ok(());
                     }
                 }
-                Err(KafkaError::PartitionEOF(partition)) => rotation.reached_end(partition),
+                Err(KafkaError::PartitionEOF(partition)) => {
+                    if let Some(track) = track_of(&mut self.tracks, partition) {
+                        track.reached_end();
+                    }
+                }
                 Err(error) if is_transient(&error) => {
                     tracing::warn!(topic = self.topic, %error, "the broker has trouble; trying on");
                 }
@@ -265,12 +257,8 @@ impl Reader {
     }
 }
 
-/// Why [`Reader::hand_over`] stopped.
-#[derive(PartialEq, Eq)]
-enum Handed {
-    QueueFull,
-    Waiting,
-    AllDone,
+fn track_of(tracks: &mut [Track], partition: i32) -> Option<&mut Track> {
+    tracks.iter_mut().find(|track| track.partition() == partition)
 }
 
 /// What a record's header says that the record is.

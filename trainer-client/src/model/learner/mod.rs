@@ -6,6 +6,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
+use sluice_feed::batch::Batch;
+use sluice_feed::select::Needs;
 
 use super::checkpoint::{
     HISTORY_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, read_tensors, read_weights, write_file, write_tensors,
@@ -17,12 +19,10 @@ use super::head::Keep;
 use super::kernels;
 use super::layers::{from_host, on_host, to_host};
 use super::weights::{self, NamedTensor, Weights};
-use crate::batch::Batch;
-use crate::learner::{Learner, Measured, StepOutcome};
-use crate::optimizer::{
+use crate::model::optimizer::{
     AdamWConfig, AdamWStep, MEAN_PREFIX, Moments, SQUARE_PREFIX, STEP_KEY, split_moments,
 };
-use crate::select::Needs;
+use crate::training::learner::{Learner, Measured, StepOutcome};
 
 /// A Llama-style decoder in training with AdamW, on Burn.
 pub struct BurnLearner {

@@ -1,16 +1,16 @@
 //! A batch forward and back through the whole model, in groups of rows.
 
 use burn::tensor::{IndexingUpdateOp, Tensor};
+use sluice_feed::batch::{Batch, NO_TARGET};
+use sluice_feed::select::Needs;
 
 use super::{BurnLearner, History};
-use crate::batch::{Batch, NO_TARGET};
-use crate::learner::Measured;
 use crate::model::decoder::{self, BodyGradients, Group, Tape, indices};
 use crate::model::device::is_cpu;
 use crate::model::head::{self, Keep, Predictions};
 use crate::model::parallel;
 use crate::model::weights::Weights;
-use crate::select::Needs;
+use crate::training::learner::Measured;
 
 /// Tokens in a group of rows on the CPU: its activations fit the caches, its matrix products are still large.
 /// Fixed, because the groups decide the order in which gradients are added.

@@ -1,0 +1,117 @@
+//! What decides the micro-batches of a run beside its data.
+
+use serde::{Deserialize, Serialize};
+use sluice_schemas::fingerprint::Fingerprint;
+
+use crate::pack::{BatchShape, Packing};
+use crate::stream::Extent;
+
+/// How a feed makes micro-batches. Two feeds with the same plan over the same data give the same ones.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// What the data is called: a topic's name.
+    pub topic: String,
+    /// How much of it is read.
+    pub extent: Extent,
+    /// Shape of a micro-batch.
+    pub shape: BatchShape,
+    /// What a token may look at.
+    pub packing: Packing,
+    /// Micro-batches of a step, over all ranks.
+    pub micro_batches: usize,
+    /// Documents in the shuffle buffers, over all lanes; at most 1 a lane leaves the lane's order as it is.
+    pub shuffle_buffer: usize,
+    /// Seed of the buffers' draws.
+    pub seed: u64,
+}
+
+impl Plan {
+    /// The first setting in which two plans differ, in words; `None` where micro-batches would be the same.
+    pub fn difference(&self, other: &Self) -> Option<&'static str> {
+        [
+            ("the topic", self.topic == other.topic),
+            ("how much of the topic is read", self.extent == other.extent),
+            ("the rows of a micro-batch", self.shape.rows == other.shape.rows),
+            ("the sequence length", self.shape.len == other.shape.len),
+            ("the packing", self.packing == other.packing),
+            ("the number of micro-batches a step", self.micro_batches == other.micro_batches),
+            ("the size of the shuffle buffer", self.shuffle_buffer == other.shuffle_buffer),
+            ("the seed", self.seed == other.seed),
+        ]
+        .into_iter()
+        .find_map(|(name, is_same)| (!is_same).then_some(name))
+    }
+
+    /// Documents in the shuffle buffer of each of so many lanes.
+    pub fn shuffle_buffer_of_lane(&self, lanes: usize) -> usize {
+        self.shuffle_buffer.div_ceil(lanes.max(1))
+    }
+}
+
+/// What must be the same on all ranks of a group, and in a checkpoint that is gone on from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Fingerprint of the tokenizer.
+    pub tokenizer: Fingerprint,
+    /// Fingerprint of the reference model, once a document has shown it.
+    pub reference_model: Option<Fingerprint>,
+    /// How micro-batches are made.
+    pub plan: Plan,
+}
+
+impl Identity {
+    /// What two of them differ in, in words. A reference model that is not known yet differs from none.
+    pub fn difference(&self, other: &Self) -> Option<&'static str> {
+        let models = self.reference_model.zip(other.reference_model);
+        if self.tokenizer != other.tokenizer {
+            Some("the tokenizer")
+        } else if models.is_some_and(|(one, other)| one != other) {
+            Some("the reference model")
+        } else {
+            self.plan.difference(&other.plan)
+        }
+    }
+
+    /// A digest that is equal where all of it is: what ranks compare.
+    pub fn fingerprint(&self) -> Fingerprint {
+        // A plan of numbers and names can always be encoded.
+        Fingerprint::of_bytes(&serde_json::to_vec(self).unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Identity, Plan};
+    use crate::pack::{BatchShape, Packing};
+    use crate::stream::Extent;
+    use sluice_schemas::fingerprint::Fingerprint;
+
+    fn identity() -> Identity {
+        let plan = Plan {
+            topic: "t".into(),
+            extent: Extent::Follow,
+            shape: BatchShape { rows: 2, len: 8 },
+            packing: Packing::default(),
+            micro_batches: 4,
+            shuffle_buffer: 10,
+            seed: 1,
+        };
+        Identity { tokenizer: Fingerprint::of_bytes(b"t"), reference_model: None, plan }
+    }
+
+    #[test]
+    fn what_differs_is_named() {
+        let one = identity();
+        let mut other = identity();
+        other.reference_model = Some(Fingerprint::of_bytes(b"m"));
+        assert_eq!(one.difference(&other), None);
+        assert_ne!(one.fingerprint(), other.fingerprint());
+        let mut third = other.clone();
+        third.reference_model = Some(Fingerprint::of_bytes(b"n"));
+        assert_eq!(other.difference(&third), Some("the reference model"));
+        other.plan.seed = 2;
+        assert_eq!(one.difference(&other), Some("the seed"));
+        assert_eq!([0, 1, 10].map(|lanes| one.plan.shuffle_buffer_of_lane(lanes)), [10, 10, 1]);
+        assert_eq!(one.plan.shuffle_buffer_of_lane(4), 3);
+    }
+}

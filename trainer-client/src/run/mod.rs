@@ -1,0 +1,11 @@
+//! What a run leaves behind: its folder, checkpoints, metrics and pictures, and how they are read back.
+
+pub mod checkpoints;
+pub mod files;
+pub mod folder;
+pub mod histogram;
+pub mod metrics;
+pub mod picture;
+pub mod record;
+pub mod recorded;
+pub mod token_losses;

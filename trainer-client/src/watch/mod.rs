@@ -1,0 +1,6 @@
+//! What people and programs see of a run while it goes on.
+
+pub mod http;
+pub mod process;
+pub mod progress;
+pub mod telemetry;
