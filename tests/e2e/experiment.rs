@@ -1,4 +1,4 @@
-//! `sluice-train experiment 1 --quick`: from text to table and plot, interrupted once.
+//! `experiment 1 --quick` of the benches: from text to table and plot, interrupted once.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::path::Path;
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use sluice_tests::{binary, onnxruntime, root};
 
 fn experiment(out: &Path) -> Command {
-    let mut command = Command::new(binary("sluice-train"));
-    command.args(["experiment", "1", "--quick", "--out"]).arg(out).current_dir(root());
+    let mut command = Command::new(binary("experiment"));
+    command.args(["1", "--quick", "--out"]).arg(out).current_dir(root());
     command.env("ORT_DYLIB_PATH", onnxruntime()).stdin(Stdio::null());
     command
 }
@@ -107,6 +107,8 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
     assert_eq!(other.code(), Some(64));
     std::fs::write(folder.path().join("thesis.txt"), "mine").unwrap();
     assert_eq!(experiment(folder.path()).status().unwrap().code(), Some(64));
-    let nowhere = experiment(&folder.path().join("x")).args(["--sources", "/nowhere"]).status().unwrap();
-    assert_eq!(nowhere.code(), Some(64));
+    for flag in ["--sources", "--daemon", "--trainer"] {
+        let nowhere = experiment(&folder.path().join("x")).args([flag, "/nowhere"]).status().unwrap();
+        assert_eq!(nowhere.code(), Some(64), "{flag}");
+    }
 }

@@ -19,12 +19,10 @@ pub mod cli;
 pub mod document;
 #[path = "training/evaluate.rs"]
 pub mod evaluate;
-#[path = "../../benches/src/experiments/mod.rs"]
-pub mod experiment;
 pub mod export;
 pub mod failure;
 #[path = "run/files.rs"]
-mod files;
+pub mod files;
 #[path = "run/histogram.rs"]
 pub mod histogram;
 #[path = "watch/http.rs"]

@@ -1,4 +1,4 @@
-//! The programs that an experiment runs: this one, the daemon, and the scripts beside the sources.
+//! The programs that an experiment runs: the trainer, the daemon, and the scripts beside the sources.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use sluice_trainer::failure::Classify;
 
-use super::Interrupted;
-use crate::failure::Classify;
+use super::{Interrupted, Options};
 
 /// How often a program that runs is looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -29,14 +29,19 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// `sources` is a checkout of this repository; the daemon lies beside this program unless named.
-    pub fn find(sources: &Path, daemon: Option<&Path>, stop: Arc<AtomicBool>) -> anyhow::Result<Self> {
-        let trainer = std::env::current_exe().context("cannot find this program's own file")?;
-        let daemon = daemon.map_or_else(|| trainer.with_file_name("sluiced"), Path::to_owned);
-        if !daemon.is_file() {
-            let error = anyhow!("there is no {}; build it, or give its path to --daemon", daemon.display());
-            return Err(error).or_usage();
-        }
+    /// The daemon and the trainer lie beside this program unless named; the scripts lie in the checkout.
+    pub fn find(options: &Options, stop: Arc<AtomicBool>) -> anyhow::Result<Self> {
+        let Options { sources, .. } = options;
+        let this = std::env::current_exe().context("cannot find this program's own file")?;
+        let program = |given: Option<&Path>, name: &str, flag: &str| {
+            let path = given.map_or_else(|| this.with_file_name(name), Path::to_owned);
+            if path.is_file() {
+                return Ok(path);
+            }
+            Err(anyhow!("there is no {}; build it, or give its path to {flag}", path.display())).or_usage()
+        };
+        let daemon = program(options.daemon.as_deref(), "sluiced", "--daemon")?;
+        let trainer = program(options.trainer.as_deref(), "sluice-train", "--trainer")?;
         if !sources.join("ops/corpus/build").is_file() {
             let error = anyhow!(
                 "{} holds no ops/corpus/build; run this in a checkout of Sluice, or give one to --sources",
@@ -59,7 +64,7 @@ impl Programs {
         Ok(text.trim_end().lines().last().unwrap_or_default().to_owned())
     }
 
-    /// Runs this program with other arguments, to its end.
+    /// Runs a command of the trainer's, to its end.
     pub fn train(&self, arguments: &[impl AsRef<OsStr>]) -> anyhow::Result<()> {
         self.run(Command::new(&self.trainer).args(arguments))
     }

@@ -1,7 +1,6 @@
 //! The command line: what people ask for, turned into the types of the other rooms.
 
 mod arguments;
-mod experiment;
 mod inspect;
 mod selection;
 mod training;
@@ -52,8 +51,6 @@ enum Command {
     },
     /// Compare runs: one self-contained HTML file, and the table on standard output
     Report(inspect::ReportArguments),
-    /// Run an experiment of the project from text to table and plot; the same command goes on where it was interrupted
-    Experiment(experiment::ExperimentArguments),
 }
 
 /// The whole command line.
@@ -83,7 +80,6 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             Ok(())
         }
         Command::Report(arguments) => inspect::report(arguments),
-        Command::Experiment(arguments) => experiment::experiment(arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -18,6 +18,7 @@ use crate::evaluate::read_sets;
 use crate::failure::{Classify, Failure};
 use crate::learner::Learner;
 use crate::model::{BurnLearner, Precision};
+use crate::process::stop_on_signals;
 use crate::progress::Progress;
 use crate::run_folder::RunFolder;
 use crate::run_record::RunRecord;
@@ -417,16 +418,4 @@ fn is_held(error: &anyhow::Error) -> bool {
 /// the run again must not take those for wrong data.
 fn passes(error: &anyhow::Error) -> bool {
     is_held(error) || error.chain().any(<dyn std::error::Error>::is::<std::io::Error>)
-}
-
-/// A flag that the first SIGINT or SIGTERM sets; a second one ends the process at once.
-pub(super) fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for (signal, code) in [(signal_hook::consts::SIGINT, 130), (signal_hook::consts::SIGTERM, 143)] {
-        // Registered first, so that it still sees the flag unset when the first signal arrives.
-        signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&stop))
-            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
-            .map_err(|error| Failure::Usage(format!("cannot listen for signal {signal}: {error}")))?;
-    }
-    Ok(stop)
 }

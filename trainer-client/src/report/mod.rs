@@ -3,7 +3,7 @@
 mod categories;
 mod curves;
 mod html;
-pub(crate) mod line_chart;
+pub mod line_chart;
 mod scores;
 mod settings;
 mod shares;
