@@ -6,10 +6,20 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use sluice_tests::{binary, onnxruntime, root};
+use sluice_trainer::optimizer::AdamWConfig;
+
+/// Settings of the caller, which must not become settings of the runs: the scope alone would have the plain runs refused.
+const EXPORTED: [(&str, &str); 4] = [
+    ("SLUICE_TRAIN_SCOPE", "sequence"),
+    ("SLUICE_TRAIN_WEIGHT_DECAY", "0.5"),
+    ("SLUICED_SCORE_STRIDE_TOKENS", "1"),
+    ("SLUICED_LIMITS_IN_FLIGHT_TOKENS", "nonsense"),
+];
 
 fn experiment(out: &Path) -> Command {
     let mut command = Command::new(binary("experiment"));
     command.args(["1", "--quick", "--out"]).arg(out).current_dir(root());
+    command.envs(EXPORTED);
     command.env("ORT_DYLIB_PATH", onnxruntime()).stdin(Stdio::null());
     command
 }
@@ -95,6 +105,11 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
             assert!(page.contains(part), "{part} is not in the report");
         }
     }
+    // What the caller has exported is in no run.
+    let run = out.join("runs/scratch-tiny/slm-60-seed-1/run.json");
+    let run: serde_json::Value = serde_json::from_slice(&std::fs::read(run).unwrap()).unwrap();
+    assert_eq!(run["objective"]["scope"], "batch");
+    assert_eq!(run["settings"]["optimizer"]["weight_decay"], AdamWConfig::default().weight_decay);
     // Scoring is counted where scores are looked at, and nowhere else.
     let row = |kind: &str| {
         let rows = results["groups"][0]["rows"].as_array().unwrap();

@@ -20,6 +20,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Run an experiment of the project from text to table and plot; the same command goes on where it was interrupted.
 ///
 /// Every flag can be given in the environment as SLUICE_EXPERIMENT_ and its name: SLUICE_EXPERIMENT_OUT for --out.
+/// Variables SLUICE_TRAIN_* and SLUICED_* do not reach the programs that it runs.
 /// Progress goes to standard error, the table to standard output.
 #[allow(clippy::doc_markdown, reason = "the text is shown in a terminal as it stands")]
 #[derive(Debug, Parser)]
