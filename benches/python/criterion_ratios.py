@@ -1,6 +1,6 @@
 """What criterion has measured, as JSON: time of each token, and the ratio to that of decoding it.
 
-    cargo bench --workspace --features tls --bench records && python3 benches/python/criterion_ratios.py
+    cargo bench --workspace --features tls,criterion --bench records && python3 benches/python/criterion_ratios.py
 """
 
 import json
@@ -17,7 +17,7 @@ def main() -> None:
         median = json.loads(file.read_text())["median"]["point_estimate"]
         nanoseconds[benchmark["function_id"]] = median / benchmark["throughput"]["Elements"]
     result = {
-        "command": "cargo bench --workspace --features tls --bench records && python3 benches/python/criterion_ratios.py",
+        "command": "cargo bench --workspace --features tls,criterion --bench records && python3 benches/python/criterion_ratios.py",
         "unit": UNIT,
         "nanoseconds_a_token": nanoseconds,
         "ratio": {name: value / nanoseconds[UNIT] for name, value in nanoseconds.items()},

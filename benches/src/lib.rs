@@ -1,6 +1,7 @@
 //! Measurements of Sluice; see `README.md` beside this crate.
 
 pub mod device_check;
+pub mod experiments;
 pub mod process;
 pub mod step;
 pub mod stream;

@@ -3,15 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::ensure;
 use serde_json::json;
+use sluice_feed::feed::{Alone, Feed, Step};
 use sluice_feed::pack::{BatchShape, Packing};
-use sluice_feed::snapshot::{RankSnapshot, Snapshot};
-use sluice_feed::stream::{Broker, Decoder, Extent, KafkaStream, TopicKind};
-use sluice_feed::supply::{Supply, SupplyPlan};
+use sluice_feed::plan::Plan;
+use sluice_feed::stream::{Broker, Decoder, Extent, Shard, TopicKind};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
     Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
@@ -42,29 +41,28 @@ pub fn batches(setup: &Setup, vocabulary: usize) -> anyhow::Result<serde_json::V
     let borrowed: Vec<_> = records.iter().map(|(id, bytes)| (id.as_str(), Some(bytes.clone()))).collect();
     produce(&broker.bootstrap_servers, TOPIC, &borrowed);
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut stream = KafkaStream::open(
-        Broker::new(broker.bootstrap_servers.clone(), vec![])?,
-        TOPIC,
-        Extent::UntilEnd { epochs: EPOCHS },
-        Decoder::new(TopicKind::Scored, tokenizer, vocabulary as u32),
-        Arc::clone(&stop),
-    )?;
-    let plan = SupplyPlan {
+    let plan = Plan {
+        topic: TOPIC.to_owned(),
+        extent: Extent::UntilEnd { epochs: EPOCHS },
         shape: BatchShape { rows: setup.rows, len: setup.len },
         packing: Packing::default(),
+        micro_batches: 1,
         shuffle_buffer: SHUFFLE_BUFFER,
         seed: 1,
     };
-    let ranks = vec![RankSnapshot::default()];
-    let mut supply = Supply::new(&plan, Snapshot { ranks, ..Snapshot::default() });
+    let mut feed = Feed::open(
+        Broker::new(broker.bootstrap_servers.clone(), vec![])?,
+        plan,
+        Shard::WHOLE,
+        None,
+        Decoder::new(TopicKind::Scored, tokenizer, vocabulary as u32),
+        Arc::default(),
+    )?;
     let (started, cpu) = (Instant::now(), cpu_seconds(std::process::id())?);
     let (mut count, mut tokens) = (0u32, 0);
-    loop {
-        let batch = supply.next_batches(&mut [&mut stream], 1, &stop)?;
-        let Some(packed) = batch.first() else { break };
+    while let Step::Batches(batch) = feed.next_step(&mut Alone)? {
         count += 1;
-        tokens += packed.batch.predictions();
+        tokens += batch.iter().map(|packed| packed.batch.predictions()).sum::<usize>();
     }
     ensure!(count > 0, "the stream gave no batch");
     Ok(json!({

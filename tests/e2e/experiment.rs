@@ -1,4 +1,4 @@
-//! `sluice-train experiment 1 --quick`: from text to table and plot, interrupted once.
+//! `experiment 1 --quick` of the benches: from text to table and plot, interrupted once.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::path::Path;
@@ -6,10 +6,20 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use sluice_tests::{binary, onnxruntime, root};
+use sluice_trainer::model::optimizer::AdamWConfig;
+
+/// Settings of the caller, which must not become settings of the runs: the scope alone would have the plain runs refused.
+const EXPORTED: [(&str, &str); 4] = [
+    ("SLUICE_TRAIN_SCOPE", "sequence"),
+    ("SLUICE_TRAIN_WEIGHT_DECAY", "0.5"),
+    ("SLUICED_SCORE_STRIDE_TOKENS", "1"),
+    ("SLUICED_LIMITS_IN_FLIGHT_TOKENS", "nonsense"),
+];
 
 fn experiment(out: &Path) -> Command {
-    let mut command = Command::new(binary("sluice-train"));
-    command.args(["experiment", "1", "--quick", "--out"]).arg(out).current_dir(root());
+    let mut command = Command::new(binary("experiment"));
+    command.args(["1", "--quick", "--out"]).arg(out).current_dir(root());
+    command.envs(EXPORTED);
     command.env("ORT_DYLIB_PATH", onnxruntime()).stdin(Stdio::null());
     command
 }
@@ -95,6 +105,11 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
             assert!(page.contains(part), "{part} is not in the report");
         }
     }
+    // What the caller has exported is in no run.
+    let run = out.join("runs/scratch-tiny/slm-60-seed-1/run.json");
+    let run: serde_json::Value = serde_json::from_slice(&std::fs::read(run).unwrap()).unwrap();
+    assert_eq!(run["objective"]["scope"], "batch");
+    assert_eq!(run["settings"]["optimizer"]["weight_decay"], AdamWConfig::default().weight_decay);
     // Scoring is counted where scores are looked at, and nowhere else.
     let row = |kind: &str| {
         let rows = results["groups"][0]["rows"].as_array().unwrap();
@@ -107,6 +122,8 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
     assert_eq!(other.code(), Some(64));
     std::fs::write(folder.path().join("thesis.txt"), "mine").unwrap();
     assert_eq!(experiment(folder.path()).status().unwrap().code(), Some(64));
-    let nowhere = experiment(&folder.path().join("x")).args(["--sources", "/nowhere"]).status().unwrap();
-    assert_eq!(nowhere.code(), Some(64));
+    for flag in ["--sources", "--daemon", "--trainer"] {
+        let nowhere = experiment(&folder.path().join("x")).args([flag, "/nowhere"]).status().unwrap();
+        assert_eq!(nowhere.code(), Some(64), "{flag}");
+    }
 }

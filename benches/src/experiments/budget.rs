@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Result;
+use sluice_feed::batch::{Batch, NO_TARGET};
+use sluice_feed::random::SplitMix64;
+use sluice_trainer::model::BurnLearner;
+use sluice_trainer::model::optimizer::AdamWConfig;
+use sluice_trainer::training::learner::Learner;
 
 use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, Size, Student};
-use crate::batch::{Batch, NO_TARGET};
-use crate::learner::Learner;
-use crate::model::BurnLearner;
-use crate::optimizer::AdamWConfig;
-use crate::random::SplitMix64;
 
 /// Steps that are timed of each size, after one that is not.
 const TIMED_STEPS: usize = 3;

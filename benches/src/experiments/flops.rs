@@ -5,9 +5,9 @@
 //! which is looked up, and the head is counted apart from the body: its backward pass is done for kept tokens alone.
 
 use serde::Serialize;
+use sluice_trainer::model::ModelConfig;
 
 use super::plan::SEQUENCE_LENGTH;
-use crate::model::ModelConfig;
 
 /// What one token costs a model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -44,7 +44,7 @@ impl Cost {
 #[cfg(test)]
 mod tests {
     use super::Cost;
-    use crate::experiment::plan::Size;
+    use crate::experiments::plan::Size;
 
     #[test]
     fn agrees_with_a_count_by_hand() {

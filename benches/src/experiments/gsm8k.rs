@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use serde::Deserialize;
 use serde_json::json;
-
-use crate::failure::{Classify, Failure};
-use crate::files::write_synced;
+use sluice_trainer::failure::{Classify, Failure};
+use sluice_trainer::run::files::write_synced;
 
 /// How many of them.
 const PROBLEMS: usize = 20;

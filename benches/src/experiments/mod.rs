@@ -1,6 +1,6 @@
-//! `sluice-train experiment 1`: selective language modeling against plain training and random selection, from text to
-//! table and plot, through the real daemon. Every part has a folder of its own and a mark once it is done, so that an
-//! experiment that was interrupted goes on.
+//! Experiment 1 (`target/release/experiment 1`): selective language modeling against plain training and random selection,
+//! from text to table and plot, through the real programs. Every part has a folder of its own and a mark once it is done, so
+//! that an experiment that was interrupted goes on.
 
 mod budget;
 mod flops;
@@ -18,11 +18,11 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, anyhow};
 use serde_json::Value;
+use sluice_trainer::failure::Classify;
+use sluice_trainer::report;
+use sluice_trainer::run::files::{read_json, write_json, write_synced};
+use sluice_trainer::run::recorded::RecordedRun;
 
-use crate::failure::Classify;
-use crate::files::{read_json, write_json, write_synced};
-use crate::recorded_run::RecordedRun;
-use crate::report;
 use budget::Budget;
 use plan::{Plan, Setting, Student};
 use programs::Programs;
@@ -42,6 +42,8 @@ pub struct Options {
     pub sources: PathBuf,
     /// The daemon, if it does not lie beside this program.
     pub daemon: Option<PathBuf>,
+    /// The trainer, if it does not lie beside this program.
+    pub trainer: Option<PathBuf>,
     /// A folder with GSM8K's `train.jsonl`, to evaluate on as well.
     pub gsm8k: Option<PathBuf>,
     /// The command that asked for it, for the results.
@@ -56,7 +58,7 @@ pub struct Interrupted;
 /// Runs whatever of the experiment is not done yet, and writes its results. Returns the table.
 pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> {
     let plan = if options.is_quick { Plan::quick() } else { Plan::full() };
-    let programs = Programs::find(&options.sources, options.daemon.as_deref(), Arc::clone(stop))?;
+    let programs = Programs::find(options, Arc::clone(stop))?;
     if let Some(folder) = &options.gsm8k {
         gsm8k::check(folder)?;
     }

@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use serde::Serialize;
-
-use crate::model::ModelConfig;
+use sluice_trainer::model::ModelConfig;
 
 /// Tokens in a sequence, for every model of the experiment.
 pub const SEQUENCE_LENGTH: usize = 256;

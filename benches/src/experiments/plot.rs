@@ -1,8 +1,9 @@
 //! The results as pictures.
 
+use sluice_trainer::report::line_chart::{Frame, LineChart, Series};
+
 use super::results::{GroupResults, Results, stat};
 use super::stages::TARGET;
-use crate::report::line_chart::{Frame, LineChart, Series};
 
 /// File names and SVG texts: for each group the loss over tokens, and for all together the tokens that are needed over k.
 pub(super) fn all(results: &Results) -> Vec<(String, String)> {

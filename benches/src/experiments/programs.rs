@@ -1,6 +1,6 @@
-//! The programs that an experiment runs: this one, the daemon, and the scripts beside the sources.
+//! The programs that an experiment runs: the trainer, the daemon, and the scripts beside the sources.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -10,14 +10,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use sluice_trainer::failure::Classify;
 
-use super::Interrupted;
-use crate::failure::Classify;
+use super::{Interrupted, Options};
 
 /// How often a program that runs is looked at.
 const POLL: Duration = Duration::from_millis(100);
 /// Longest time in which a daemon says its address.
 const START_MAX: Duration = Duration::from_mins(1);
+
+/// With what the names of variables begin that are settings of the trainer and of the daemon.
+const SETTINGS: [&str; 2] = ["SLUICE_TRAIN_", "SLUICED_"];
 
 /// Where the programs are.
 #[derive(Clone, Debug)]
@@ -29,14 +32,19 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// `sources` is a checkout of this repository; the daemon lies beside this program unless named.
-    pub fn find(sources: &Path, daemon: Option<&Path>, stop: Arc<AtomicBool>) -> anyhow::Result<Self> {
-        let trainer = std::env::current_exe().context("cannot find this program's own file")?;
-        let daemon = daemon.map_or_else(|| trainer.with_file_name("sluiced"), Path::to_owned);
-        if !daemon.is_file() {
-            let error = anyhow!("there is no {}; build it, or give its path to --daemon", daemon.display());
-            return Err(error).or_usage();
-        }
+    /// The daemon and the trainer lie beside this program unless named; the scripts lie in the checkout.
+    pub fn find(options: &Options, stop: Arc<AtomicBool>) -> anyhow::Result<Self> {
+        let Options { sources, .. } = options;
+        let this = std::env::current_exe().context("cannot find this program's own file")?;
+        let program = |given: Option<&Path>, name: &str, flag: &str| {
+            let path = given.map_or_else(|| this.with_file_name(name), Path::to_owned);
+            if path.is_file() {
+                return Ok(path);
+            }
+            Err(anyhow!("there is no {}; build it, or give its path to {flag}", path.display())).or_usage()
+        };
+        let daemon = program(options.daemon.as_deref(), "sluiced", "--daemon")?;
+        let trainer = program(options.trainer.as_deref(), "sluice-train", "--trainer")?;
         if !sources.join("ops/corpus/build").is_file() {
             let error = anyhow!(
                 "{} holds no ops/corpus/build; run this in a checkout of Sluice, or give one to --sources",
@@ -49,7 +57,7 @@ impl Programs {
 
     /// Runs a script of the checkout; the last line it prints.
     pub fn script(&self, name: &str, arguments: &[&str]) -> anyhow::Result<String> {
-        let mut command = Command::new(self.sources.join(name));
+        let mut command = command(&self.sources.join(name));
         let output = command.args(arguments).stderr(Stdio::inherit()).output();
         let output = output.with_context(|| format!("cannot run {name}"))?;
         if !output.status.success() {
@@ -59,14 +67,14 @@ impl Programs {
         Ok(text.trim_end().lines().last().unwrap_or_default().to_owned())
     }
 
-    /// Runs this program with other arguments, to its end.
+    /// Runs a command of the trainer's, to its end.
     pub fn train(&self, arguments: &[impl AsRef<OsStr>]) -> anyhow::Result<()> {
-        self.run(Command::new(&self.trainer).args(arguments))
+        self.run(command(&self.trainer).args(arguments))
     }
 
     /// Runs a command of the daemon's, to its end.
     pub fn daemon(&self, arguments: &[impl AsRef<OsStr>]) -> anyhow::Result<()> {
-        self.run(Command::new(&self.daemon).args(arguments))
+        self.run(command(&self.daemon).args(arguments))
     }
 
     fn run(&self, command: &mut Command) -> anyhow::Result<()> {
@@ -90,7 +98,7 @@ impl Programs {
 
     /// Starts a broker in memory with these topics (NAME:PARTITIONS); it ends with the value that comes with its address.
     pub fn broker(&self, topics: &[String]) -> anyhow::Result<(Running, String)> {
-        let mut command = Command::new(&self.daemon);
+        let mut command = command(&self.daemon);
         command.args(["dev-broker", "--until-stdin-closes"]);
         for topic in topics {
             command.args(["--topic", topic]);
@@ -113,7 +121,7 @@ impl Programs {
         log: &Path,
     ) -> anyhow::Result<Server> {
         let file = std::fs::File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
-        let mut command = Command::new(&self.daemon);
+        let mut command = command(&self.daemon);
         command.args(["serve", "--http-listen", "127.0.0.1:0"]).args(arguments);
         command.env("ORT_DYLIB_PATH", library).env("SLUICED_LOG_FORMAT", "json");
         let running = Running::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file))?;
@@ -132,6 +140,23 @@ impl Programs {
             std::thread::sleep(POLL);
         }
         bail!("sluiced said no address within {} s; its log is {}", START_MAX.as_secs(), log.display())
+    }
+}
+
+/// A program that is told what the plan says and nothing else: a setting that the caller has exported would change the runs,
+/// and the results name a command without it.
+fn command(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    leave_out_settings(&mut command, std::env::vars_os().map(|(name, _)| name));
+    command
+}
+
+/// Takes those of the caller's variables that are settings out of a command's environment.
+fn leave_out_settings(command: &mut Command, names: impl Iterator<Item = OsString>) {
+    for name in names {
+        if SETTINGS.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
+            command.env_remove(name);
+        }
     }
 }
 
@@ -194,4 +219,37 @@ fn http_get(address: &str, path: &str) -> anyhow::Result<String> {
     stream.read_to_string(&mut answer)?;
     let (_, body) = answer.split_once("\r\n\r\n").context("that was no answer in HTTP")?;
     Ok(body.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::{OsStr, OsString};
+    use std::process::Command;
+
+    use super::leave_out_settings;
+
+    #[test]
+    fn settings_of_the_caller_reach_no_program() {
+        let exported = [
+            "PATH",
+            "ORT_DYLIB_PATH",
+            "SLUICE_TRAIN_SCOPE",
+            "SLUICE_TRAIN_WEIGHT_DECAY",
+            "SLUICED_SCORE_STRIDE_TOKENS",
+            "SLUICE_CACHE",
+        ];
+        let mut command = Command::new("sluiced");
+        leave_out_settings(&mut command, exported.iter().map(OsString::from));
+        // Set afterwards, as a program's own settings are.
+        command.env("SLUICED_LOG_FORMAT", "json");
+        let mut changed: Vec<(&OsStr, Option<&OsStr>)> = command.get_envs().collect();
+        changed.sort_unstable();
+        let expected = [
+            ("SLUICED_LOG_FORMAT", Some("json")),
+            ("SLUICED_SCORE_STRIDE_TOKENS", None),
+            ("SLUICE_TRAIN_SCOPE", None),
+            ("SLUICE_TRAIN_WEIGHT_DECAY", None),
+        ];
+        assert_eq!(changed, expected.map(|(name, value)| (OsStr::new(name), value.map(OsStr::new))));
+    }
 }

@@ -5,12 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use sluice_trainer::run::metrics::{EvalMetric, tokens_to_reach};
+use sluice_trainer::run::recorded::RecordedRun;
 
 use super::flops::Cost;
 use super::plan::{BATCH_SIZE, Group, Kind, Plan, SEQUENCE_LENGTH, Setting, Student};
 use super::stages::{TARGET, base_folder, read_scoring, reference_folder};
-use crate::metrics::{EvalMetric, tokens_to_reach};
-use crate::recorded_run::RecordedRun;
 
 /// Everything that is written down.
 #[derive(Clone, Debug, Serialize)]

@@ -9,16 +9,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use sluice_feed::pack::BatchShape;
+use sluice_trainer::run::files::{read_json, write_json};
+use sluice_trainer::run::recorded::RecordedRun;
+use sluice_trainer::text::TextTokenizer;
+use sluice_trainer::training::evaluate::{EvalFile, read_sets};
 
 use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, SHUFFLE_BUFFER, Setting, Size, Student};
 use super::programs::{Programs, Running};
 use super::{DONE_FILE, gsm8k, is_done, topics};
-use crate::evaluate::{EvalFile, read_sets};
-use crate::files::{read_json, write_json};
-use crate::pack::BatchShape;
 use crate::process::cpu_seconds;
-use crate::recorded_run::RecordedRun;
-use crate::text::TextTokenizer;
 
 /// Steps between checkpoints: what an interruption costs at most.
 const CHECKPOINT_EVERY: u64 = 100;
@@ -343,7 +343,7 @@ impl<'a> Stages<'a> {
 
     fn base_checkpoint(&self) -> Result<PathBuf> {
         let base = self.out.join(base_folder());
-        crate::checkpoints::latest_checkpoint(&base)?
+        sluice_trainer::run::checkpoints::latest_checkpoint(&base)?
             .with_context(|| format!("{} holds no checkpoint", base.display()))
     }
 

@@ -31,6 +31,7 @@ use crate::training::Plan;
 use crate::training::learner::Learner;
 use crate::training::schedule::Schedule;
 use crate::training::setup::{Begun, Described, Setup};
+use crate::watch::process::stop_on_signals;
 use crate::watch::telemetry::{Stage, Telemetry};
 
 /// Tokens of a sequence where no reference says how many it read at once.
@@ -376,16 +377,4 @@ fn stream_settings(topic: &str, broker: &BrokerArguments) -> Value {
     // Values of properties may be secrets; their names are enough to know that there were some.
     let properties: Vec<&str> = broker.property_names().collect();
     json!({ "topic": topic, "bootstrap_servers": broker.bootstrap_servers, "properties": properties })
-}
-
-/// A flag that the first SIGINT or SIGTERM sets; a second one ends the process at once.
-pub(super) fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for (signal, code) in [(signal_hook::consts::SIGINT, 130), (signal_hook::consts::SIGTERM, 143)] {
-        // Registered first, so that it still sees the flag unset when the first signal arrives.
-        signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&stop))
-            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
-            .map_err(|error| Failure::Usage(format!("cannot listen for signal {signal}: {error}")))?;
-    }
-    Ok(stop)
 }

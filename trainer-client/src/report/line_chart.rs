@@ -16,7 +16,9 @@ const MARKER: f64 = 4.0;
 const LABEL_DISTANCE: f64 = 16.0;
 
 /// One line of a chart.
-pub(crate) struct Series {
+#[derive(Clone, Debug)]
+pub struct Series {
+    /// What it is called; stands beside its end.
     pub label: String,
     /// Index into the palette; also decides the dashes, so that colour is not alone in telling lines apart.
     pub style: usize,
@@ -25,11 +27,15 @@ pub(crate) struct Series {
 }
 
 /// A chart of a few lines.
-pub(crate) struct LineChart<'a> {
+#[derive(Clone, Debug)]
+pub struct LineChart<'a> {
     /// What the chart shows, for those who cannot see it.
     pub title: &'a str,
+    /// What is counted to the right.
     pub x_label: &'a str,
+    /// What is counted upwards.
     pub y_label: &'a str,
+    /// Its lines.
     pub series: Vec<Series>,
     /// Marks each point, for curves of a few measurements.
     pub has_markers: bool,
@@ -41,7 +47,7 @@ pub(crate) struct LineChart<'a> {
 
 /// How much of the curves a chart shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Frame {
+pub enum Frame {
     /// Every point.
     Whole,
     /// The height of the last three quarters of them: the first fall so steeply that they would flatten the rest.

@@ -4,7 +4,7 @@ mod categories;
 mod curves;
 pub mod dynamics;
 mod html;
-pub(crate) mod line_chart;
+pub mod line_chart;
 mod scores;
 mod settings;
 mod shares;

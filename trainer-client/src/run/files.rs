@@ -9,14 +9,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Reads a JSON file that a run has written.
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&bytes)
         .with_context(|| format!("{} is not what a run writes there", path.display()))
 }
 
 /// Writes a JSON file and waits until it is on the disk.
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
+pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
     let mut bytes =
         serde_json::to_vec_pretty(value).with_context(|| format!("cannot encode {}", path.display()))?;
     bytes.push(b'\n');
@@ -24,7 +24,7 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<
 }
 
 /// Writes a file and waits until it is on the disk: a rename must not overtake it.
-pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+pub fn write_synced(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let write = || {
         let mut file = File::create(path)?;
         file.write_all(bytes)?;

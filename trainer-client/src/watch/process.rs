@@ -1,6 +1,46 @@
-//! CPU time of a process, from /proc.
+//! What concerns a whole process: its CPU time from /proc, the signals that ask it to stop, the memory that it keeps.
+
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
+
+use crate::failure::Failure;
+
+/// Milliseconds after which mimalloc gives freed memory back to the kernel, -1 for never; it looks at the variable as the
+/// process begins. Its own 10 ms are shorter than a step, which then had its memory zeroed anew by the kernel: a quarter of
+/// its time (ops/adr/0014-memory-stays.md).
+const PURGE_DELAY: &str = "MIMALLOC_PURGE_DELAY";
+
+/// Has mimalloc keep what is freed, unless the caller has chosen. To be called first of all, by programs whose allocator it
+/// is: a process cannot safely change its own environment, so it begins again with another. Where that fails it is only
+/// slower.
+pub fn keep_freed_memory() {
+    if std::env::var_os(PURGE_DELAY).is_none()
+        && let Ok(this) = std::env::current_exe()
+    {
+        let mut arguments = std::env::args_os();
+        let _ = Command::new(this)
+            .arg0(arguments.next().unwrap_or_default())
+            .args(arguments)
+            .env(PURGE_DELAY, "-1")
+            .exec();
+    }
+}
+
+/// A flag that the first SIGINT or SIGTERM sets; a second one ends the process at once.
+pub fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for (signal, code) in [(signal_hook::consts::SIGINT, 130), (signal_hook::consts::SIGTERM, 143)] {
+        // Registered first, so that it still sees the flag unset when the first signal arrives.
+        signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&stop))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
+            .map_err(|error| Failure::Usage(format!("cannot listen for signal {signal}: {error}")))?;
+    }
+    Ok(stop)
+}
 
 /// User and system time of a process so far, in seconds, all its threads together.
 pub fn cpu_seconds(process: u32) -> anyhow::Result<f64> {

@@ -1,0 +1,163 @@
+//! The experiments of the project: what is asked for, turned into the options of `sluice_benches::experiments`.
+
+use std::ffi::OsString;
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::error::ErrorKind as Unparsed;
+use clap::{Parser, ValueEnum};
+use sluice_benches::experiments::{self, Interrupted, Options};
+use sluice_trainer::failure::{EXIT_USAGE, exit_code};
+use sluice_trainer::watch::process::{keep_freed_memory, stop_on_signals};
+
+// As in sluice-train: the steps that are timed before the runs are to take as long as those of the runs.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Run an experiment of the project from text to table and plot; the same command goes on where it was interrupted.
+///
+/// Every flag can be given in the environment as SLUICE_EXPERIMENT_ and its name: SLUICE_EXPERIMENT_OUT for --out.
+/// Variables SLUICE_TRAIN_* and SLUICED_* do not reach the programs that it runs.
+/// Progress goes to standard error, the table to standard output.
+#[allow(clippy::doc_markdown, reason = "the text is shown in a terminal as it stands")]
+#[derive(Debug, Parser)]
+#[command(name = "experiment", version, max_term_width = 110)]
+#[command(
+    after_help = "Exit codes: 0 done or stopped by a signal, 64 wrong arguments, 65 wrong data, 130 or 143 stopped at once \
+                  by a second signal, 1 anything else."
+)]
+struct Cli {
+    /// Which one
+    #[arg(value_enum)]
+    experiment: Experiment,
+    /// All of it in a few minutes, with models that learn next to nothing: to see that it works
+    #[arg(long, env = "SLUICE_EXPERIMENT_QUICK")]
+    quick: bool,
+    /// Folder of the runs; one that was interrupted goes on [default: target/experiment-1 or target/experiment-1-quick]
+    #[arg(long, env = "SLUICE_EXPERIMENT_OUT", value_name = "FOLDER")]
+    out: Option<PathBuf>,
+    /// Folder for data, table and plots [default: benches/results/experiment-1, with --quick results in --out]
+    #[arg(long, env = "SLUICE_EXPERIMENT_RESULTS", value_name = "FOLDER")]
+    results: Option<PathBuf>,
+    /// A checkout of Sluice, whose scripts build the text
+    #[arg(long, env = "SLUICE_EXPERIMENT_SOURCES", value_name = "FOLDER", default_value = ".")]
+    sources: PathBuf,
+    /// The daemon that scores [default: sluiced beside this program]
+    #[arg(long, env = "SLUICE_EXPERIMENT_DAEMON", value_name = "FILE")]
+    daemon: Option<PathBuf>,
+    /// The trainer [default: sluice-train beside this program]
+    #[arg(long, env = "SLUICE_EXPERIMENT_TRAINER", value_name = "FILE")]
+    trainer: Option<PathBuf>,
+    /// Folder with GSM8K's train.jsonl, to evaluate on as well; never trained on
+    #[arg(long, env = "SLUICE_EXPERIMENT_GSM8K", value_name = "FOLDER")]
+    gsm8k: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Experiment {
+    /// Selected tokens against all tokens and random ones: shares, seeds, sizes, and the paper's setting
+    #[value(name = "1")]
+    First,
+}
+
+fn main() -> ExitCode {
+    keep_freed_memory();
+    run(std::env::args_os())
+}
+
+/// Runs what the arguments name, and says how it ended.
+fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing can be done about a closed terminal.
+            let _ = error.print();
+            let asked = matches!(error.kind(), Unparsed::DisplayHelp | Unparsed::DisplayVersion);
+            return if asked { ExitCode::SUCCESS } else { ExitCode::from(EXIT_USAGE) };
+        }
+    };
+    match experiment(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Interrupted>() => {
+            say(format_args!("{error}"));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            say(format_args!("error: {error:#}"));
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// Runs an experiment, or what is left of it, and prints its table.
+fn experiment(cli: Cli) -> anyhow::Result<()> {
+    let Experiment::First = cli.experiment;
+    let stop = stop_on_signals()?;
+    let quick = if cli.quick { "-quick" } else { "" };
+    let out = cli.out.unwrap_or_else(|| format!("target/experiment-1{quick}").into());
+    let results = cli.results.unwrap_or_else(|| {
+        if cli.quick { out.join("results") } else { "benches/results/experiment-1".into() }
+    });
+    let mut command = "experiment 1".to_owned();
+    for (flag, is_given) in [("--quick", cli.quick), ("--gsm8k FOLDER", cli.gsm8k.is_some())] {
+        if is_given {
+            command = format!("{command} {flag}");
+        }
+    }
+    let options = Options {
+        is_quick: cli.quick,
+        out,
+        results,
+        sources: cli.sources,
+        daemon: cli.daemon,
+        trainer: cli.trainer,
+        gsm8k: cli.gsm8k,
+        command,
+    };
+    let table = experiments::run(&options, &stop)?;
+    print(&table)?;
+    say(format_args!("the results are in {}", options.results.display()));
+    Ok(())
+}
+
+/// Prints the table; whoever has stopped reading has read enough.
+fn print(table: &str) -> anyhow::Result<()> {
+    let mut output = std::io::stdout();
+    match writeln!(output, "{}", table.trim_end()).and_then(|()| output.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Says something on standard error.
+fn say(text: Arguments<'_>) {
+    // Nothing can be done where nobody listens, and `eprintln!` would panic.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::Cli;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_can_be_given_in_the_environment() {
+        for argument in Cli::command().get_arguments() {
+            let Some(long) = argument.get_long() else { continue };
+            let expected = format!("SLUICE_EXPERIMENT_{}", long.replace('-', "_").to_uppercase());
+            let named = argument.get_env().map(|name| name.to_string_lossy().into_owned());
+            assert_eq!(named.as_deref(), Some(expected.as_str()), "--{long}");
+        }
+    }
+}
