@@ -23,6 +23,10 @@ const QUEUE_SERVED: Duration = Duration::from_millis(100);
 /// Bytes librdkafka may fetch ahead of us over all partitions, in KiB.
 const FETCHED_AHEAD_KBYTES: &str = "16384";
 
+/// Longest time in milliseconds that the broker holds back an answer without a record. One question is about all
+/// partitions, so one that begins its next pass waits for as long if the others are at their ends.
+const FETCH_WAIT_MAX_MS: &str = "100";
+
 /// Settings that the stream's order and offsets rest on; a user cannot override them.
 pub const PROPERTIES_OWNED: [&str; 8] = [
     "bootstrap.servers",
@@ -82,6 +86,7 @@ impl Broker {
         // Manual assignment needs a group id in librdkafka, but no group is joined and nothing is committed.
         config.set("group.id", "sluice-train").set("client.id", "sluice-train");
         config.set("queued.max.messages.kbytes", FETCHED_AHEAD_KBYTES);
+        config.set("fetch.wait.max.ms", FETCH_WAIT_MAX_MS);
         for (key, value) in &self.properties {
             config.set(key, value);
         }
