@@ -1,10 +1,13 @@
 //! What travels between the rooms of Sluice: records and their checks, fingerprints, topic and header names,
-//! and ONNX's own protobuf types. No I/O happens here.
+//! how documents are cut into windows, and ONNX's own protobuf types. No I/O happens here.
 
 pub mod fingerprint;
 pub mod graph;
 pub mod names;
 pub mod record;
+pub mod windows;
+
+pub use windows::{WindowSpan, windows};
 
 /// ONNX's protobuf types, generated from `proto/onnx/onnx-ml.proto`; byte fields share the buffer they were read
 /// from, so that decoding a model never copies its weights.
