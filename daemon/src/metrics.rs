@@ -10,12 +10,8 @@ use sluice_schemas::record::RecordError;
 
 use crate::device_memory::DeviceMemory;
 use crate::health::Health;
+use crate::outcome::{MODEL_FAILED, RECORD_TOO_LARGE};
 use crate::score::runtime::Device;
-
-/// Reasons for a dead letter that are not a [`RecordError`].
-pub const RECORD_TOO_LARGE: &str = "record_too_large";
-/// The model failed on this document alone.
-pub const MODEL_FAILED: &str = "model_failed";
 
 /// A fence: the group has given the partitions to another daemon.
 pub const FENCED_BY_GROUP: &str = "group";

@@ -20,13 +20,15 @@ use crate::batch::{Batch, Window};
 use crate::config::{BatchSettings, BosChoice, Config};
 use crate::dispatch::{Dispatcher, Run, run_model};
 use crate::health::Health;
+use crate::job::Job;
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
+use crate::outcome::Outcome;
 use crate::score::model::Model;
 use crate::score::runtime::Device;
 use crate::score::{ModelIdentity, Score};
-use crate::sink::{Outcome, Sink};
-use crate::source::{self, Job};
+use crate::sink::Sink;
+use crate::source;
 
 /// The windows that `config` asks for from `model`.
 pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextPolicy> {

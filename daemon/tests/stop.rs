@@ -10,7 +10,8 @@ use sluice_daemon::config::{Config, Delivery};
 use sluice_daemon::health::Health;
 use sluice_daemon::ledger::Ledger;
 use sluice_daemon::metrics::Metrics;
-use sluice_daemon::sink::{DeadLetter, Outcome, Sink};
+use sluice_daemon::outcome::{DeadLetter, Outcome};
+use sluice_daemon::sink::Sink;
 use sluice_daemon::source::subscribe;
 
 /// Several turns of the publishing loop.

@@ -5,8 +5,8 @@
 //! records, and what lies between the two is published again by the next daemon.
 
 mod error;
+mod headers;
 mod producer;
-mod record;
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -26,10 +26,11 @@ use crate::kafka;
 use crate::ledger::{Group, Ledger, Ticket};
 use crate::metrics::{FENCED_BY_GROUP, FENCED_BY_PRODUCER, Metrics};
 use crate::notice::Notices;
+use crate::outcome::{DeadLetter, Outcome};
 use crate::source::DocumentsConsumer;
 use error::{Verdict, classify, is_fenced_by_group, is_too_large};
+use headers::headers;
 use producer::{RecordProducer, Stuck};
-pub use record::{DeadLetter, Outcome, Scored};
 
 const IDLE: Duration = Duration::from_millis(100);
 /// How long one call to the broker may take before the loop shows a sign of life and makes it again.
@@ -351,7 +352,7 @@ impl<'a> Sink<'a> {
             Outcome::Scored(_) => &settings.scored_topic,
             Outcome::DeadLetter(_) => &settings.dead_letter_topic,
         };
-        let headers = taken.outcome.headers(taken.ticket, &settings.documents_topic);
+        let headers = headers(&taken.outcome, taken.ticket, &settings.documents_topic);
         let (key, payload) = (taken.outcome.key(), taken.outcome.payload());
         self.producer.send(topic, index, key.map(AsRef::as_ref), payload.map(AsRef::as_ref), headers)
     }

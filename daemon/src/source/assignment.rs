@@ -19,7 +19,7 @@ use crate::health::Health;
 use crate::kafka::{self, Complaints};
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
-use crate::sink::Outcome;
+use crate::outcome::Outcome;
 
 /// What librdkafka calls a partition that it reads.
 const FETCHING: &str = "active";

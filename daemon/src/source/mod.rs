@@ -16,12 +16,13 @@ use sluice_schemas::record::{RecordError, TokenizedDocument};
 use crate::config::Config;
 use crate::exit::{DATA, ExitCode as _, UNAVAILABLE, USAGE};
 use crate::health::{Health, Loop};
+use crate::job::Job;
 use crate::kafka;
-use crate::ledger::{Ledger, Ticket};
+use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::notice::Notices;
+use crate::outcome::{DeadLetter, Outcome};
 use crate::score::ModelIdentity;
-use crate::sink::{DeadLetter, Outcome};
 use assignment::Context;
 
 const POLL: Duration = Duration::from_millis(100);
@@ -39,19 +40,6 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 const BYTES_PER_TOKEN: usize = 4;
 /// Least that a record takes of the budget: the books on it are not free.
 const TOKENS_PER_RECORD: usize = 64;
-
-/// A document to be scored, with its place in the ledger.
-#[derive(Debug)]
-pub struct Job {
-    /// Its place in the ledger.
-    pub ticket: Ticket,
-    /// The record's key.
-    pub key: Option<Bytes>,
-    /// The payload, of which the document holds parts.
-    pub payload: Bytes,
-    /// The document.
-    pub document: TokenizedDocument,
-}
 
 /// The consumer, shared with the sink, which commits through it.
 pub type DocumentsConsumer = BaseConsumer<Context>;
