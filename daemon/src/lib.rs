@@ -6,6 +6,7 @@ pub mod batch;
 pub mod cli;
 pub mod config;
 pub mod dev_broker;
+pub mod device;
 pub mod device_memory;
 pub mod dispatch;
 pub mod exit;

@@ -8,10 +8,10 @@ use prometheus::{
 };
 use sluice_schemas::record::RecordError;
 
+use crate::device::Device;
 use crate::device_memory::DeviceMemory;
 use crate::health::Health;
 use crate::outcome::{MODEL_FAILED, RECORD_TOO_LARGE};
-use crate::score::runtime::Device;
 
 /// A fence: the group has given the partitions to another daemon.
 pub const FENCED_BY_GROUP: &str = "group";

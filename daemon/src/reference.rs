@@ -8,10 +8,11 @@ use sluice_schemas::record::ContextPolicy;
 
 use crate::batch::Batch;
 use crate::config::Config;
+use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, NO_INPUT, USAGE};
 use crate::metrics::Metrics;
 use crate::score::model::Model;
-use crate::score::runtime::{Device, SessionOptions};
+use crate::score::runtime::SessionOptions;
 use crate::score::{Score, Scorer, Scores};
 use crate::{pipeline, reload};
 

@@ -19,7 +19,7 @@ pub use layers::{ConfigError, Scope, add_flags, add_flags_of, load, load_of};
 pub use reference::{example, reference};
 
 use crate::batch::Ladder;
-use crate::score::runtime::Device;
+use crate::device::Device;
 
 /// Settings of `sluiced serve`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
