@@ -138,22 +138,6 @@ fn differences(old: &Value, new: &Value, key: &str, changed: &mut Vec<String>) {
     }
 }
 
-/// Refuses a model for which what is on the topic was not made.
-pub fn check_same_tokens(old: &Reference, new: &Reference) -> anyhow::Result<()> {
-    let (old, new) = (&old.model.identity, &new.model.identity);
-    if old.tokenizer != new.tokenizer {
-        bail!(
-            "the new model has the tokenizer {}, and the documents were made with {}; restart the daemon if you mean it",
-            new.tokenizer.short(),
-            old.tokenizer.short()
-        );
-    }
-    if old.vocabulary != new.vocabulary {
-        bail!("the new model knows {} token ids, and the old one {}", new.vocabulary, old.vocabulary);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,7 +10,9 @@ mod identity;
 mod inputs;
 pub mod model;
 pub mod names;
+pub mod policy;
 pub mod runtime;
+pub mod warm_up;
 mod widen;
 
 use anyhow::{Context as _, bail};
