@@ -19,7 +19,7 @@ use crate::assemble::RecordPolicy;
 use crate::batch::Batch;
 use crate::config::Config;
 use crate::dispatch::{Dispatcher, Run, run_model};
-use crate::health::Health;
+use crate::health::{Health, Wait};
 use crate::job::Job;
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
@@ -38,7 +38,11 @@ pub fn run(
     health: &Health,
 ) -> anyhow::Result<()> {
     let ledger = Arc::new(Ledger::<Outcome>::default());
-    let consumer = Arc::new(source::subscribe(config, Arc::clone(&ledger), metrics.clone(), health.clone())?);
+    // Until the source holds its own, so that nothing is ready in between.
+    let joining = health.latch(Wait::Group);
+    health.set_serving();
+    let source = source::subscribe(config, Arc::clone(&ledger), metrics.clone(), health.clone())?;
+    drop(joining);
     let record = RecordPolicy {
         model,
         context: policy,
@@ -51,9 +55,9 @@ pub fn run(
     let (batches_in, batches_out) = bounded::<Batch>(0);
     let (runs_in, runs_out) = bounded::<Run>(1);
     std::thread::scope(|scope| {
-        let source = spawn(scope, health, "source", || {
+        let reading = spawn(scope, health, "source", || {
             let jobs = jobs_in;
-            guarded(health, || source::run(&consumer, &jobs, &ledger, model, config, metrics, health))
+            guarded(health, || source.run(&jobs, model))
         })?;
         let dispatch = spawn(scope, health, "dispatch", || {
             let batches = batches_in;
@@ -68,10 +72,10 @@ pub fn run(
             })
         })?;
         let sink = spawn(scope, health, "sink", || {
-            guarded(health, || Sink::new(config, &consumer, &ledger, metrics, health)?.run())
+            guarded(health, || Sink::new(config, source.consumer(), &ledger, metrics, health)?.run())
         })?;
         for (what, thread) in
-            [("running the model", model), ("scoring", dispatch), ("publishing", sink), ("reading", source)]
+            [("running the model", model), ("scoring", dispatch), ("publishing", sink), ("reading", reading)]
         {
             match thread.join() {
                 Ok(result) => result.context(format!("{what} failed"))?,

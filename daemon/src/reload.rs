@@ -8,7 +8,7 @@ use anyhow::bail;
 use serde_json::Value;
 
 use crate::config::{Config, ConfigError};
-use crate::health::Health;
+use crate::health::{Health, Wait};
 use crate::logging;
 use crate::metrics::{Metrics, RELOAD_APPLIED, RELOAD_REFUSED};
 use crate::reference::Reference;
@@ -92,7 +92,7 @@ impl Reload {
             self.lock().in_force.0 = config;
             return Ok(changed);
         }
-        if health.is_broker_down() {
+        if health.waits_for(Wait::Broker) {
             bail!("no broker answers, so that the loops could not begin again");
         }
         self.lock().next = Some((config, next));

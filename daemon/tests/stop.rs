@@ -27,9 +27,10 @@ fn publishing_goes_on_until_nothing_can_come_any_more() {
         cluster.create_topic(topic, 1, 1).unwrap();
     }
     let (ledger, metrics, health) = (Arc::new(Ledger::default()), Metrics::new().unwrap(), Health::default());
-    let consumer = subscribe(&config, Arc::clone(&ledger), metrics.clone(), health.clone()).unwrap();
+    let source = subscribe(&config, Arc::clone(&ledger), metrics.clone(), health.clone()).unwrap();
     std::thread::scope(|scope| {
-        let sink = scope.spawn(|| Sink::new(&config, &consumer, &ledger, &metrics, &health).unwrap().run());
+        let sink =
+            scope.spawn(|| Sink::new(&config, source.consumer(), &ledger, &metrics, &health).unwrap().run());
         health.stop();
         std::thread::sleep(TURNS);
         assert!(!sink.is_finished(), "the reading loop has not said yet that it reads no more");
