@@ -27,7 +27,7 @@ use crate::ledger::{Group, Ledger, Ticket};
 use crate::metrics::{FENCED_BY_GROUP, FENCED_BY_PRODUCER, Metrics};
 use crate::notice::Notices;
 use crate::outcome::{DeadLetter, Outcome};
-use error::{Verdict, classify, is_fenced_by_group, is_too_large};
+use error::{Failure, Verdict, classify, is_fenced_by_group, is_too_large};
 use headers::headers;
 use producer::{RecordProducer, Stuck};
 
@@ -42,25 +42,6 @@ const ABORT_WAIT: Duration = Duration::from_millis(200);
 
 /// Records that were in a batch which the broker refused as too large.
 type Suspects = HashSet<Ticket>;
-
-/// Why a transaction was not committed.
-enum Failure {
-    /// It was or must be aborted; its outcomes can be published in another.
-    Aborted(anyhow::Error),
-    /// The producer answers no more; its outcomes can be published by another, which aborts this transaction.
-    Stuck,
-    /// The process must end.
-    Fatal(anyhow::Error),
-}
-
-impl Failure {
-    fn into_error(self) -> anyhow::Error {
-        match self {
-            Self::Aborted(error) | Self::Fatal(error) => error,
-            Self::Stuck => anyhow!("the Kafka client does not return from a call"),
-        }
-    }
-}
 
 fn new_producer(config: &Config) -> anyhow::Result<RecordProducer> {
     RecordProducer::new(&kafka::sink_config(&config.kafka)?).map_err(kafka::setting_error)
