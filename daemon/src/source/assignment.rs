@@ -61,7 +61,7 @@ impl Hooks for Assignment {
         self.metrics.kafka_errors.inc();
         let all_down = error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown);
         if all_down {
-            self.broker.is_down(reason);
+            self.broker.set_down(reason);
         }
         all_down
     }

@@ -7,27 +7,27 @@ use crate::health::{Condition, Health, Wait};
 pub(super) struct Broker(Condition);
 
 impl Broker {
-    /// One that was heard of.
+    /// Nothing was heard of them yet, and they are taken to be up.
     pub(super) fn new(health: &Health) -> Self {
         Self(health.condition(Wait::Broker))
     }
 
     /// Notes that none answers.
-    pub(super) fn is_down(&self, reason: &str) {
+    pub(super) fn set_down(&self, reason: &str) {
         if self.0.set_down(true) {
             tracing::warn!(reason, "no broker answers; waiting for one");
         }
     }
 
     /// Notes that one answers.
-    pub(super) fn is_up(&self) {
+    pub(super) fn set_up(&self) {
         if self.0.set_down(false) {
             tracing::info!("a broker answers again");
         }
     }
 
     /// Whether none was last heard to answer.
-    pub(super) fn was_down(&self) -> bool {
+    pub(super) fn is_down(&self) -> bool {
         self.0.is_down()
     }
 }

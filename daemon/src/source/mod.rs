@@ -134,12 +134,12 @@ impl Source<'_> {
                 metrics.paused.set(i64::from(pause));
                 paused = pause;
             }
-            let probe_after = if assignment.broker().was_down() { PROBE_DOWN } else { PROBE_QUIET };
+            let probe_after = if assignment.broker().is_down() { PROBE_DOWN } else { PROBE_QUIET };
             if last_answer.elapsed() > probe_after {
                 last_answer = Instant::now();
                 match consumer.client().fetch_metadata(Some(&config.kafka.documents_topic), PROBE_TIMEOUT) {
-                    Ok(_) => assignment.broker().is_up(),
-                    Err(error) => assignment.broker().is_down(&error.to_string()),
+                    Ok(_) => assignment.broker().set_up(),
+                    Err(error) => assignment.broker().set_down(&error.to_string()),
                 }
             }
             if let Err(error) = assignment.place_held(consumer) {
@@ -151,7 +151,7 @@ impl Source<'_> {
                 // A record that was fetched before the drain began is left for the next reader.
                 Some(Ok(_)) if stopping.is_some() => {}
                 Some(Ok(message)) => {
-                    assignment.broker().is_up();
+                    assignment.broker().set_up();
                     last_answer = Instant::now();
                     self.accept(&message, jobs, model);
                     if paused {
@@ -175,10 +175,10 @@ impl Source<'_> {
             .exit_code(DATA)?,
             Some(RDKafkaErrorCode::Fatal) => bail!("the consumer failed for good: {error}"),
             Some(RDKafkaErrorCode::AllBrokersDown) => {
-                self.assignment.broker().is_down("all brokers are down");
+                self.assignment.broker().set_down("all brokers are down");
             }
             // Said once, and it comes again with every try.
-            Some(RDKafkaErrorCode::BrokerTransportFailure) if self.assignment.broker().was_down() => {}
+            Some(RDKafkaErrorCode::BrokerTransportFailure) if self.assignment.broker().is_down() => {}
             _ => {
                 if let Some(others) = self.notices.due("consumer error") {
                     tracing::warn!(
