@@ -9,10 +9,10 @@ use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use sluice_daemon::assemble::{Assembler, RecordPolicy};
 use sluice_daemon::batch::{Batch, Ladder, plan, windows};
+use sluice_daemon::job::Job;
 use sluice_daemon::ledger::Ledger;
+use sluice_daemon::outcome::Outcome;
 use sluice_daemon::score::{ModelIdentity, Scores};
-use sluice_daemon::sink::Outcome;
-use sluice_daemon::source::Job;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
     Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,

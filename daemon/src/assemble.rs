@@ -8,10 +8,10 @@ use bytes::Bytes;
 use sluice_schemas::record::{ContextPolicy, LossFormat, Losses, RecordError, ScoredDocument};
 
 use crate::batch::{Batch, Window, windows};
+use crate::job::Job;
 use crate::ledger::Ticket;
+use crate::outcome::{DeadLetter, Outcome, Scored};
 use crate::score::{ModelIdentity, Scores};
-use crate::sink::{DeadLetter, Outcome, Scored};
-use crate::source::Job;
 
 /// What every scored record says beside its losses.
 #[derive(Clone, Copy, Debug)]

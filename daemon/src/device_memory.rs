@@ -4,7 +4,7 @@
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
 
-use crate::score::runtime::Device;
+use crate::device::Device;
 
 /// Names the GPUs that CUDA shows to this process, in its numbering.
 const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";

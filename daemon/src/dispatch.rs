@@ -12,12 +12,12 @@ use crate::assemble::{Assembler, Finished, RecordPolicy};
 use crate::batch::{Batch, Ladder, LookAhead, Window};
 use crate::config::BatchSettings;
 use crate::health::{Health, Loop};
+use crate::job::Job;
 use crate::ledger::Ledger;
-use crate::metrics::{MODEL_FAILED, Metrics};
+use crate::metrics::Metrics;
 use crate::notice::Notices;
+use crate::outcome::{MODEL_FAILED, Outcome};
 use crate::score::{Score, Scores, is_out_of_memory};
-use crate::sink::Outcome;
-use crate::source::Job;
 
 /// Documents in a row that the model may fail on before the model itself is taken to be broken.
 const FAILURES_MAX: usize = 3;

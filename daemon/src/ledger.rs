@@ -354,16 +354,6 @@ impl<T> Ledger<T> {
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
-    /// Whether any partition is assigned.
-    pub fn is_assigned(&self) -> bool {
-        !self.lock().partitions.is_empty()
-    }
-
-    /// Number of assigned partitions.
-    pub fn assigned_partitions(&self) -> usize {
-        self.lock().partitions.len()
-    }
-
     /// Records between what was read of `partition` and published, and `end`, where nothing was read yet counted
     /// from `committed`; nothing where the partition is not assigned. Where nothing of it is in flight, what lies before
     /// `fetched` is done too, whether it held records or not.
@@ -380,11 +370,6 @@ impl<T> Ledger<T> {
         let state = self.lock();
         let waiting = state.partitions.values().filter_map(|books| books.waiting.front()).map(|e| e.opened);
         waiting.chain(state.oldest_taken).min().map_or(Duration::ZERO, |opened| opened.elapsed())
-    }
-
-    /// The assigned partitions.
-    pub fn partitions(&self) -> Vec<i32> {
-        self.lock().partitions.keys().copied().collect()
     }
 
     /// Waits until nothing of `partitions` is in flight; false where `timeout` passed first.

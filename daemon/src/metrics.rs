@@ -8,14 +8,10 @@ use prometheus::{
 };
 use sluice_schemas::record::RecordError;
 
+use crate::device::Device;
 use crate::device_memory::DeviceMemory;
-use crate::health::Health;
-use crate::score::runtime::Device;
-
-/// Reasons for a dead letter that are not a [`RecordError`].
-pub const RECORD_TOO_LARGE: &str = "record_too_large";
-/// The model failed on this document alone.
-pub const MODEL_FAILED: &str = "model_failed";
+use crate::health::{Health, Wait};
+use crate::outcome::{MODEL_FAILED, RECORD_TOO_LARGE};
 
 /// A fence: the group has given the partitions to another daemon.
 pub const FENCED_BY_GROUP: &str = "group";
@@ -289,7 +285,7 @@ impl Metrics {
     /// The metrics in Prometheus' text format, with what `health` says at this moment.
     pub fn render(&self, health: &Health) -> prometheus::Result<Vec<u8>> {
         self.ready.set(i64::from(health.not_ready().is_none()));
-        self.broker_up.set(i64::from(!health.is_broker_down()));
+        self.broker_up.set(i64::from(!health.waits_for(Wait::Broker)));
         for (name, age) in health.ages() {
             self.loop_idle_seconds.with_label_values(&[name]).set(age.as_secs_f64());
         }

@@ -10,12 +10,12 @@ use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use crate::config::Config;
+use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, USAGE};
 use crate::ingest::{Fields, Format, open};
 use crate::reference::Reference;
 use crate::score::documents::{DocumentScores, score_documents};
 use crate::score::model::Model;
-use crate::score::runtime::Device;
 
 /// Documents that are tokenized and scored together.
 const CHUNK_DOCUMENTS: usize = 256;

@@ -3,17 +3,19 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use sluice_schemas::record::ContextPolicy;
 
 use crate::batch::Batch;
 use crate::config::Config;
+use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, NO_INPUT, USAGE};
 use crate::metrics::Metrics;
 use crate::score::model::Model;
-use crate::score::runtime::{Device, SessionOptions};
+use crate::score::policy::context_policy;
+use crate::score::runtime::SessionOptions;
+use crate::score::warm_up::warm_up;
 use crate::score::{Score, Scorer, Scores};
-use crate::{pipeline, reload};
 
 /// A reference model that is ready to score. Cloning shares it.
 #[derive(Clone, Debug)]
@@ -43,7 +45,7 @@ impl Reference {
     /// Reads and opens the model; what is to be known of it goes to the log.
     pub fn open(config: &Config) -> anyhow::Result<Self> {
         let (model, device) = load_model(config)?;
-        let policy = pipeline::context_policy(config, &model).exit_code(USAGE)?;
+        let policy = context_policy(config, &model).exit_code(USAGE)?;
         let scorer = open_scorer(&model, device, config)?;
         Ok(Self { model: Arc::new(model), scorer, policy, device })
     }
@@ -52,17 +54,34 @@ impl Reference {
     /// the same any more.
     pub fn with_settings(&self, old: &Config, new: &Config) -> anyhow::Result<Self> {
         let (model, device) = load_model(new)?;
-        let policy = pipeline::context_policy(new, &model)?;
+        let policy = context_policy(new, &model)?;
         let same_session = model.identity.fingerprint == self.model.identity.fingerprint
             && new.model == old.model
             && new.score.entropies == old.score.entropies;
         let scorer = if same_session { self.scorer.clone() } else { open_scorer(&model, device, new)? };
         let mut next = Self { model: Arc::new(model), scorer, policy, device };
-        reload::check_same_tokens(self, &next)?;
+        self.check_same_tokens(&next)?;
         if !same_session || new.batch != old.batch || policy != self.policy {
             next.warm_up(new).context("cannot warm up the new model beside the old one")?;
         }
         Ok(next)
+    }
+
+    /// Refuses a model for which what is on the topic was not made.
+    fn check_same_tokens(&self, new: &Self) -> anyhow::Result<()> {
+        let (old, new) = (&self.model.identity, &new.model.identity);
+        if old.tokenizer != new.tokenizer {
+            bail!(
+                "the new model has the tokenizer {}, and the documents were made with {}; restart the daemon if you \
+                 mean it",
+                new.tokenizer.short(),
+                old.tokenizer.short()
+            );
+        }
+        if old.vocabulary != new.vocabulary {
+            bail!("the new model knows {} token ids, and the old one {}", new.vocabulary, old.vocabulary);
+        }
+        Ok(())
     }
 
     /// Says in the metrics and in the log what scores from now on.
@@ -89,7 +108,7 @@ impl Reference {
 
     /// Runs the shapes that scoring will meet; says how many there were.
     pub fn warm_up(&mut self, config: &Config) -> anyhow::Result<usize> {
-        pipeline::warm_up(&mut self.scorer, self.device, self.policy, &config.batch).exit_code(DATA)
+        warm_up(&mut self.scorer, self.device, self.policy, &config.batch).exit_code(DATA)
     }
 }
 

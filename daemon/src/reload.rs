@@ -8,7 +8,7 @@ use anyhow::bail;
 use serde_json::Value;
 
 use crate::config::{Config, ConfigError};
-use crate::health::Health;
+use crate::health::{Health, Wait};
 use crate::logging;
 use crate::metrics::{Metrics, RELOAD_APPLIED, RELOAD_REFUSED};
 use crate::reference::Reference;
@@ -92,7 +92,7 @@ impl Reload {
             self.lock().in_force.0 = config;
             return Ok(changed);
         }
-        if health.is_broker_down() {
+        if health.waits_for(Wait::Broker) {
             bail!("no broker answers, so that the loops could not begin again");
         }
         self.lock().next = Some((config, next));
@@ -136,22 +136,6 @@ fn differences(old: &Value, new: &Value, key: &str, changed: &mut Vec<String>) {
         let value = |table: &serde_json::Map<String, Value>| table.get(name).cloned().unwrap_or_default();
         differences(&value(old), &value(new), &inner, changed);
     }
-}
-
-/// Refuses a model for which what is on the topic was not made.
-pub fn check_same_tokens(old: &Reference, new: &Reference) -> anyhow::Result<()> {
-    let (old, new) = (&old.model.identity, &new.model.identity);
-    if old.tokenizer != new.tokenizer {
-        bail!(
-            "the new model has the tokenizer {}, and the documents were made with {}; restart the daemon if you mean it",
-            new.tokenizer.short(),
-            old.tokenizer.short()
-        );
-    }
-    if old.vocabulary != new.vocabulary {
-        bail!("the new model knows {} token ids, and the old one {}", new.vocabulary, old.vocabulary);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

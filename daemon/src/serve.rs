@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
 use crate::exit::{ExitCode as _, UNAVAILABLE, USAGE};
-use crate::health::Health;
+use crate::health::{Health, Phase};
 use crate::kafka::PlainContext;
 use crate::metrics::Metrics;
 use crate::reference::Reference;
@@ -37,7 +37,6 @@ pub fn serve(config: &Config, load: reload::Load) -> anyhow::Result<()> {
         return Ok(());
     }
     let shapes = reference.warm_up(config)?;
-    health.set_warm();
     tracing::info!(shapes, "the shapes that scoring meets have run once");
     let reload = reload.get_or_init(|| Reload::new(load, config.clone(), reference));
     loop {
@@ -49,7 +48,6 @@ pub fn serve(config: &Config, load: reload::Load) -> anyhow::Result<()> {
         if health.is_leaving() || !reload.take_next() {
             break;
         }
-        health.set_switched();
     }
     tracing::info!(scored = metrics.documents_scored.get(), "drained; everything read is committed");
     Ok(())
@@ -108,7 +106,7 @@ fn start_edge(
 
 /// Reloads on a thread of its own: a model takes minutes to load, and signs of life are due meanwhile.
 fn start_reload(reload: &Arc<OnceLock<Reload>>, metrics: &Metrics, health: &Health) {
-    if reload.get().is_none() || health.is_stopping() {
+    if reload.get().is_none() || health.phase() != Phase::Serving {
         tracing::warn!("SIGHUP has no effect while the daemon starts, stops or goes over to new settings");
         return;
     }

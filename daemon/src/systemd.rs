@@ -84,8 +84,7 @@ mod tests {
     fn the_status_says_what_is_waited_for_and_then_what_is_done() {
         let (health, metrics) = (Health::default(), Metrics::new().unwrap());
         assert_eq!(status(&health, &metrics), "waiting: the model is loading");
-        health.set_warm();
-        health.set_assigned(true);
+        health.set_serving();
         metrics.assigned_partitions.set(3);
         metrics.consumer_lag.set(12);
         assert_eq!(status(&health, &metrics), "scoring 3 partitions; 12 records behind, 0 tokens in flight");

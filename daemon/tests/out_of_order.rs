@@ -9,11 +9,11 @@ use sluice_daemon::assemble::RecordPolicy;
 use sluice_daemon::batch::Batch;
 use sluice_daemon::config::BatchSettings;
 use sluice_daemon::dispatch::Dispatcher;
+use sluice_daemon::job::Job;
 use sluice_daemon::ledger::Ledger;
 use sluice_daemon::metrics::Metrics;
+use sluice_daemon::outcome::Outcome;
 use sluice_daemon::score::{ModelIdentity, Scores};
-use sluice_daemon::sink::Outcome;
-use sluice_daemon::source::Job;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
     Bos, ContextPolicy, LossFormat, Precision, ScoredDocument, TokenIds, TokenizedDocument,

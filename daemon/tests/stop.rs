@@ -10,7 +10,8 @@ use sluice_daemon::config::{Config, Delivery};
 use sluice_daemon::health::Health;
 use sluice_daemon::ledger::Ledger;
 use sluice_daemon::metrics::Metrics;
-use sluice_daemon::sink::{DeadLetter, Outcome, Sink};
+use sluice_daemon::outcome::{DeadLetter, Outcome};
+use sluice_daemon::sink::Sink;
 use sluice_daemon::source::subscribe;
 
 /// Several turns of the publishing loop.
@@ -26,9 +27,10 @@ fn publishing_goes_on_until_nothing_can_come_any_more() {
         cluster.create_topic(topic, 1, 1).unwrap();
     }
     let (ledger, metrics, health) = (Arc::new(Ledger::default()), Metrics::new().unwrap(), Health::default());
-    let consumer = subscribe(&config, Arc::clone(&ledger), metrics.clone(), health.clone()).unwrap();
+    let source = subscribe(&config, Arc::clone(&ledger), metrics.clone(), health.clone()).unwrap();
     std::thread::scope(|scope| {
-        let sink = scope.spawn(|| Sink::new(&config, &consumer, &ledger, &metrics, &health).unwrap().run());
+        let sink =
+            scope.spawn(|| Sink::new(&config, source.consumer(), &ledger, &metrics, &health).unwrap().run());
         health.stop();
         std::thread::sleep(TURNS);
         assert!(!sink.is_finished(), "the reading loop has not said yet that it reads no more");

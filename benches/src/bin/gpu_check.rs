@@ -13,10 +13,10 @@ use sluice_benches::process::median;
 use sluice_benches::workload::{Lengths, matrix_elements};
 use sluice_daemon::batch::{Batch, Ladder, plan, windows};
 use sluice_daemon::config::BatchSettings;
-use sluice_daemon::pipeline::warm_up;
 use sluice_daemon::score::documents::score_documents;
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
+use sluice_daemon::score::warm_up::warm_up;
 use sluice_daemon::score::{Score as _, Scorer};
 use sluice_schemas::record::{Bos, ContextPolicy, Precision};
 

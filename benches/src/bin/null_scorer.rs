@@ -155,7 +155,6 @@ struct Measured {
 fn measure(config: &Config, arguments: &Arguments, broker: u32) -> anyhow::Result<Measured> {
     let metrics = Metrics::new()?;
     let health = Health::default();
-    health.set_warm();
     let model = ModelIdentity {
         fingerprint: Fingerprint::of_bytes(b"null model"),
         tokenizer: Fingerprint::of_bytes(b"null"),

@@ -4,6 +4,7 @@
 //! (`--kafka-group-id`); the later of these wins. The flags and their help are made from these types.
 
 mod layers;
+mod properties;
 mod reference;
 
 use std::collections::BTreeMap;
@@ -16,10 +17,11 @@ use sluice_schemas::names;
 use sluice_schemas::record::{ContextPolicy, LossFormat};
 
 pub use layers::{ConfigError, Scope, add_flags, add_flags_of, load, load_of};
+pub use properties::owned_property;
 pub use reference::{example, reference};
 
 use crate::batch::Ladder;
-use crate::score::runtime::Device;
+use crate::device::Device;
 
 /// Settings of `sluiced serve`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -306,7 +308,7 @@ impl Config {
             "kafka.documents_topic, scored_topic and dead_letter_topic must be three different topics"
                 .to_owned(),
         );
-        for key in self.kafka.properties.keys().filter_map(|key| crate::kafka::owned_property(key)) {
+        for key in self.kafka.properties.keys().filter_map(|key| owned_property(key)) {
             demand(false, key);
         }
         for (key, value) in [

@@ -3,18 +3,14 @@
 mod read;
 
 use std::collections::BTreeMap;
-use std::error::Error;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use rdkafka::client::{ClientContext, OAuthToken};
-use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::message::{DeliveryResult, Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 use sluice_schemas::fingerprint::Fingerprint;
@@ -22,8 +18,9 @@ use sluice_schemas::names;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
 use tokenizers::Tokenizer;
 
+use crate::config::owned_property;
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, UNAVAILABLE, USAGE};
-use crate::kafka::{self, Complaints, log_client};
+use crate::kafka::{self, Hooks};
 pub use read::{Fields, Format, Text, open};
 
 /// Documents tokenized at once, over all cores.
@@ -68,33 +65,21 @@ struct Counts {
     bad: u64,
 }
 
-struct Delivery {
-    failures: Arc<AtomicU64>,
-    complaints: Complaints,
-}
+/// Counts the documents that the broker did not take, and shows the first few.
+#[derive(Debug, Default)]
+struct Refusals(AtomicU64);
 
-impl ClientContext for Delivery {
-    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+impl Hooks for Refusals {}
 
-    fn generate_oauth_token(&self, config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
-        Ok(sluice_kafka::oauth_token(config)?)
-    }
-
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        log_client(level, facility, message);
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        self.complaints.hear(&error, reason);
-    }
-}
+/// The producer's callbacks.
+type Delivery = kafka::Context<Refusals>;
 
 impl ProducerContext for Delivery {
     type DeliveryOpaque = ();
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
         if let Err((error, _)) = result
-            && self.failures.fetch_add(1, Ordering::Relaxed) < SHOWN
+            && self.hooks().0.fetch_add(1, Ordering::Relaxed) < SHOWN
         {
             tracing::error!(%error, "the broker refused a document");
         }
@@ -115,7 +100,7 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
     tokenizer.with_truncation(None).map_err(|error| anyhow!(error))?;
     // Text that spells a special token is text.
     tokenizer.set_encode_special_tokens(true);
-    if let Some(problem) = ingest.properties.keys().find_map(|key| kafka::owned_property(key)) {
+    if let Some(problem) = ingest.properties.keys().find_map(|key| owned_property(key)) {
         return Err(anyhow!(problem)).exit_code(USAGE);
     }
     for file in ingest.files.iter().filter(|file| file.as_os_str() != "-") {
@@ -125,15 +110,11 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
         }
     }
 
-    let failures = Arc::new(AtomicU64::new(0));
     let producer: ThreadedProducer<Delivery> =
         kafka::producer_config(&ingest.bootstrap_servers, &ingest.properties, ingest.record_bytes_max)
             // A person waits for this: an outage that lasts is an error, and what was not taken is counted.
             .set("message.timeout.ms", OUTAGE_MS_MAX)
-            .create_with_context(Delivery {
-                failures: Arc::clone(&failures),
-                complaints: Complaints::default(),
-            })
+            .create_with_context(Delivery::default())
             .map_err(kafka::setting_error)
             .exit_code(USAGE)?;
     let metadata =
@@ -155,7 +136,7 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
     progress.set_message("waiting for the broker");
     wait_for_broker(&producer, &progress);
     progress.finish_and_clear();
-    let failed = failures.load(Ordering::Relaxed);
+    let failed = producer.context().hooks().0.load(Ordering::Relaxed);
     tracing::info!(
         documents = counts.documents - failed,
         tokens = counts.tokens,

@@ -12,66 +12,12 @@ use sluice_schemas::onnx::{
 };
 
 use super::constant::{Stored, behind, scalar};
-use super::{head, inputs};
+pub use super::graft_error::GraftError;
+use super::graft_error::OPSET_MIN;
+use super::head::{self, Head, only_reshapes};
+use super::inputs;
 
-/// Input of flat positions (`row * length + position`) whose next token is scored, int64 `[n]`, `n >= 1`.
-pub const ROWS_INPUT: &str = "sluice_rows";
-/// Input of the token ids that those positions predict, int64 `[n]`.
-pub const TARGETS_INPUT: &str = "sluice_targets";
-/// Output of losses in nats, float32 `[n]`.
-pub const LOSS_OUTPUT: &str = "sluice_loss";
-/// Output of entropies in nats, float32 `[n]`, where they were asked for.
-pub const ENTROPY_OUTPUT: &str = "sluice_entropy";
-
-/// Output of the number of positions that the head was given, int64 `[1]`.
-pub const POSITIONS_OUTPUT: &str = "sluice_positions";
-
-/// First opset in which Squeeze and ReduceSum take their axes as inputs and LogSoftmax works on one axis.
-const OPSET_MIN: i64 = 13;
 const LOGITS: &str = "logits";
-
-/// Why a graph has no place for a loss head.
-#[derive(Debug, thiserror::Error)]
-pub enum GraftError {
-    /// A file without a graph.
-    #[error("the ONNX file holds no graph")]
-    NoGraph,
-    /// A model that is no language model, or was exported without its head.
-    #[error(
-        "the graph has no output named `logits` (its outputs: {outputs}); export the model as a causal language model"
-    )]
-    NoLogits {
-        /// The outputs there are.
-        outputs: String,
-    },
-    /// An opset from before the operators that the head is made of.
-    #[error("the graph uses opset {found} of the standard domain; export it with opset {OPSET_MIN} or later")]
-    OldOpset {
-        /// The graph's opset.
-        found: i64,
-    },
-    /// Something between the head and the logits that cannot be moved.
-    #[error(
-        "cannot graft a loss head: looking back from `logits` for the head's matrix product, met node `{node}` \
-         ({op_type}), {why}"
-    )]
-    UnknownHead {
-        /// The node's name.
-        node: String,
-        /// Its operator.
-        op_type: String,
-        /// What is wrong with it.
-        why: &'static str,
-    },
-    /// An input that Sluice neither feeds nor can make constant.
-    #[error("the model wants an input `{name}`, {why}")]
-    UnknownInput {
-        /// The input's name.
-        name: String,
-        /// What is wrong with it.
-        why: String,
-    },
-}
 
 /// What was found in a graph and done to it.
 #[derive(Debug, Clone)]
@@ -134,19 +80,6 @@ pub fn graft(model: &mut ModelProto, entropies: bool) -> Result<GraftReport, Gra
     head::replace(graph, &found, entropies);
     report.settled_inputs = inputs::settle(graph)?;
     Ok(report)
-}
-
-/// Indices of the nodes that make logits of hidden states.
-pub(super) struct Head {
-    /// The matrix product.
-    pub(super) head: usize,
-    /// The nodes after it, in order.
-    pub(super) tail: Vec<usize>,
-}
-
-/// Whether a node changes the shape of the logits and nothing else, so that a head that flattens them needs none.
-pub(super) fn only_reshapes(op_type: &str) -> bool {
-    matches!(op_type, "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Identity")
 }
 
 fn refuse(node: &NodeProto, why: &'static str) -> GraftError {

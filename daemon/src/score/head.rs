@@ -15,12 +15,23 @@ use sluice_schemas::graph::{Dim, GraphBuilder, graph_attribute, int_attribute, t
 use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{GraphProto, NodeProto};
 
-use super::graft::{
-    ENTROPY_OUTPUT, Head, LOSS_OUTPUT, POSITIONS_OUTPUT, ROWS_INPUT, TARGETS_INPUT, only_reshapes,
-};
+use super::names::{ENTROPY_OUTPUT, LOSS_OUTPUT, POSITIONS_OUTPUT, ROWS_INPUT, TARGETS_INPUT};
 
 /// Rows of logits that exist at one time.
 const BLOCK_ROWS: i64 = 512;
+
+/// Indices of the nodes that make logits of hidden states.
+pub(super) struct Head {
+    /// The matrix product.
+    pub(super) head: usize,
+    /// The nodes after it, in order.
+    pub(super) tail: Vec<usize>,
+}
+
+/// Whether a node changes the shape of the logits and nothing else, so that a head that flattens them needs none.
+pub(super) fn only_reshapes(op_type: &str) -> bool {
+    matches!(op_type, "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Identity")
+}
 
 /// Puts the loss head in the place of `found`.
 pub(super) fn replace(graph: &mut GraphProto, found: &Head, entropies: bool) {

@@ -8,14 +8,8 @@ use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::tensor_shape_proto::dimension;
 use sluice_schemas::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 
-use super::graft::{GraftError, ROWS_INPUT, TARGETS_INPUT};
-
-/// Input of token ids, int32 or int64 `[batch, sequence]`.
-pub(super) const TOKEN_IDS: &str = "input_ids";
-/// Input that marks real tokens, int32 or int64 `[batch, sequence]`.
-pub(super) const ATTENTION_MASK: &str = "attention_mask";
-/// Input of positions, int32 or int64 `[batch, sequence]`.
-pub(super) const POSITION_IDS: &str = "position_ids";
+use super::graft_error::GraftError;
+use super::names::{ATTENTION_MASK, POSITION_IDS, ROWS_INPUT, TARGETS_INPUT, TOKEN_IDS};
 
 /// Replaces the inputs that are the same in every run by what they are; says which, and what each became.
 ///

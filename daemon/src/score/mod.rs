@@ -4,22 +4,29 @@ mod constant;
 pub mod documents;
 pub mod findings;
 pub mod graft;
+mod graft_error;
 mod head;
+mod identity;
 mod inputs;
 pub mod model;
+pub mod names;
+pub mod policy;
 pub mod runtime;
+pub mod warm_up;
 mod widen;
 
 use anyhow::{Context as _, bail};
 use ort::session::{Session, SessionInputValue};
 use ort::value::TensorRef;
-use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::onnx::tensor_proto::DataType;
-use sluice_schemas::record::Precision;
 
 use crate::batch::Batch;
-use graft::{ENTROPY_OUTPUT, LOSS_OUTPUT, POSITIONS_OUTPUT, ROWS_INPUT, TARGETS_INPUT};
+pub use identity::ModelIdentity;
 use model::Model;
+use names::{
+    ATTENTION_MASK, ENTROPY_OUTPUT, LOSS_OUTPUT, POSITION_IDS, POSITIONS_OUTPUT, ROWS_INPUT, TARGETS_INPUT,
+    TOKEN_IDS,
+};
 use runtime::SessionOptions;
 
 /// Losses, and entropies where they were asked for, in the order of a batch's targets; nats.
@@ -53,19 +60,6 @@ pub fn is_out_of_memory(error: &anyhow::Error) -> bool {
     WORDS.iter().any(|words| message.contains(words))
 }
 
-/// What records and checks need to know of a reference model.
-#[derive(Clone, Copy, Debug)]
-pub struct ModelIdentity {
-    /// Fingerprint over the graph and its external data.
-    pub fingerprint: Fingerprint,
-    /// Fingerprint of `tokenizer.json`.
-    pub tokenizer: Fingerprint,
-    /// Number of token ids that the model knows.
-    pub vocabulary: u32,
-    /// Arithmetic of the weights.
-    pub precision: Precision,
-}
-
 /// The inputs that Sluice knows how to fill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Input {
@@ -88,9 +82,9 @@ impl Scorer {
         let mut inputs = Vec::new();
         for (name, element) in &model.inputs {
             let input = match name.as_str() {
-                inputs::TOKEN_IDS => Input::TokenIds,
-                inputs::ATTENTION_MASK => Input::AttentionMask,
-                inputs::POSITION_IDS => Input::PositionIds,
+                TOKEN_IDS => Input::TokenIds,
+                ATTENTION_MASK => Input::AttentionMask,
+                POSITION_IDS => Input::PositionIds,
                 _ => bail!("the model wants an input `{name}`, which Sluice does not feed"),
             };
             if !matches!(element, DataType::Int32 | DataType::Int64) {

@@ -13,12 +13,13 @@ use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
 use sluice_schemas::onnx::{GraphProto, ModelProto, TensorProto};
 use sluice_schemas::record::Precision;
 
-use super::ModelIdentity;
 use super::findings::{self, Finding};
-use super::graft::{GraftReport, ROWS_INPUT, TARGETS_INPUT, graft};
+use super::graft::{GraftReport, graft};
+use super::identity::ModelIdentity;
 use super::inputs;
-use super::runtime::Device;
+use super::names::{ROWS_INPUT, TARGETS_INPUT};
 use super::widen::widen;
+use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _};
 
 /// A reference model, read and given its loss head, ready for a session.

@@ -1,8 +1,6 @@
 //! Finding and starting ONNX Runtime, and opening a session that fails rather than falls back.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, bail};
@@ -12,48 +10,13 @@ use ort::session::Session;
 use ort::session::builder::GraphOptimizationLevel;
 
 use super::model::Model;
+pub use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _};
-
-/// Where the model runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// ONNX Runtime's CPU provider.
-    Cpu,
-    /// The CUDA provider on the GPU with this index.
-    Cuda(i32),
-    /// The `TensorRT` provider on the GPU with this index, and the CUDA provider for what it does not take.
-    TensorRt(i32),
-}
 
 /// Libraries that the CUDA provider is linked to, each after those it needs. Where they lie beside ONNX Runtime, as
 /// `ops/setup-onnxruntime --cuda` puts them, they are loaded from there; else the system's are found by their names.
 const CUDA_LIBRARIES: [&str; 4] =
     ["libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10"];
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(index) => write!(f, "cuda:{index}"),
-            Self::TensorRt(index) => write!(f, "tensorrt:{index}"),
-        }
-    }
-}
-
-impl FromStr for Device {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (kind, index) = text.split_once(':').unwrap_or((text, "0"));
-        let index = index.parse::<u16>().map(i32::from);
-        match (kind, index) {
-            ("cpu", _) if text == "cpu" => Ok(Self::Cpu),
-            ("cuda", Ok(index)) => Ok(Self::Cuda(index)),
-            ("tensorrt", Ok(index)) => Ok(Self::TensorRt(index)),
-            _ => Err(format!("`{text}` is no device; use `cpu`, `cuda:N` or `tensorrt:N`, such as `cuda:0`")),
-        }
-    }
-}
 
 /// How a session is opened.
 #[derive(Clone, Debug)]
@@ -150,22 +113,4 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
             .map_err(|error| anyhow::anyhow!("cannot set the folder of external data: {error}"))?;
     }
     builder.commit_from_memory(&model.graph).context("ONNX Runtime refuses the model").exit_code(DATA)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn devices_are_named_with_an_index() {
-        let parse = |text: &str| text.parse::<Device>();
-        assert_eq!(parse("cpu"), Ok(Device::Cpu));
-        assert_eq!(parse("cuda"), Ok(Device::Cuda(0)));
-        assert_eq!(parse("cuda:3"), Ok(Device::Cuda(3)));
-        assert_eq!(parse("tensorrt:1"), Ok(Device::TensorRt(1)));
-        assert_eq!(Device::TensorRt(1).to_string(), "tensorrt:1");
-        for wrong in ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "rocm:0"] {
-            assert!(parse(wrong).is_err(), "{wrong}");
-        }
-    }
 }

@@ -1,5 +1,6 @@
 //! The one place that says what an error of the producer means.
 
+use anyhow::anyhow;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 /// What to do about an error of a transaction.
@@ -57,6 +58,26 @@ pub fn is_too_large(error: &KafkaError) -> bool {
 /// Whether the client's own queue is full.
 pub fn is_queue_full(error: &KafkaError) -> bool {
     error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull)
+}
+
+/// Why a transaction was not committed.
+pub enum Failure {
+    /// It was or must be aborted; its outcomes can be published in another.
+    Aborted(anyhow::Error),
+    /// The producer answers no more; its outcomes can be published by another, which aborts this transaction.
+    Stuck,
+    /// The process must end.
+    Fatal(anyhow::Error),
+}
+
+impl Failure {
+    /// What the process ends with where nothing else helps.
+    pub fn into_error(self) -> anyhow::Error {
+        match self {
+            Self::Aborted(error) | Self::Fatal(error) => error,
+            Self::Stuck => anyhow!("the Kafka client does not return from a call"),
+        }
+    }
 }
 
 #[cfg(test)]

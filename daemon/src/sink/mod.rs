@@ -5,8 +5,8 @@
 //! records, and what lies between the two is published again by the next daemon.
 
 mod error;
+mod headers;
 mod producer;
-mod record;
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -22,14 +22,14 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use crate::config::{Config, Delivery};
 use crate::exit::{ExitError, FENCED};
 use crate::health::{Health, Loop};
-use crate::kafka;
+use crate::kafka::{self, DocumentsConsumer};
 use crate::ledger::{Group, Ledger, Ticket};
 use crate::metrics::{FENCED_BY_GROUP, FENCED_BY_PRODUCER, Metrics};
 use crate::notice::Notices;
-use crate::source::DocumentsConsumer;
-use error::{Verdict, classify, is_fenced_by_group, is_too_large};
+use crate::outcome::{DeadLetter, Outcome};
+use error::{Failure, Verdict, classify, is_fenced_by_group, is_too_large};
+use headers::headers;
 use producer::{RecordProducer, Stuck};
-pub use record::{DeadLetter, Outcome, Scored};
 
 const IDLE: Duration = Duration::from_millis(100);
 /// How long one call to the broker may take before the loop shows a sign of life and makes it again.
@@ -42,25 +42,6 @@ const ABORT_WAIT: Duration = Duration::from_millis(200);
 
 /// Records that were in a batch which the broker refused as too large.
 type Suspects = HashSet<Ticket>;
-
-/// Why a transaction was not committed.
-enum Failure {
-    /// It was or must be aborted; its outcomes can be published in another.
-    Aborted(anyhow::Error),
-    /// The producer answers no more; its outcomes can be published by another, which aborts this transaction.
-    Stuck,
-    /// The process must end.
-    Fatal(anyhow::Error),
-}
-
-impl Failure {
-    fn into_error(self) -> anyhow::Error {
-        match self {
-            Self::Aborted(error) | Self::Fatal(error) => error,
-            Self::Stuck => anyhow!("the Kafka client does not return from a call"),
-        }
-    }
-}
 
 fn new_producer(config: &Config) -> anyhow::Result<RecordProducer> {
     RecordProducer::new(&kafka::sink_config(&config.kafka)?).map_err(kafka::setting_error)
@@ -351,7 +332,7 @@ impl<'a> Sink<'a> {
             Outcome::Scored(_) => &settings.scored_topic,
             Outcome::DeadLetter(_) => &settings.dead_letter_topic,
         };
-        let headers = taken.outcome.headers(taken.ticket, &settings.documents_topic);
+        let headers = headers(&taken.outcome, taken.ticket, &settings.documents_topic);
         let (key, payload) = (taken.outcome.key(), taken.outcome.payload());
         self.producer.send(topic, index, key.map(AsRef::as_ref), payload.map(AsRef::as_ref), headers)
     }

@@ -1,13 +1,10 @@
 //! The producer: hands records to librdkafka and collects the broker's word on each.
 
-use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 use rdkafka::ClientConfig;
-use rdkafka::client::{ClientContext, OAuthToken};
-use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::ConsumerGroupMetadata;
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::{DeliveryResult, OwnedHeaders};
@@ -15,7 +12,7 @@ use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProd
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::error::is_queue_full;
-use crate::kafka::{Complaints, log_client};
+use crate::kafka::{self, Hooks};
 
 const QUEUE_FULL_WAIT: Duration = Duration::from_millis(10);
 /// How often the client is asked whether everything is delivered.
@@ -31,29 +28,12 @@ pub struct Stuck;
 
 /// Collects the records that the broker did not take, each by its index in the group.
 #[derive(Debug, Default)]
-struct Refusals(Mutex<Vec<(usize, KafkaError)>>);
+pub struct Refusals(Mutex<Vec<(usize, KafkaError)>>);
+
+impl Hooks for Refusals {}
 
 /// The client's callbacks.
-pub struct Context {
-    refusals: Arc<Refusals>,
-    complaints: Complaints,
-}
-
-impl ClientContext for Context {
-    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
-
-    fn generate_oauth_token(&self, config: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
-        Ok(sluice_kafka::oauth_token(config)?)
-    }
-
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        log_client(level, facility, message);
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        self.complaints.hear(&error, reason);
-    }
-}
+pub type Context = kafka::Context<Refusals>;
 
 impl ProducerContext for Context {
     /// Index of the record in its group.
@@ -61,7 +41,7 @@ impl ProducerContext for Context {
 
     fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
         if let Err((error, _)) = result {
-            self.refusals.0.lock().unwrap_or_else(PoisonError::into_inner).push((index, error.clone()));
+            self.hooks().0.lock().unwrap_or_else(PoisonError::into_inner).push((index, error.clone()));
         }
     }
 }
@@ -70,18 +50,12 @@ impl ProducerContext for Context {
 pub struct RecordProducer {
     /// librdkafka's producer.
     pub client: ThreadedProducer<Context>,
-    refusals: Arc<Refusals>,
 }
 
 impl RecordProducer {
     /// A producer with these settings.
     pub fn new(settings: &ClientConfig) -> KafkaResult<Self> {
-        let refusals = Arc::new(Refusals::default());
-        let client = settings.create_with_context(Context {
-            refusals: Arc::clone(&refusals),
-            complaints: Complaints::default(),
-        })?;
-        Ok(Self { client, refusals })
+        Ok(Self { client: settings.create_with_context(Context::default())? })
     }
 
     /// Hands a record over, waiting while the client's queue is full.
@@ -149,7 +123,7 @@ impl RecordProducer {
 
     /// The records refused since the last call.
     pub fn refused(&self) -> Vec<(usize, KafkaError)> {
-        std::mem::take(&mut *self.refusals.0.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.client.context().hooks().0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

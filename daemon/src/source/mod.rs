@@ -1,6 +1,8 @@
 //! Kafka in: reads records, refuses the bad ones, and pauses where the budget is used up. Models are unknown here.
 
 mod assignment;
+mod broker;
+mod placing;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow, bail};
 use bytes::Bytes;
 use crossbeam_channel::Sender;
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message as _};
 use sluice_schemas::record::{RecordError, TokenizedDocument};
@@ -16,13 +18,14 @@ use sluice_schemas::record::{RecordError, TokenizedDocument};
 use crate::config::Config;
 use crate::exit::{DATA, ExitCode as _, UNAVAILABLE, USAGE};
 use crate::health::{Health, Loop};
-use crate::kafka;
-use crate::ledger::{Ledger, Ticket};
+use crate::job::Job;
+use crate::kafka::{self, DocumentsConsumer, GroupHooks};
+use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::notice::Notices;
+use crate::outcome::{DeadLetter, Outcome};
 use crate::score::ModelIdentity;
-use crate::sink::{DeadLetter, Outcome};
-use assignment::Context;
+use assignment::Assignment;
 
 const POLL: Duration = Duration::from_millis(100);
 /// How long a paused consumer waits before it looks at the budget again.
@@ -40,21 +43,16 @@ const BYTES_PER_TOKEN: usize = 4;
 /// Least that a record takes of the budget: the books on it are not free.
 const TOKENS_PER_RECORD: usize = 64;
 
-/// A document to be scored, with its place in the ledger.
-#[derive(Debug)]
-pub struct Job {
-    /// Its place in the ledger.
-    pub ticket: Ticket,
-    /// The record's key.
-    pub key: Option<Bytes>,
-    /// The payload, of which the document holds parts.
-    pub payload: Bytes,
-    /// The document.
-    pub document: TokenizedDocument,
+/// A member of the group that reads the documents topic.
+pub struct Source<'a> {
+    consumer: DocumentsConsumer,
+    assignment: Arc<Assignment>,
+    config: &'a Config,
+    ledger: Arc<Ledger<Outcome>>,
+    metrics: Metrics,
+    health: Health,
+    notices: Notices,
 }
-
-/// The consumer, shared with the sink, which commits through it.
-pub type DocumentsConsumer = BaseConsumer<Context>;
 
 /// Connects to the brokers and joins the group.
 pub fn subscribe(
@@ -62,11 +60,13 @@ pub fn subscribe(
     ledger: Arc<Ledger<Outcome>>,
     metrics: Metrics,
     health: Health,
-) -> anyhow::Result<DocumentsConsumer> {
+) -> anyhow::Result<Source<'_>> {
     let settings = &config.kafka;
-    let context = Context::new(config, ledger, metrics, health);
-    let consumer: DocumentsConsumer =
-        kafka::consumer_config(settings).create_with_context(context).map_err(kafka::setting_error)?;
+    let assignment = Arc::new(Assignment::new(config, Arc::clone(&ledger), metrics.clone(), health.clone()));
+    let hooks: Arc<dyn GroupHooks> = assignment.clone();
+    let consumer: DocumentsConsumer = kafka::consumer_config(settings)
+        .create_with_context(kafka::Context::new(hooks))
+        .map_err(kafka::setting_error)?;
     let serve = || drop(consumer.poll(Duration::ZERO));
     let metadata =
         kafka::reach(consumer.client(), &settings.bootstrap_servers, serve).exit_code(UNAVAILABLE)?;
@@ -81,166 +81,138 @@ pub fn subscribe(
         .exit_code(UNAVAILABLE);
     }
     consumer.subscribe(&[&settings.documents_topic]).context("cannot subscribe")?;
-    Ok(consumer)
+    let notices = Notices::default();
+    Ok(Source { consumer, assignment, config, ledger, metrics, health, notices })
 }
 
-/// Reads until asked to stop, then waits until everything read is published.
-pub fn run(
-    consumer: &DocumentsConsumer,
-    jobs: &Sender<Job>,
-    ledger: &Ledger<Outcome>,
-    model: ModelIdentity,
-    config: &Config,
-    metrics: &Metrics,
-    health: &Health,
-) -> anyhow::Result<()> {
-    let budget = config.limits.in_flight_tokens;
-    let notices = Notices::default();
-    let mut paused = false;
-    let mut stopping: Option<Instant> = None;
-    let mut last_answer = Instant::now();
-    loop {
-        health.beat(Loop::Source);
-        let in_flight = ledger.tokens();
-        metrics.in_flight_tokens.set(in_flight as i64);
-        metrics.oldest_in_flight_seconds.set(ledger.oldest_age().as_secs() as i64);
-        if health.is_aborted() {
-            return Ok(());
-        }
-        if health.is_stopping() {
-            let since = *stopping.get_or_insert_with(|| {
-                ledger.close();
-                Instant::now()
-            });
-            if ledger.is_finished() {
+impl Source<'_> {
+    /// The member's client, through which what was read is committed.
+    pub fn consumer(&self) -> &DocumentsConsumer {
+        &self.consumer
+    }
+
+    /// Reads until asked to stop, then waits until everything read is published.
+    pub fn run(&self, jobs: &Sender<Job>, model: ModelIdentity) -> anyhow::Result<()> {
+        let Self { consumer, assignment, config, ledger, metrics, health, .. } = self;
+        let budget = config.limits.in_flight_tokens;
+        let mut paused = false;
+        let mut stopping: Option<Instant> = None;
+        let mut last_answer = Instant::now();
+        loop {
+            health.beat(Loop::Source);
+            let in_flight = ledger.tokens();
+            metrics.in_flight_tokens.set(in_flight as i64);
+            metrics.oldest_in_flight_seconds.set(ledger.oldest_age().as_secs() as i64);
+            if health.is_aborted() {
                 return Ok(());
             }
-            if since.elapsed() > config.limits.drain() {
-                bail!(
-                    "{in_flight} tokens were still in flight when the drain deadline passed; they will be read again"
-                );
+            if health.is_stopping() {
+                let since = *stopping.get_or_insert_with(|| {
+                    ledger.close();
+                    Instant::now()
+                });
+                if ledger.is_finished() {
+                    return Ok(());
+                }
+                if since.elapsed() > config.limits.drain() {
+                    bail!(
+                        "{in_flight} tokens were still in flight when the drain deadline passed; they will be read again"
+                    );
+                }
             }
-        }
-        // A pause throws away what the client has fetched, so it is for when the budget stays used up.
-        if !paused && in_flight >= budget && !health.is_stopping() && ledger.wait_below(budget, PAUSE_AFTER) {
-            continue;
-        }
-        let pause = health.is_stopping() || in_flight >= budget || (paused && in_flight > budget / 2);
-        if pause != paused {
-            set_paused(consumer, pause);
-            metrics.paused.set(i64::from(pause));
-            paused = pause;
-        }
-        let probe_after = if health.is_broker_down() { PROBE_DOWN } else { PROBE_QUIET };
-        if last_answer.elapsed() > probe_after {
-            last_answer = Instant::now();
-            match consumer.client().fetch_metadata(Some(&config.kafka.documents_topic), PROBE_TIMEOUT) {
-                Ok(_) => broker_is_up(health),
-                Err(error) => broker_is_down(health, &error.to_string()),
+            // A pause throws away what the client has fetched, so it is for when the budget stays used up.
+            if !paused
+                && in_flight >= budget
+                && !health.is_stopping()
+                && ledger.wait_below(budget, PAUSE_AFTER)
+            {
+                continue;
             }
-        }
-        if let Err(error) = consumer.context().place(consumer) {
-            tracing::debug!(%error, "offsets are not settled yet");
-        }
-        match consumer.poll(if paused { POLL_PAUSED } else { POLL }) {
-            None => {}
-            Some(Err(error)) => consumer_error(&error, health, metrics, &notices)?,
-            // A record that was fetched before the drain began is left for the next reader.
-            Some(Ok(_)) if stopping.is_some() => {}
-            Some(Ok(message)) => {
-                broker_is_up(health);
+            let pause = health.is_stopping() || in_flight >= budget || (paused && in_flight > budget / 2);
+            if pause != paused {
+                assignment.set_paused(consumer, pause);
+                metrics.paused.set(i64::from(pause));
+                paused = pause;
+            }
+            let probe_after = if assignment.broker().is_down() { PROBE_DOWN } else { PROBE_QUIET };
+            if last_answer.elapsed() > probe_after {
                 last_answer = Instant::now();
-                accept(&message, jobs, ledger, model, metrics);
-                if paused {
-                    // A rebalance has brought partitions that are not paused yet.
-                    set_paused(consumer, true);
+                match consumer.client().fetch_metadata(Some(&config.kafka.documents_topic), PROBE_TIMEOUT) {
+                    Ok(_) => assignment.broker().set_up(),
+                    Err(error) => assignment.broker().set_down(&error.to_string()),
+                }
+            }
+            if let Err(error) = assignment.place_held(consumer) {
+                tracing::debug!(%error, held = ?assignment.held(), "offsets are not settled yet");
+            }
+            match consumer.poll(if paused { POLL_PAUSED } else { POLL }) {
+                None => {}
+                Some(Err(error)) => self.consumer_error(&error)?,
+                // A record that was fetched before the drain began is left for the next reader.
+                Some(Ok(_)) if stopping.is_some() => {}
+                Some(Ok(message)) => {
+                    assignment.broker().set_up();
+                    last_answer = Instant::now();
+                    self.accept(&message, jobs, model);
+                    if paused {
+                        // A rebalance has brought partitions that are not paused yet.
+                        assignment.set_paused(consumer, true);
+                    }
                 }
             }
         }
     }
-}
 
-fn broker_is_down(health: &Health, reason: &str) {
-    if health.set_broker_down(true) {
-        tracing::warn!(reason, "no broker answers; waiting for one");
-    }
-}
-
-fn broker_is_up(health: &Health) {
-    if health.set_broker_down(false) {
-        tracing::info!("a broker answers again");
-    }
-}
-
-fn set_paused(consumer: &DocumentsConsumer, pause: bool) {
-    let changed = consumer.assignment().and_then(|assignment| {
-        if pause { consumer.pause(&assignment) } else { consumer.resume(&assignment) }
-    });
-    if let Err(error) = changed {
-        tracing::warn!(%error, pause, "cannot pause or resume; trying again with the next record");
-    }
-}
-
-/// Errors that the client recovers from are counted; the others end the daemon.
-fn consumer_error(
-    error: &KafkaError,
-    health: &Health,
-    metrics: &Metrics,
-    notices: &Notices,
-) -> anyhow::Result<()> {
-    metrics.kafka_errors.inc();
-    match error.rdkafka_error_code() {
-        // Not for a service manager to try again: a person must decide.
-        Some(RDKafkaErrorCode::AutoOffsetReset) => Err(anyhow!(
-            "the documents topic has no record any more where this group would read on: retention has removed it, or the \
-             topic was made anew; set the group's offsets with Kafka's kafka-consumer-groups.sh --reset-offsets ({error})"
-        ))
-        .exit_code(DATA)?,
-        Some(RDKafkaErrorCode::Fatal) => bail!("the consumer failed for good: {error}"),
-        Some(RDKafkaErrorCode::AllBrokersDown) => {
-            broker_is_down(health, "all brokers are down");
-        }
-        // Said once, and it comes again with every try.
-        Some(RDKafkaErrorCode::BrokerTransportFailure) if health.is_broker_down() => {}
-        _ => {
-            if let Some(others) = notices.due("consumer error") {
-                tracing::warn!(
-                    %error,
-                    others_since_last_warning = others,
-                    "kafka consumer error; the client tries again"
-                );
+    /// Errors that the client recovers from are counted; the others end the daemon.
+    fn consumer_error(&self, error: &KafkaError) -> anyhow::Result<()> {
+        self.metrics.kafka_errors.inc();
+        match error.rdkafka_error_code() {
+            // Not for a service manager to try again: a person must decide.
+            Some(RDKafkaErrorCode::AutoOffsetReset) => Err(anyhow!(
+                "the documents topic has no record any more where this group would read on: retention has removed it, or the \
+                 topic was made anew; set the group's offsets with Kafka's kafka-consumer-groups.sh --reset-offsets ({error})"
+            ))
+            .exit_code(DATA)?,
+            Some(RDKafkaErrorCode::Fatal) => bail!("the consumer failed for good: {error}"),
+            Some(RDKafkaErrorCode::AllBrokersDown) => {
+                self.assignment.broker().set_down("all brokers are down");
+            }
+            // Said once, and it comes again with every try.
+            Some(RDKafkaErrorCode::BrokerTransportFailure) if self.assignment.broker().is_down() => {}
+            _ => {
+                if let Some(others) = self.notices.due("consumer error") {
+                    tracing::warn!(
+                        %error,
+                        others_since_last_warning = others,
+                        "kafka consumer error; the client tries again"
+                    );
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-fn accept(
-    message: &BorrowedMessage<'_>,
-    jobs: &Sender<Job>,
-    ledger: &Ledger<Outcome>,
-    model: ModelIdentity,
-    metrics: &Metrics,
-) {
-    let payload = Bytes::copy_from_slice(message.payload().unwrap_or_default());
-    let key = message.key().map(Bytes::copy_from_slice);
-    let checked = check(payload.clone(), model);
-    let tokens = checked.as_ref().map_or(0, |document| document.tokens.len());
-    let bytes = payload.len() + key.as_ref().map_or(0, Bytes::len);
-    let room = tokens.max(bytes / BYTES_PER_TOKEN).max(TOKENS_PER_RECORD);
-    let Some(ticket) = ledger.open(message.partition(), message.offset(), room) else {
-        return;
-    };
-    metrics.documents_read.inc();
-    match checked {
-        Ok(document) => {
-            metrics.tokens_read.inc_by(tokens as u64);
-            // The receiver is gone only while the daemon stops; the record is then read again.
-            let _ = jobs.send(Job { ticket, key, payload, document });
-        }
-        Err(error) => {
-            let letter = DeadLetter::new(key, payload, error.code(), &error.to_string());
-            ledger.complete(ticket, Outcome::DeadLetter(letter));
+    fn accept(&self, message: &BorrowedMessage<'_>, jobs: &Sender<Job>, model: ModelIdentity) {
+        let payload = Bytes::copy_from_slice(message.payload().unwrap_or_default());
+        let key = message.key().map(Bytes::copy_from_slice);
+        let checked = check(payload.clone(), model);
+        let tokens = checked.as_ref().map_or(0, |document| document.tokens.len());
+        let bytes = payload.len() + key.as_ref().map_or(0, Bytes::len);
+        let room = tokens.max(bytes / BYTES_PER_TOKEN).max(TOKENS_PER_RECORD);
+        let Some(ticket) = self.ledger.open(message.partition(), message.offset(), room) else {
+            return;
+        };
+        self.metrics.documents_read.inc();
+        match checked {
+            Ok(document) => {
+                self.metrics.tokens_read.inc_by(tokens as u64);
+                // The receiver is gone only while the daemon stops; the record is then read again.
+                let _ = jobs.send(Job { ticket, key, payload, document });
+            }
+            Err(error) => {
+                let letter = DeadLetter::new(key, payload, error.code(), &error.to_string());
+                self.ledger.complete(ticket, Outcome::DeadLetter(letter));
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Everything that can be wrong with a record.
 
+use super::version::SCHEMA_VERSION;
 use crate::fingerprint::Fingerprint;
 
 /// Why a record was refused.
@@ -12,7 +13,7 @@ pub enum RecordError {
     #[error("the payload is not a valid record: {0}")]
     Malformed(prost::DecodeError),
     /// Written by a newer or foreign producer.
-    #[error("schema version {0} is unknown; this build reads version {version}", version = super::SCHEMA_VERSION)]
+    #[error("schema version {0} is unknown; this build reads version {version}", version = SCHEMA_VERSION)]
     UnknownVersion(u32),
     /// A message that must be there is not.
     #[error("the record has no {0}")]

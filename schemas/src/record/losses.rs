@@ -3,7 +3,8 @@
 use bytes::Bytes;
 use half::f16;
 
-use super::{Bos, RecordError};
+use super::context::Bos;
+use super::error::RecordError;
 
 /// How far below zero, in nats, rounding may push a loss whose token the model is certain of.
 pub const NEGATIVE_LOSS_TOLERANCE: f32 = 1e-4;

@@ -3,25 +3,25 @@
 //! What only a reader can know, such as its own tokenizer and vocabulary, is checked by
 //! [`TokenizedDocument::check_tokenizer`] and [`TokenIds::check_vocabulary`].
 
+mod context;
 mod error;
 mod losses;
 mod tokens;
+mod version;
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use prost::Message;
-use serde::{Deserialize, Serialize};
 
+pub use context::{Bos, ContextPolicy};
 pub use error::RecordError;
 pub use losses::{LossFormat, Losses, NEGATIVE_LOSS_TOLERANCE};
 pub use tokens::TokenIds;
+pub use version::SCHEMA_VERSION;
 
 use crate::fingerprint::Fingerprint;
 use crate::wire;
-
-/// The only version of the records' meaning so far.
-pub const SCHEMA_VERSION: u32 = 1;
 
 /// One document as token ids: at least one token, an id, and the fingerprint of the tokenizer.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,52 +84,6 @@ impl TokenizedDocument {
             source: self.source.clone(),
             attributes: self.attributes.clone(),
         }
-    }
-}
-
-/// How the reference model saw a document.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContextPolicy {
-    /// Longest run of tokens given to the model at once.
-    pub window: u32,
-    /// Tokens between the starts of two windows of a document longer than `window`.
-    pub stride: u32,
-    /// What stands before the first token of a window.
-    pub bos: Bos,
-}
-
-/// What stands before the first token of a window: nothing, or the model's BOS token, by its id.
-///
-/// A document that begins with that token gets no second one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Bos {
-    /// Nothing: the first token of a document has no prediction.
-    None,
-    /// The token before a document's first window.
-    Document(u32),
-    /// The token before every window.
-    Window(u32),
-}
-
-impl ContextPolicy {
-    fn check(policy: wire::ContextPolicy) -> Result<Self, RecordError> {
-        let bos = match policy.bos() {
-            wire::BosPolicy::None => Bos::None,
-            wire::BosPolicy::Document => Bos::Document(policy.bos_token),
-            wire::BosPolicy::Window => Bos::Window(policy.bos_token),
-            wire::BosPolicy::Unspecified => return Err(RecordError::UnknownBosPolicy(policy.bos)),
-        };
-        Ok(Self { window: policy.window, stride: policy.stride, bos })
-    }
-
-    fn to_wire(self) -> wire::ContextPolicy {
-        let (bos, bos_token) = match self.bos {
-            Bos::None => (wire::BosPolicy::None, 0),
-            Bos::Document(token) => (wire::BosPolicy::Document, token),
-            Bos::Window(token) => (wire::BosPolicy::Window, token),
-        };
-        wire::ContextPolicy { window: self.window, stride: self.stride, bos: bos.into(), bos_token }
     }
 }
 

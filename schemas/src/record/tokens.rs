@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::RecordError;
+use super::error::RecordError;
 
 /// A sequence of token ids.
 #[derive(Clone, PartialEq, Eq)]

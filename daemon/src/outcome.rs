@@ -1,11 +1,12 @@
-//! What goes out: scored records and dead letters, and what becomes of one that is too large.
+//! What becomes of a record: scored, or a dead letter, and the dead letter in place of one that is too large. Reading,
+//! assembling and publishing all speak of it, and it of none of them.
 
 use bytes::Bytes;
-use rdkafka::message::{Header, OwnedHeaders};
-use sluice_schemas::names;
 
-use crate::ledger::Ticket;
-use crate::metrics::RECORD_TOO_LARGE;
+/// Reason for a dead letter, beside the codes of [`sluice_schemas::record::RecordError`]: no broker takes the record.
+pub const RECORD_TOO_LARGE: &str = "record_too_large";
+/// Reason for a dead letter: the model failed on this document alone.
+pub const MODEL_FAILED: &str = "model_failed";
 
 /// What became of a record.
 #[derive(Debug)]
@@ -107,29 +108,6 @@ impl Outcome {
         match self {
             Self::Scored(scored) => Some(&scored.payload),
             Self::DeadLetter(letter) => Some(&letter.payload).filter(|payload| !payload.is_empty()),
-        }
-    }
-
-    /// The record's headers: its kind, or why it is a dead letter and where it comes from.
-    pub fn headers(&self, ticket: Ticket, documents_topic: &str) -> OwnedHeaders {
-        let headers = OwnedHeaders::new();
-        let header = |key, value| Header { key, value: Some(value) };
-        match self {
-            Self::Scored(_) => headers.insert(header(names::RECORD_HEADER, names::SCORED_DOCUMENT)),
-            Self::DeadLetter(letter) => {
-                let (partition, offset) = (ticket.partition.to_string(), ticket.offset.to_string());
-                let headers = headers
-                    .insert(header(names::ERROR_HEADER, letter.reason))
-                    .insert(header(names::ERROR_DETAIL_HEADER, &letter.detail))
-                    .insert(header(names::ORIGIN_TOPIC_HEADER, documents_topic))
-                    .insert(header(names::ORIGIN_PARTITION_HEADER, &partition))
-                    .insert(header(names::ORIGIN_OFFSET_HEADER, &offset));
-                match letter.omitted {
-                    Omitted::Nothing => headers,
-                    Omitted::Payload => headers.insert(header(names::OMITTED_HEADER, "payload")),
-                    Omitted::PayloadAndKey => headers.insert(header(names::OMITTED_HEADER, "payload, key")),
-                }
-            }
         }
     }
 }

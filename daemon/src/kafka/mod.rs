@@ -1,0 +1,12 @@
+//! What every Kafka client of the daemon shares: settings, callbacks, and the first questions to the brokers.
+
+mod cluster;
+mod context;
+mod settings;
+
+pub use cluster::{check_delivery, is_mock, partitions, reach, shape};
+pub use context::{Context, DocumentsConsumer, GroupHooks, Hooks, PlainContext};
+pub use settings::{
+    check_properties, client_config, consumer_config, producer_config, setting_error, sink_config,
+    transaction_timeout, transactional_id,
+};

@@ -1,0 +1,57 @@
+//! How the model sees a document: the settings, and what the model can do, into a context policy.
+
+use anyhow::bail;
+use sluice_schemas::record::{Bos, ContextPolicy};
+
+use super::model::Model;
+use crate::config::{BosChoice, Config};
+
+/// The windows that `config` asks for from `model`.
+pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextPolicy> {
+    let window = match (config.score.window_tokens, model.context_max) {
+        (0, Some(longest)) => longest.min(u32::try_from(config.batch.tokens_max).unwrap_or(u32::MAX)),
+        (0, None) => bail!(
+            "config.json does not say how long a sequence may be (max_position_embeddings); set score.window_tokens"
+        ),
+        (asked, Some(longest)) if asked > longest => {
+            bail!("score.window_tokens is {asked}, and the model was made for at most {longest} tokens")
+        }
+        (asked, _) => asked,
+    };
+    if window < 2 {
+        bail!(
+            "a window of {window} tokens predicts nothing; check max_position_embeddings in config.json, \
+             score.window_tokens and batch.tokens_max"
+        );
+    }
+    let stride = match config.score.stride_tokens {
+        0 => (window / 2).max(1),
+        asked if asked >= window => {
+            bail!("score.stride_tokens is {asked}; it must be less than the window of {window} tokens")
+        }
+        asked => asked,
+    };
+    let bos = match (config.score.bos, model.bos_token) {
+        (BosChoice::None, _) => Bos::None,
+        (BosChoice::Document, Some(token)) => Bos::Document(token),
+        (BosChoice::Window, Some(token)) => Bos::Window(token),
+        (_, None) => {
+            bail!("score.bos asks for a BOS token, and config.json does not name one (bos_token_id)")
+        }
+    };
+    if let Bos::Document(token) | Bos::Window(token) = bos {
+        if token >= model.identity.vocabulary {
+            bail!(
+                "bos_token_id in config.json is {token}, beyond the vocabulary of {}",
+                model.identity.vocabulary
+            );
+        }
+        if stride + 1 >= window {
+            bail!(
+                "with score.bos, which takes a place in the window, score.stride_tokens ({stride}) must be at least \
+                 two less than the window ({window})"
+            );
+        }
+    }
+    Ok(ContextPolicy { window, stride, bos })
+}
