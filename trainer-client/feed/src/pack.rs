@@ -59,6 +59,7 @@ pub struct Packer {
     /// Rows that are made, and wait for enough of them.
     finished: VecDeque<Vec<Piece>>,
     waiting: Waiting,
+    rows_ahead: usize,
 }
 
 impl Packer {
@@ -66,7 +67,19 @@ impl Packer {
     /// When a row could not hold a prediction (fewer than two tokens) or a batch no row.
     pub fn new(shape: BatchShape) -> Self {
         assert!(shape.rows > 0 && shape.len >= PIECE_TOKENS_MIN, "a batch must hold at least one prediction");
-        Self { shape, packing: Packing::default(), finished: VecDeque::new(), waiting: Waiting::default() }
+        Self {
+            shape,
+            packing: Packing::default(),
+            finished: VecDeque::new(),
+            waiting: Waiting::default(),
+            rows_ahead: ROWS_AHEAD,
+        }
+    }
+
+    /// The same packer that has so many rows' worth of tokens wait instead of [`ROWS_AHEAD`].
+    #[must_use]
+    pub fn looking_ahead(self, rows_ahead: usize) -> Self {
+        Self { rows_ahead, ..self }
     }
 
     /// The same packer with another rule for what a token may look at.
@@ -98,7 +111,7 @@ impl Packer {
     pub fn push(&mut self, document: &Document) {
         for piece in cut(document, self.shape.len, self.packing.unequal_contexts) {
             self.waiting.push(piece);
-            while self.waiting.tokens > ROWS_AHEAD * self.shape.len {
+            while self.waiting.tokens > self.rows_ahead * self.shape.len {
                 self.finished.push_back(self.waiting.row(self.shape.len));
             }
         }

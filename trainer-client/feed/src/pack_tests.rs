@@ -52,7 +52,12 @@ fn pack(shape: BatchShape, documents: &[Document]) -> Vec<PackedBatch> {
 }
 
 /// The rows of the same documents by the plainest program for the rule: lists that are searched from end to end.
-fn rows_by_search(documents: &[Document], row: usize, packing: Packing) -> Vec<Vec<Piece>> {
+fn rows_by_search(
+    documents: &[Document],
+    row: usize,
+    packing: Packing,
+    rows_ahead: usize,
+) -> Vec<Vec<Piece>> {
     let mut waiting: Vec<Piece> = Vec::new();
     let mut rows = Vec::new();
     let make_row = |waiting: &mut Vec<Piece>| {
@@ -68,7 +73,7 @@ fn rows_by_search(documents: &[Document], row: usize, packing: Packing) -> Vec<V
     for document in documents {
         for piece in cut(document, row, packing.unequal_contexts) {
             waiting.push(piece);
-            while waiting.iter().map(Piece::len).sum::<usize>() > ROWS_AHEAD * row {
+            while waiting.iter().map(Piece::len).sum::<usize>() > rows_ahead * row {
                 rows.push(make_row(&mut waiting));
             }
         }
@@ -130,7 +135,11 @@ fn every_token_that_can_be_predicted_is_predicted_exactly_once_with_its_own_loss
             next_token += length as u32;
         }
         let packing = Packing { unequal_contexts: UnequalContexts::Allow, ..Packing::default() };
-        let batches = pack_all(Packer::new(shape).packing(packing), shape.rows, &documents);
+        let (packer, rows_ahead) = match case % 3 {
+            0 => (Packer::new(shape).looking_ahead(case % 5), case % 5),
+            _ => (Packer::new(shape), ROWS_AHEAD),
+        };
+        let batches = pack_all(packer.packing(packing), shape.rows, &documents);
         let mut predicted: BTreeMap<u32, usize> = BTreeMap::new();
         for packed in &batches {
             check_layout(packed);
@@ -146,7 +155,7 @@ fn every_token_that_can_be_predicted_is_predicted_exactly_once_with_its_own_loss
         assert_eq!(predicted, expected.map(|&token| (token, 1)).collect(), "case {case}: once each");
         // The same rows as by the plainest program, in the same order.
         let rows: Vec<_> = batches.iter().flat_map(|packed| packed.rows.clone()).collect();
-        let searched = rows_by_search(&documents, shape.len, packing);
+        let searched = rows_by_search(&documents, shape.len, packing, rows_ahead);
         assert!(format!("{rows:?}") == format!("{searched:?}"), "case {case}");
     }
 }
