@@ -234,9 +234,9 @@ mod tests {
             rows: 5,
             padding: 4,
             predictions: 4 + 5 + 3 + 11 + 2 + 1,
-            rows_before_end: 0,
+            rows_before_end: 2,
             padding_before_end: 0,
-            tokens_held_max: 36,
+            tokens_held_max: 31,
         };
         assert_eq!(filled, expected);
         assert_eq!(piece_lengths(&lanes, 8), [5, 6, 4, 8, 8, 3, 2]);

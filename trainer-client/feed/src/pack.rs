@@ -1,10 +1,10 @@
 //! Documents to packed sequences, by best fit: no document that fits a row is cut (Ding et al., "Fewer Truncations
 //! Improve Language Modeling", arXiv 2404.10830, whose best-fit-decreasing runs here over a window of the stream).
 //!
-//! Documents are cut into pieces that fit a row (`cut`), and pieces wait until as many tokens do as [`ROWS_AHEAD`] rows
-//! hold. Then a row is made: of the piece that has waited longest, and of the longest piece that still fits, again and
-//! again. So no piece waits for more rows than there are pieces before it, and rows depend on the order of the documents
-//! alone.
+//! Documents are cut into pieces that fit a row (`cut`). A piece that fills one is a row at once. The others wait until as
+//! many tokens do as [`ROWS_AHEAD`] rows hold; then a row is made of the piece that has waited longest, and of the longest piece
+//! that still fits, again and again. So no piece is passed over by more such rows than there are pieces before it, and rows
+//! depend on the order of the documents alone.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -110,6 +110,11 @@ impl Packer {
     /// Adds a document. One without a token to predict leaves no trace.
     pub fn push(&mut self, document: &Document) {
         for piece in cut(document, self.shape.len, self.packing.unequal_contexts) {
+            // Nothing fits beside it, so it need not wait, nor take up the look-ahead.
+            if piece.len() + PIECE_TOKENS_MIN > self.shape.len {
+                self.finished.push_back(vec![piece]);
+                continue;
+            }
             self.waiting.push(piece);
             while self.waiting.tokens > self.rows_ahead * self.shape.len {
                 self.finished.push_back(self.waiting.row(self.shape.len));

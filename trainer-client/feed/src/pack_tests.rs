@@ -72,6 +72,10 @@ fn rows_by_search(
     };
     for document in documents {
         for piece in cut(document, row, packing.unequal_contexts) {
+            if piece.len() > row - 2 {
+                rows.push(vec![piece]);
+                continue;
+            }
             waiting.push(piece);
             while waiting.iter().map(Piece::len).sum::<usize>() > rows_ahead * row {
                 rows.push(make_row(&mut waiting));
@@ -177,7 +181,7 @@ fn a_document_that_fits_a_row_is_not_cut() {
 }
 
 #[test]
-fn no_piece_waits_for_more_rows_than_there_are_pieces_before_it() {
+fn no_piece_is_passed_over_by_more_rows_than_there_are_pieces_before_it() {
     // A long piece among short ones is never the best fit, and comes out all the same.
     let shape = BatchShape { rows: 1, len: 16 };
     let mut documents = vec![document(0, 1, 11)];
