@@ -66,12 +66,16 @@ impl Feed {
         stop: Arc<AtomicBool>,
     ) -> Result<Self, StreamError> {
         let start = match snapshot {
-            Some(snapshot) => Start {
-                shard,
-                places: snapshot.positions(),
-                reference_model: snapshot.identity.reference_model,
-                contexts: snapshot.contexts.clone(),
-            },
+            Some(snapshot) => {
+                // Where several were allowed, the identity names none; of one that was seen it is known all the same.
+                let only = snapshot.contexts.keys().next().filter(|_| snapshot.contexts.len() == 1).copied();
+                Start {
+                    shard,
+                    places: snapshot.positions(),
+                    reference_model: snapshot.identity.reference_model.or(only),
+                    contexts: snapshot.contexts.clone(),
+                }
+            }
             None => Start::of(shard),
         };
         let decoder = match plan.packing.unequal_contexts {
@@ -151,8 +155,8 @@ impl Feed {
     pub fn identity(&self) -> Identity {
         Identity {
             tokenizer: self.tokenizer,
-            // Of several models each rank may have seen another one first.
-            reference_model: self.stream.reference_model().filter(|_| self.stream.contexts().len() < 2),
+            // Of several models each rank may have seen another one, first or alone.
+            reference_model: self.stream.reference_model().filter(|_| !self.stream.takes_several_models()),
             plan: self.supply.plan().clone(),
         }
     }
