@@ -255,7 +255,9 @@ fn reads(steps: &Steps) -> BTreeMap<String, usize> {
 /// Micro-batches of each step of a rank, those without tokens included.
 fn sizes(lines: &[Line]) -> BTreeMap<u64, usize> {
     let mut sizes = BTreeMap::new();
-    lines.iter().for_each(|line| *sizes.entry(line.step).or_default() += 1);
+    for line in lines {
+        *sizes.entry(line.step).or_default() += 1;
+    }
     sizes
 }
 
@@ -290,15 +292,15 @@ fn ranks_killed_at_any_step_go_on_as_another_number_of_ranks() {
 fn killed(fixture: &Fixture, seed: u64) -> bool {
     let mut random = fastrand::Rng::with_seed(seed);
     let [state, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-    let settings = fixture.settings(state.path()).with("--seed", seed);
+    let settings = fixture.settings(state.path()).with("--seed", &seed);
     let undisturbed = Settings { state: other.path().to_owned(), ..settings.clone() };
-    let reference = run(&undisturbed.with("--checkpoint-every", u64::MAX), 1, None, None).well();
+    let reference = run(&undisturbed.with("--checkpoint-every", &u64::MAX), 1, None, None).well();
     let wanted = steps_of(reference.lines());
     let (last_step, _) = *wanted.last_key_value().unwrap().0;
 
     let mut found = Steps::new();
     let mut from = None;
-    for _ in 0..if seed % 5 == 0 { 2 } else { 1 } {
+    for _ in 0..if seed.is_multiple_of(5) { 2 } else { 1 } {
         // Every step has a round at least, and so has the end: no rank comes to it.
         let left = (last_step - from.unwrap_or(0)) as usize;
         if left < 3 {
@@ -347,10 +349,10 @@ fn what_cannot_be_dealt_to_ranks_or_gone_on_with_is_refused_by_name() {
     let fixture = Fixture::shared();
     let state = tempfile::tempdir().unwrap();
     let settings = fixture.settings(state.path());
-    let ended = run(&settings.with("--steps", 3), 2, None, None).well();
+    let ended = run(&settings.with("--steps", &3), 2, None, None).well();
     assert_eq!(ended.lines().map(|line| line.step).max(), Some(3));
-    let few = settings.with("--micro-batches", 6);
-    let (seed, len) = (settings.with("--seed", 9), settings.with("--len", 32));
+    let few = settings.with("--micro-batches", &6);
+    let (seed, len) = (settings.with("--seed", &9), settings.with("--len", &32));
     for (settings, rank, resume_from, words) in [
         (&settings, (0, 3), None, "use 1, 2, 4 or 8 ranks"),
         (&few, (3, 4), None, "6 micro-batches a step are not a multiple of 4 ranks"),

@@ -70,7 +70,7 @@ fn patient(stream: TcpStream) -> io::Result<TcpStream> {
 /// Their number as four bytes, then the values, all of them little-endian.
 fn send(stream: &mut impl Write, values: &[i64]) -> io::Result<()> {
     let mut bytes = (values.len() as u32).to_le_bytes().to_vec();
-    values.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
+    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     stream.write_all(&bytes)
 }
 
@@ -151,7 +151,7 @@ pub struct Settings {
 impl Settings {
     /// The same settings, one of them changed.
     #[must_use]
-    pub fn with(&self, flag: &'static str, value: impl ToString) -> Self {
+    pub fn with(&self, flag: &'static str, value: &impl ToString) -> Self {
         let mut changed = self.clone();
         changed.flags.insert(flag, value.to_string());
         changed
