@@ -122,13 +122,24 @@ impl Feed {
                 Agreed::Ended => return Ok(Step::Ended),
                 Agreed::Stopped => return Ok(Step::Stopped),
                 Agreed::Failed => return Err(StreamError::OtherRank),
+                Agreed::SeveralReferences => return Err(StreamError::SeveralReferences),
             }
         }
     }
 
-    /// As [`Supply::fill`].
+    /// As [`Supply::fill`]; the outlook shows which reference the documents have, so that ranks refuse together what one
+    /// of them would have refused alone.
     pub fn fill(&mut self) -> Result<Outlook, StreamError> {
-        self.supply.fill(&mut *self.stream)
+        let outlook = self.supply.fill(&mut *self.stream)?;
+        Ok(outlook.showing(self.reference_shown()))
+    }
+
+    /// A digest of the only reference model and its contexts; none where several are taken.
+    fn reference_shown(&self) -> Option<Fingerprint> {
+        let contexts = self.stream.contexts();
+        let is_only = !self.stream.takes_several_models() && !contexts.is_empty();
+        // Names and numbers can always be encoded.
+        is_only.then(|| Fingerprint::of_bytes(&serde_json::to_vec(&contexts).unwrap_or_default()))
     }
 
     /// As [`Supply::agree`].

@@ -325,3 +325,26 @@ fn ranks_that_saw_another_one_of_several_models_each_leave_one_checkpoint() {
     let refused = merged(false).unwrap_err();
     assert!(refused.to_string().contains("the reference model differs"), "{refused}");
 }
+
+#[test]
+fn ranks_refuse_together_what_one_would_have_refused_alone() {
+    for takes_several in [false, true] {
+        let meeting = (Arc::new(Barrier::new(2)), Arc::new(Mutex::new(vec![])));
+        let of_rank = |rank: usize| {
+            let (barrier, values) = meeting.clone();
+            std::thread::spawn(move || {
+                let stream = Box::new(Scored { lanes: Lanes::new(&[90, 90]), shown: 0, takes_several });
+                let shard = Shard::new(rank, 2).unwrap();
+                let mut feed = Feed::over(stream, plan(2), shard, None, Fingerprint::of_bytes(b"t"));
+                feed.next_step(&mut Meeting { barrier, values })
+            })
+        };
+        let threads: Vec<_> = (0..2).map(of_rank).collect();
+        for thread in threads {
+            match thread.join().unwrap() {
+                Ok(step) => assert!(takes_several && matches!(step, Step::Batches(_))),
+                Err(error) => assert!(!takes_several && matches!(error, StreamError::SeveralReferences)),
+            }
+        }
+    }
+}
