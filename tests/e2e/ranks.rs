@@ -367,6 +367,36 @@ fn what_cannot_be_dealt_to_ranks_or_gone_on_with_is_refused_by_name() {
     }
 }
 
+#[test]
+fn reference_models_that_no_rank_sees_together_are_refused_all_the_same() {
+    let fixture = Fixture::shared();
+    let topic = "two-models";
+    fixture.kafka.create_topic(topic, 2);
+    let mut settings = ClientConfig::new();
+    settings.set("bootstrap.servers", &fixture.kafka.bootstrap_servers);
+    let producer: ThreadedProducer<DefaultProducerContext> = settings.create().unwrap();
+    let mut random = fastrand::Rng::with_seed(3);
+    for (partition, (model, context)) in (0..).zip([SHORT, LONG]) {
+        let payload = scored(&mut random, "d".to_owned(), 30, model, context).encode();
+        let record = BaseRecord::to(topic).key("d").partition(partition).payload(&payload[..]);
+        producer.send(record).map_err(|(error, _)| error).unwrap();
+    }
+    producer.flush(CALL).unwrap();
+
+    let state = tempfile::tempdir().unwrap();
+    let allowing = fixture.settings(state.path()).with("--topic", &topic);
+    let mut settings = allowing.clone();
+    settings.flags.remove("--allow-reference-models");
+    for (world_size, words) in [(1, "this run began with"), (2, "records of different reference models")] {
+        for end in run(&settings, world_size, None, None).ranks {
+            assert_eq!((end.status.code(), &end.lines[..]), (Some(1), &[][..]), "{}", end.message);
+            assert!(end.message.contains(words), "{}", end.message);
+        }
+        let ended = run(&allowing, world_size, None, None).well();
+        assert_eq!(steps_of(ended.lines()).len(), 2, "a micro-batch of each lane");
+    }
+}
+
 /// Counts, and holds the reader at a record until it may go on.
 #[derive(Debug)]
 struct Gate {
