@@ -46,6 +46,7 @@ pub struct KafkaStream {
     stop: Arc<AtomicBool>,
     reader: Option<JoinHandle<()>>,
     provenance: Provenance,
+    takes_several_models: bool,
 }
 
 /// Which part of a topic is read, and from where on.
@@ -103,6 +104,7 @@ impl KafkaStream {
             return Err(StreamError::EmptyTopic(topic.to_owned()));
         }
         let provenance = Provenance::new(!decoder.allowed().is_empty(), reference_model, contexts);
+        let takes_several_models = decoder.allowed().len() > 1;
         let queues = Arc::new(Queues::new(own.len()));
         let observer = broker.observer().clone();
         let reader = Reader {
@@ -128,6 +130,7 @@ impl KafkaStream {
             stop,
             reader: Some(thread),
             provenance,
+            takes_several_models,
         })
     }
 
@@ -181,6 +184,10 @@ impl DocumentStream for KafkaStream {
 
     fn reference_model(&self) -> Option<Fingerprint> {
         self.provenance.reference_model()
+    }
+
+    fn takes_several_models(&self) -> bool {
+        self.takes_several_models
     }
 }
 
