@@ -24,7 +24,7 @@ use super::training::{described, plan, say_begun, set_up, stream_settings, train
 use crate::text::TextTokenizer;
 use crate::training::setup::Begun;
 use crate::watch::process::stop_on_signals;
-use crate::watch::telemetry::Stage;
+use crate::watch::stage::Stage;
 
 /// Tokens of a sequence where no reference says how many it read at once.
 const SEQUENCE_LENGTH_WITHOUT_REFERENCE: usize = 256;

@@ -9,7 +9,8 @@ use super::books::Books;
 use super::learner::{Learner, Measured, StepOutcome};
 use super::plan::Plan;
 use crate::run::metrics::{ScoresMetric, StepMetric};
-use crate::watch::telemetry::{Refused, Stage, Telemetry};
+use crate::watch::stage::Stage;
+use crate::watch::telemetry::{Refused, Telemetry};
 
 /// What takes a step.
 pub(super) struct Stepper<'a> {
