@@ -7,7 +7,7 @@ use sluice_feed::select::Needs;
 use sluice_trainer::model::checkpoint::WEIGHTS_FILE;
 use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::weights::specs;
-use sluice_trainer::model::{BurnLearner, ModelConfig};
+use sluice_trainer::model::{BurnLearner, Device, ModelConfig};
 use sluice_trainer::training::learner::{Learner, StepOutcome};
 use support::model::{bits, every_second_target, every_target, largest_difference, packed_batch, tiny};
 
@@ -173,7 +173,7 @@ fn a_history_follows_the_weights_and_is_part_of_a_checkpoint() {
     }
     assert_eq!(bits(&still.measure(&batch, needs).history_losses), bits(&before), "it stands still");
     let config = tiny(false);
-    let device = burn::tensor::Device::flex();
+    let device = Device::cpu();
     let averaged =
         BurnLearner::from_weights(config, AdamWConfig::default(), expected, device).expect("valid");
     let history = average.measure(&batch, needs).history_losses;

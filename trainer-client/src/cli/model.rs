@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Device;
 use clap::Args;
 
 use crate::failure::Classify;
@@ -10,7 +9,7 @@ use crate::model::checkpoint::{OPTIMIZER_FILE, read_weights};
 use crate::model::config::CONFIG_FILE;
 use crate::model::device::DeviceError;
 use crate::model::optimizer::AdamWConfig;
-use crate::model::{BurnLearner, DeviceName, ModelConfig, Precision};
+use crate::model::{BurnLearner, Device, DeviceName, ModelConfig, Precision};
 use crate::text::TextTokenizer;
 
 /// The model to start from.

@@ -7,10 +7,8 @@ use anyhow::{Result, bail, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
 use sluice_feed::random::SplitMix64;
 
-use super::config::ModelConfig;
-
-/// Standard deviation of freshly made matrices, as in Llama.
-pub const INITIAL_DEVIATION: f64 = 0.02;
+use super::config::{INITIAL_DEVIATION, ModelConfig};
+use super::host::to_host;
 
 /// A weight, gradient or moment on the host, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,6 +79,13 @@ pub fn specs(config: &ModelConfig) -> Vec<Spec> {
         specs.push(spec("lm_head.weight".to_owned(), &[vocab_size, hidden]));
     }
     specs
+}
+
+impl ModelConfig {
+    /// Number of weights, embeddings included.
+    pub fn parameters(&self) -> usize {
+        specs(self).iter().map(|spec| spec.shape.iter().product::<usize>()).sum()
+    }
 }
 
 impl<T> Layer<T> {
@@ -241,13 +246,7 @@ pub(crate) fn upload(
 /// Copies tensors, in the order of [`specs`], to the host.
 pub(crate) fn download(config: &ModelConfig, tensors: Vec<Tensor<2>>) -> Vec<NamedTensor> {
     let pairs = specs(config).into_iter().zip(tensors);
-    pairs
-        .map(|(Spec { name, shape }, tensor)| NamedTensor {
-            name,
-            shape,
-            values: super::layers::to_host(tensor),
-        })
-        .collect()
+    pairs.map(|(Spec { name, shape }, tensor)| NamedTensor { name, shape, values: to_host(tensor) }).collect()
 }
 
 fn as_matrix(shape: &[usize]) -> [usize; 2] {
