@@ -4,11 +4,10 @@ mod support;
 
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::select::Needs;
-use sluice_trainer::model::checkpoint::WEIGHTS_FILE;
 use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::weights::specs;
 use sluice_trainer::model::{BurnLearner, Device, ModelConfig};
-use sluice_trainer::training::learner::{Learner, StepOutcome};
+use sluice_trainer::training::learner::{Learner, StepOutcome, WEIGHTS_FILE};
 use support::model::{bits, every_second_target, every_target, largest_difference, packed_batch, tiny};
 
 const LEARNING_RATE: f64 = 1e-3;

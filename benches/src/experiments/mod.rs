@@ -20,7 +20,7 @@ use anyhow::{Context, anyhow};
 use serde_json::Value;
 use sluice_trainer::failure::Classify;
 use sluice_trainer::report;
-use sluice_trainer::run::files::{read_json, write_json, write_synced};
+use sluice_trainer::run::files::{read_json, write_json, write_whole};
 use sluice_trainer::run::recorded::RecordedRun;
 
 use budget::Budget;
@@ -128,9 +128,9 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
         .with_context(|| format!("cannot create {}", options.results.display()))?;
     write_json(&options.results.join("results.json"), results)?;
     let table = table::markdown(results);
-    write_synced(&options.results.join("README.md"), table.as_bytes())?;
+    write_whole(&options.results.join("README.md"), table.as_bytes())?;
     for (name, svg) in plot::all(results) {
-        write_synced(&options.results.join(name), svg.as_bytes())?;
+        write_whole(&options.results.join(name), svg.as_bytes())?;
     }
     for group in &plan.groups {
         let students = plan.students().into_iter().filter(|student| student.group == *group);
@@ -144,7 +144,7 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
             .collect::<anyhow::Result<_>>()?;
         let name = format!("{}-{}", group.setting.name(), group.size.name);
         let page = report::page(&format!("Experiment 1: {name}, seed {}", plan.seeds[0]), &runs);
-        write_synced(&options.out.join(format!("report-{name}.html")), page.as_bytes())?;
+        write_whole(&options.out.join(format!("report-{name}.html")), page.as_bytes())?;
     }
     Ok(table)
 }

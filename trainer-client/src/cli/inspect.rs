@@ -12,11 +12,12 @@ use super::output::{Reader, print_line, say};
 use crate::export::export_onnx;
 use crate::failure::Classify;
 use crate::model::BurnLearner;
+use crate::model::config::CONFIG_FILE;
 use crate::model::optimizer::AdamWConfig;
 use crate::report;
-use crate::run::checkpoints::{CHECKPOINTS, TOKENIZER_FILE, latest_checkpoint};
+use crate::run::checkpoints::{CHECKPOINTS, latest_checkpoint};
 use crate::run::recorded::RecordedRun;
-use crate::text::TextTokenizer;
+use crate::text::{TOKENIZER_FILE, TextTokenizer};
 use crate::training::evaluate::{EvalFile, read_sets};
 
 /// Arguments of `sluice-train export`.
@@ -157,12 +158,12 @@ pub(super) fn report(arguments: &ReportArguments) -> anyhow::Result<()> {
 
 /// The folder itself if it is a checkpoint, else the last checkpoint of the run in it.
 fn checkpoint_in(folder: &Path) -> anyhow::Result<PathBuf> {
-    if folder.join("config.json").is_file() {
+    if folder.join(CONFIG_FILE).is_file() {
         return Ok(folder.to_owned());
     }
     if !folder.join(CHECKPOINTS).is_dir() {
         bail!(
-            "{} is neither a checkpoint (config.json) nor a run folder (checkpoints/)",
+            "{} is neither a checkpoint ({CONFIG_FILE}) nor a run folder ({CHECKPOINTS}/)",
             folder.display()
         );
     }

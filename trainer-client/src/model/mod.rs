@@ -26,7 +26,7 @@ pub mod optimizer;
 mod parallel;
 pub mod weights;
 
+pub use crate::run::tensors::NamedTensor;
 pub use config::ModelConfig;
 pub use device::{Device, DeviceName, Precision};
 pub use learner::BurnLearner;
-pub use weights::NamedTensor;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::host::{from_host, on_host, to_host};
 use super::kernels::{AdamWNumbers, adamw};
-use super::weights::NamedTensor;
+use crate::run::tensors::NamedTensor;
 
 /// Settings of [`AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,17 +9,7 @@ use sluice_feed::random::SplitMix64;
 
 use super::config::{INITIAL_DEVIATION, ModelConfig};
 use super::host::to_host;
-
-/// A weight, gradient or moment on the host, row-major.
-#[derive(Clone, Debug, PartialEq)]
-pub struct NamedTensor {
-    /// Hugging Face name, such as `model.layers.0.mlp.up_proj.weight`.
-    pub name: String,
-    /// `[out, in]` for a matrix, `[width]` for a norm.
-    pub shape: Vec<usize>,
-    /// `shape.product()` values.
-    pub values: Vec<f32>,
-}
+use crate::run::tensors::NamedTensor;
 
 /// Name and shape of a weight.
 #[derive(Clone, Debug, PartialEq)]

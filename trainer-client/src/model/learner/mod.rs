@@ -9,9 +9,7 @@ use burn::tensor::{Tensor, TensorData};
 use sluice_feed::batch::Batch;
 use sluice_feed::select::Needs;
 
-use super::checkpoint::{
-    HISTORY_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, read_tensors, read_weights, write_file, write_tensors,
-};
+use super::checkpoint::{HISTORY_FILE, OPTIMIZER_FILE, read_weights};
 use super::config::{CONFIG_FILE, ModelConfig};
 use super::decoder;
 use super::device::{Device, Precision};
@@ -21,8 +19,10 @@ use super::kernels;
 use super::optimizer::{
     AdamWConfig, AdamWStep, MEAN_PREFIX, Moments, SQUARE_PREFIX, STEP_KEY, split_moments,
 };
-use super::weights::{self, NamedTensor, Weights};
-use crate::training::learner::{Learner, Measured, StepOutcome};
+use super::weights::{self, Weights};
+use crate::run::files::write_whole;
+use crate::run::tensors::{NamedTensor, read_tensors, write_tensors};
+use crate::training::learner::{Learner, Measured, StepOutcome, WEIGHTS_FILE};
 
 /// A Llama-style decoder in training with AdamW, on Burn.
 pub struct BurnLearner {
@@ -272,7 +272,7 @@ impl Learner for BurnLearner {
         let weights = self.weights();
         // Such a checkpoint could not be read again, and would push out one that can.
         weights::check_finite(&weights)?;
-        write_file(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
+        write_whole(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
         write_tensors(&folder.join(WEIGHTS_FILE), &weights, ("format", "pt"))?;
         let (means, squares): (Vec<_>, Vec<_>) =
             self.moments.iter().cloned().map(|Moments { mean, square }| (mean, square)).unzip();
