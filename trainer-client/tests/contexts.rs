@@ -15,7 +15,7 @@ use sluice_feed::cut::{Piece, UnequalContexts};
 use sluice_feed::document::Document;
 use sluice_feed::pack::{BatchShape, Packer, Packing};
 use sluice_feed::random::SplitMix64;
-use sluice_feed::select::{KeepRatio, Score, Signals, top_k};
+use sluice_feed::select::{KeepRatio, Objective, Score, Signals, Thresholds, Turn};
 use sluice_schemas::record::{Bos, ContextPolicy};
 use sluice_schemas::windows::{WindowSpan, windows};
 use sluice_trainer::model::optimizer::AdamWConfig;
@@ -194,7 +194,12 @@ fn predictions(
         excess.extend(Score::Excess.values(&signals));
     }
     let mut is_kept = vec![false; excess.len()];
-    for place in top_k(&excess, KeepRatio::try_from(KEEP).expect("a share")) {
+    // Ranked by a loss that is the excess already.
+    let ranking = Objective::slm(Score::Loss, KeepRatio::try_from(KEEP).expect("a share"));
+    let signals = Signals { loss: &excess, ..Signals::default() };
+    let turn = Turn { seed: 1, step: 1, steps: 1, micro_batch: 0 };
+    let chosen = ranking.select(&[signals], excess.len(), turn, &mut Thresholds::default());
+    for place in chosen.into_iter().flat_map(|choice| choice.kept) {
         is_kept[place as usize] = true;
     }
     let mut predictions = Vec::new();

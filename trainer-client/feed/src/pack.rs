@@ -93,7 +93,9 @@ impl Packer {
     pub fn holding(mut self, finished: Vec<Vec<Piece>>, waiting: Vec<Piece>) -> Self {
         self.finished = finished.into();
         self.waiting = Waiting::default();
-        waiting.into_iter().for_each(|piece| self.waiting.push(piece));
+        for piece in waiting {
+            self.waiting.push(piece);
+        }
         self
     }
 
@@ -238,15 +240,12 @@ fn append(batch: &mut Batch, piece: &Piece, number: u32, packing: Packing) {
     batch.positions.extend(position..position + piece.len() as u32);
     // What a position predicts is the token after it; before the document's first stands a BOS, if any.
     let first_target = usize::from(bos.is_none());
-    for index in first_target..tokens.len() {
+    let (losses, entropies) = (document.reference(), document.reference_entropy());
+    for (index, &token) in tokens.iter().enumerate().skip(first_target) {
         let is_predicted = index >= *first_predicted;
-        batch.targets.push(if is_predicted { tokens[index] } else { NO_TARGET });
-        batch.reference.push(if is_predicted { document.reference()[index] } else { f32::NAN });
-        batch.reference_entropy.push(if is_predicted {
-            document.reference_entropy()[index]
-        } else {
-            f32::NAN
-        });
+        batch.targets.push(if is_predicted { token } else { NO_TARGET });
+        batch.reference.push(if is_predicted { losses[index] } else { f32::NAN });
+        batch.reference_entropy.push(if is_predicted { entropies[index] } else { f32::NAN });
     }
     batch.targets.push(NO_TARGET);
     batch.reference.push(f32::NAN);

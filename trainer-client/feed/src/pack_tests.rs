@@ -91,7 +91,7 @@ fn rows_by_search(
 fn check_layout(packed: &PackedBatch) {
     let batch = &packed.batch;
     let cells = batch.rows * batch.len;
-    let lengths = [&batch.tokens, &batch.segments, &batch.positions, &batch.targets].map(|list| list.len());
+    let lengths = [&batch.tokens, &batch.segments, &batch.positions, &batch.targets].map(Vec::len);
     assert_eq!(lengths, [cells; 4]);
     assert_eq!([batch.reference.len(), batch.reference_entropy.len()], [cells; 2]);
     for index in 0..cells {

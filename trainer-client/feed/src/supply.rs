@@ -62,6 +62,13 @@ struct Lane {
     has_ended: bool,
 }
 
+impl Lane {
+    /// Whether it has what a step takes that `count` of its micro-batches are for, or will never have more.
+    fn is_ready(&self, count: usize) -> bool {
+        self.has_ended || (self.has_shown && self.packer.fills(count))
+    }
+}
+
 impl Supply {
     /// The supply of a rank that reads `lanes` lanes together with others, beginning at the turn of lane `turn` and with
     /// what its own lanes hold in `held`.
@@ -100,7 +107,7 @@ impl Supply {
         let lanes = self.turns.lanes();
         for (&number, lane) in &mut self.lanes {
             let count = wanted.iter().filter(|&&wanted| wanted == number).count();
-            while !lane.has_ended && !(lane.has_shown && lane.packer.fills(count)) {
+            while !lane.is_ready(count) {
                 match lane.shuffle.next_document(|| stream.next_document(number))? {
                     Next::Document(document) => {
                         lane.packer.push(&document);

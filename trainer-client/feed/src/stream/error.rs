@@ -89,8 +89,8 @@ pub enum StreamError {
     },
     /// A scored document without the entropies that the run's score looks at.
     #[error(
-        "record at {origin} carries no reference entropies, which the score looks at; score the topic with entropies \
-         (`sluiced serve --score-entropies true`), or choose by another score"
+        "record at {origin} carries no reference entropies, which the score looks at; score the topic with entropies, or \
+         choose by another score"
     )]
     NoEntropies {
         /// Where it was read.
