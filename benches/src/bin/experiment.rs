@@ -36,7 +36,10 @@ struct Cli {
     /// All of it in a few minutes, with models that learn next to nothing: to see that it works
     #[arg(long, env = "SLUICE_EXPERIMENT_QUICK")]
     quick: bool,
-    /// Folder of the runs; one that was interrupted goes on [default: target/experiment-1 or target/experiment-1-quick]
+    /// Only this setting (scratch, continual, continual-mixed); repeatable, in the environment separated by commas
+    #[arg(long = "setting", env = "SLUICE_EXPERIMENT_SETTING", value_name = "NAME", value_delimiter = ',')]
+    settings: Vec<String>,
+    /// Folder of the runs; one that was interrupted goes on [default: target/experiment-1, with the names of settings and "quick" behind it]
     #[arg(long, env = "SLUICE_EXPERIMENT_OUT", value_name = "FOLDER")]
     out: Option<PathBuf>,
     /// Folder for data, table and plots [default: benches/results/experiment-1, with --quick results in --out]
@@ -96,10 +99,12 @@ fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn experiment(cli: Cli) -> anyhow::Result<()> {
     let Experiment::First = cli.experiment;
     let stop = stop_on_signals()?;
-    let quick = if cli.quick { "-quick" } else { "" };
-    let out = cli.out.unwrap_or_else(|| format!("target/experiment-1{quick}").into());
+    let quick = cli.quick.then_some("quick");
+    let parts = ["experiment-1"].into_iter().chain(cli.settings.iter().map(String::as_str)).chain(quick);
+    let name = parts.collect::<Vec<_>>().join("-");
+    let out = cli.out.unwrap_or_else(|| format!("target/{name}").into());
     let results = cli.results.unwrap_or_else(|| {
-        if cli.quick { out.join("results") } else { "benches/results/experiment-1".into() }
+        if cli.quick { out.join("results") } else { format!("benches/results/{name}").into() }
     });
     let mut command = "experiment 1".to_owned();
     for (flag, is_given) in [("--quick", cli.quick), ("--gsm8k FOLDER", cli.gsm8k.is_some())] {
@@ -107,8 +112,12 @@ fn experiment(cli: Cli) -> anyhow::Result<()> {
             command = format!("{command} {flag}");
         }
     }
+    for setting in &cli.settings {
+        command = format!("{command} --setting {setting}");
+    }
     let options = Options {
         is_quick: cli.quick,
+        settings: cli.settings,
         out,
         results,
         sources: cli.sources,

@@ -34,7 +34,8 @@ use stages::Stages;
 
 /// Runs whatever of the experiment is not done yet, and writes its results. Returns the table.
 pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> {
-    let plan = if options.is_quick { Plan::quick() } else { Plan::full() };
+    let plan =
+        if options.is_quick { Plan::quick() } else { Plan::full() }.only(&options.settings).or_usage()?;
     let programs = Programs::find(options, Arc::clone(stop))?;
     if let Some(folder) = &options.gsm8k {
         gsm8k::check(folder)?;

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 pub struct Options {
     /// Whether all is small.
     pub is_quick: bool,
+    /// Settings to run, by name; all of them where none is named.
+    pub settings: Vec<String>,
     /// Folder of the runs.
     pub out: PathBuf,
     /// Folder of the results.

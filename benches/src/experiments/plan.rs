@@ -1,7 +1,9 @@
 //! What the first experiment trains, and how large everything is.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
+use anyhow::bail;
 use serde::Serialize;
 use sluice_trainer::model::ModelConfig;
 
@@ -244,6 +246,18 @@ impl Plan {
             is_quick: true,
             ..full.clone()
         }
+    }
+
+    /// The same plan with the groups of these settings alone; all of them where none is named.
+    pub fn only(mut self, settings: &[String]) -> anyhow::Result<Self> {
+        let known: BTreeSet<&str> = self.groups.iter().map(|group| group.setting.name()).collect();
+        if let Some(unknown) = settings.iter().find(|name| !known.contains(name.as_str())) {
+            let known: Vec<&str> = known.into_iter().collect();
+            bail!("there is no setting {unknown:?}: give one of {}", known.join(", "));
+        }
+        self.groups
+            .retain(|group| settings.is_empty() || settings.iter().any(|name| name == group.setting.name()));
+        Ok(self)
     }
 
     /// Every run, in the order in which they are done: a seed after the other, so that an experiment that is cut short has
