@@ -7,6 +7,7 @@ use std::process::Command;
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::root;
 
@@ -101,6 +102,17 @@ impl Kafka {
         }
         let created = rdkafka_wait(admin.create_topics(&[topic], &AdminOptions::new()));
         created.unwrap()[0].as_ref().unwrap();
+    }
+
+    /// Removes the records of a partition before an offset, as retention does.
+    pub fn remove_records(&self, topic: &str, partition: i32, before: i64) {
+        let admin: AdminClient<DefaultClientContext> =
+            ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap();
+        let mut offsets = TopicPartitionList::new();
+        offsets.add_partition_offset(topic, partition, Offset::Offset(before)).unwrap();
+        let removed = rdkafka_wait(admin.delete_records(&offsets, &AdminOptions::new())).unwrap();
+        let first = removed.elements()[0].offset();
+        assert_eq!(first, Offset::Offset(before), "the partition begins there now");
     }
 }
 

@@ -1,10 +1,10 @@
 //! Documents to packed sequences, by best fit: no document that fits a row is cut (Ding et al., "Fewer Truncations
 //! Improve Language Modeling", arXiv 2404.10830, whose best-fit-decreasing runs here over a window of the stream).
 //!
-//! Documents are cut into pieces that fit a row (`cut`), and pieces wait until as many tokens do as [`ROWS_AHEAD`] rows
-//! hold. Then a row is made: of the piece that has waited longest, and of the longest piece that still fits, again and
-//! again. So no piece waits for more rows than there are pieces before it, and rows depend on the order of the documents
-//! alone.
+//! Documents are cut into pieces that fit a row (`cut`). A piece that fills one is a row at once. The others wait until as
+//! many tokens do as [`ROWS_AHEAD`] rows hold; then a row is made of the piece that has waited longest, and of the longest piece
+//! that still fits, again and again. So no piece is passed over by more such rows than there are pieces before it, and rows
+//! depend on the order of the documents alone.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -59,6 +59,7 @@ pub struct Packer {
     /// Rows that are made, and wait for enough of them.
     finished: VecDeque<Vec<Piece>>,
     waiting: Waiting,
+    rows_ahead: usize,
 }
 
 impl Packer {
@@ -66,7 +67,19 @@ impl Packer {
     /// When a row could not hold a prediction (fewer than two tokens) or a batch no row.
     pub fn new(shape: BatchShape) -> Self {
         assert!(shape.rows > 0 && shape.len >= PIECE_TOKENS_MIN, "a batch must hold at least one prediction");
-        Self { shape, packing: Packing::default(), finished: VecDeque::new(), waiting: Waiting::default() }
+        Self {
+            shape,
+            packing: Packing::default(),
+            finished: VecDeque::new(),
+            waiting: Waiting::default(),
+            rows_ahead: ROWS_AHEAD,
+        }
+    }
+
+    /// The same packer that has so many rows' worth of tokens wait instead of [`ROWS_AHEAD`].
+    #[must_use]
+    pub fn looking_ahead(self, rows_ahead: usize) -> Self {
+        Self { rows_ahead, ..self }
     }
 
     /// The same packer with another rule for what a token may look at.
@@ -99,8 +112,13 @@ impl Packer {
     /// Adds a document. One without a token to predict leaves no trace.
     pub fn push(&mut self, document: &Document) {
         for piece in cut(document, self.shape.len, self.packing.unequal_contexts) {
+            // Nothing fits beside it, so it need not wait, nor take up the look-ahead.
+            if piece.len() + PIECE_TOKENS_MIN > self.shape.len {
+                self.finished.push_back(vec![piece]);
+                continue;
+            }
             self.waiting.push(piece);
-            while self.waiting.tokens > ROWS_AHEAD * self.shape.len {
+            while self.waiting.tokens > self.rows_ahead * self.shape.len {
                 self.finished.push_back(self.waiting.row(self.shape.len));
             }
         }

@@ -28,6 +28,8 @@ pub enum Agreed {
     Stopped,
     /// A rank has failed.
     Failed,
+    /// Ranks have read documents of different references, which no step may learn from together.
+    SeveralReferences,
 }
 
 /// Documents that were read and not yet given out, by where they wait.
@@ -129,6 +131,7 @@ impl Supply {
         match outlook.state() {
             RankState::Failed => return Agreed::Failed,
             RankState::Stopped => return Agreed::Stopped,
+            RankState::Well if outlook.has_several_references() => return Agreed::SeveralReferences,
             RankState::Well => {}
         }
         if self.turns.learn(outlook) {

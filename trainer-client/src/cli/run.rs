@@ -100,7 +100,10 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let tokenizer = TextTokenizer::read(&arguments.tokenizer)?;
     // Before the broker is asked for anything.
     model.check(&tokenizer, optimization.sequence_length)?;
-    let Some(len) = arguments.sequence_length(&broker, extent, &stop)? else {
+    let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
+        .needing_entropies(objective.needs().reference_entropy)
+        .allowing(&arguments.reference_models);
+    let Some(len) = arguments.sequence_length(&broker, extent, &decoder, &stop)? else {
         say(format_args!("stopped by a signal before the topic held a record"));
         return Ok(());
     };
@@ -125,9 +128,6 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let record = setup.record(described, &plan, &feed_plan)?;
     let begun = setup.begun(&record)?;
     say_begun(&setup, begun.as_ref());
-    let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
-        .needing_entropies(plan.objective.needs().reference_entropy)
-        .allowing(&arguments.reference_models);
     let snapshot = begun.as_ref().map(Begun::feed);
     let feed = Feed::open(broker, feed_plan, Shard::WHOLE, snapshot, decoder, Arc::clone(&stop))?;
     train(setup, plan, record, begun, feed, (&stop, telemetry))
@@ -140,6 +140,7 @@ impl RunArguments {
         &self,
         broker: &Broker,
         extent: Extent,
+        decoder: &Decoder,
         stop: &AtomicBool,
     ) -> anyhow::Result<Option<usize>> {
         if let Some(given) = self.optimization.sequence_length {
@@ -150,7 +151,7 @@ impl RunArguments {
         {
             return Ok(Some(record.sequence_length));
         }
-        let context = first_context(broker, &self.topic, extent, stop)?;
+        let context = first_context(broker, &self.topic, extent, decoder, stop)?;
         let Some(context) = context else {
             let is_stopped = stop.load(Ordering::Relaxed);
             return if is_stopped {

@@ -96,7 +96,11 @@ impl Snapshot {
                 return Err(SnapshotError::Parts("the step"));
             }
             whole.identity.reference_model = whole.identity.reference_model.or(part.identity.reference_model);
-            whole.contexts.extend(part.contexts);
+            for (model, context) in part.contexts {
+                if whole.contexts.insert(model, context).is_some_and(|earlier| earlier != context) {
+                    return Err(SnapshotError::Parts("how the reference model saw its documents"));
+                }
+            }
             for (lane, held) in part.held {
                 *held_by.entry(lane).or_default() += 1;
                 whole.held.insert(lane, held);

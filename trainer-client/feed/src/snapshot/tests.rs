@@ -115,6 +115,10 @@ fn the_parts_of_all_ranks_are_the_whole_whatever_their_number() {
             let mut later = parts.clone();
             later[0].turn = 2;
             assert!(matches!(Snapshot::merged(later), Err(SnapshotError::Parts("the step"))));
+            let mut elsewhere = parts.clone();
+            elsewhere[0].contexts.values_mut().for_each(|context| context.stride += 1);
+            let elsewhere = Snapshot::merged(elsewhere).unwrap_err();
+            assert!(elsewhere.to_string().contains("how the reference model saw"), "{elsewhere}");
             let mut other = parts;
             other[0].identity.plan.seed = 9;
             assert!(matches!(Snapshot::merged(other), Err(SnapshotError::Parts("the seed"))));

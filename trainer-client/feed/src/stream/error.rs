@@ -207,6 +207,12 @@ pub enum StreamError {
     /// Another rank of the group has failed.
     #[error("another rank of the group has failed; see what it says")]
     OtherRank,
+    /// Ranks have read what cannot be compared with one another.
+    #[error(
+        "the ranks of the group read records of different reference models, or of one model under different contexts: their \
+         losses cannot be compared; train on a topic that one model scored in one way, or allow all of its models"
+    )]
+    SeveralReferences,
     /// Ranks could not reach an agreement.
     #[error("the ranks of the group could not agree on a step: {0}")]
     Agreement(String),
