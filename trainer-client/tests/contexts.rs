@@ -187,25 +187,20 @@ fn predictions(
     batches: &[PackedBatch],
     noises: &HashMap<String, Vec<f32>>,
 ) -> Vec<Prediction> {
-    let losses: Vec<Vec<f32>> = batches.iter().map(|packed| learner.losses(&packed.batch)).collect();
-    let signals = batches.iter().zip(&losses).map(|(packed, loss)| Signals {
-        loss,
-        reference_loss: &packed.batch.reference,
-        ..Signals::default()
-    });
-    let signals: Vec<Signals<'_>> = signals.collect();
-    let objective = Objective::slm(Score::Excess, KeepRatio::try_from(KEEP).expect("a share"));
-    let turn = Turn { seed: 0, step: 1, steps: 1, micro_batch: 0 };
-    let choices = objective.select(&signals, SHAPE.len, turn, &mut Thresholds::default());
     let mut excess = Vec::new();
-    let mut is_kept = Vec::new();
-    for choice in choices {
-        let start = excess.len();
-        excess.extend(choice.scores);
-        is_kept.resize(excess.len(), false);
-        for place in choice.kept {
-            is_kept[start + place as usize] = true;
-        }
+    for PackedBatch { batch, .. } in batches {
+        let losses = learner.losses(batch);
+        let signals = Signals { loss: &losses, reference_loss: &batch.reference, ..Signals::default() };
+        excess.extend(Score::Excess.values(&signals));
+    }
+    let mut is_kept = vec![false; excess.len()];
+    // Ranked by a loss that is the excess already.
+    let ranking = Objective::slm(Score::Loss, KeepRatio::try_from(KEEP).expect("a share"));
+    let signals = Signals { loss: &excess, ..Signals::default() };
+    let turn = Turn { seed: 1, step: 1, steps: 1, micro_batch: 0 };
+    let chosen = ranking.select(&[signals], excess.len(), turn, &mut Thresholds::default());
+    for place in chosen.into_iter().flat_map(|choice| choice.kept) {
+        is_kept[place as usize] = true;
     }
     let mut predictions = Vec::new();
     let mut batch_start = 0;

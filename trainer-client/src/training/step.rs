@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 use sluice_feed::batch::PackedBatch;
+use sluice_feed::cut::Piece;
 use sluice_feed::select::{Choice, Needs, Signals, Thresholds, Turn};
 use sluice_feed::sources::SourceNames;
 
@@ -72,7 +73,10 @@ impl Stepper<'_> {
         telemetry.enter(Stage::Optimizer);
         let learning_rate = schedule.at(step);
         let StepOutcome { kept_loss, kept, gradient_norm } = learner.update(learning_rate);
-        if kept == 0 && !(objective.may_keep_nothing() && books.has_scored()) {
+        let may_keep_nothing = objective.may_keep_nothing() && books.has_scored();
+        // A step of nothing but pieces that are read under other contexts than the reference's has nothing to choose.
+        let is_masked = || batch.iter().flat_map(|packed| &packed.rows).flatten().all(Piece::is_masked);
+        if kept == 0 && !may_keep_nothing && !is_masked() {
             telemetry.refused(Refused::NothingKept);
             bail!(
                 "step {step} found no token to learn from: no score of its batch is a number; if the selection and the \
