@@ -184,12 +184,12 @@ pub fn rows_min(pieces: &[usize], len: usize) -> usize {
 pub fn piece_lengths(lanes: &[Vec<Document>], len: usize) -> Vec<usize> {
     let mut lengths = Vec::new();
     for documents in lanes {
-        // A look-ahead that never ends gives the pieces themselves.
+        // A look-ahead that never ends makes no rows but of pieces that fill one.
         let mut packer = Packer::new(BatchShape { rows: 1, len }).looking_ahead(usize::MAX / len);
         for document in documents {
             packer.push(document);
         }
-        lengths.extend(packer.waiting().map(Piece::len));
+        lengths.extend(packer.finished().flatten().chain(packer.waiting()).map(Piece::len));
     }
     lengths
 }
@@ -239,7 +239,7 @@ mod tests {
             tokens_held_max: 31,
         };
         assert_eq!(filled, expected);
-        assert_eq!(piece_lengths(&lanes, 8), [5, 6, 4, 8, 8, 3, 2]);
+        assert_eq!(piece_lengths(&lanes, 8), [8, 8, 5, 6, 4, 3, 2]);
     }
 
     #[test]
