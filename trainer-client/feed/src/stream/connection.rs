@@ -13,6 +13,7 @@ use rdkafka::statistics::Statistics;
 use rdkafka::types::{RDKafkaConfRes, RDKafkaErrorCode};
 
 use super::error::StreamError;
+use super::place::Extent;
 use crate::observer::{SharedObserver, Unobserved};
 
 /// How long a broker may take to answer the first question.
@@ -23,9 +24,11 @@ const QUEUE_SERVED: Duration = Duration::from_millis(100);
 /// Bytes librdkafka may fetch ahead of us over all partitions, in KiB.
 const FETCHED_AHEAD_KBYTES: &str = "16384";
 
-/// Longest time in milliseconds that the broker holds back an answer without a record. One question is about all
-/// partitions, so one that begins its next pass waits for as long if the others are at their ends.
-const FETCH_WAIT_MAX_MS: &str = "100";
+/// Longest time in milliseconds that the broker holds back an answer without a record, where a topic is followed.
+const FETCH_WAIT_FOLLOWED_MS: &str = "100";
+/// The same where it is read to its end. Nothing new is waited for there, and one question is about all partitions: one that
+/// begins its next pass waits for as long if the others are at their ends.
+const FETCH_WAIT_BOUNDED_MS: &str = "10";
 
 /// Settings that the stream's order and offsets rest on; a user cannot override them.
 pub const PROPERTIES_OWNED: [&str; 8] = [
@@ -81,12 +84,18 @@ impl Broker {
     }
 
     /// A consumer that has heard from a broker, and the partitions of `topic`, ascending.
-    pub(super) fn connect(&self, topic: &str) -> Result<(BaseConsumer<Listener>, Vec<i32>), StreamError> {
+    pub(super) fn connect(
+        &self,
+        topic: &str,
+        extent: Extent,
+    ) -> Result<(BaseConsumer<Listener>, Vec<i32>), StreamError> {
         let mut config = ClientConfig::new();
         // Manual assignment needs a group id in librdkafka, but no group is joined and nothing is committed.
         config.set("group.id", "sluice-train").set("client.id", "sluice-train");
         config.set("queued.max.messages.kbytes", FETCHED_AHEAD_KBYTES);
-        config.set("fetch.wait.max.ms", FETCH_WAIT_MAX_MS);
+        let is_followed = extent == Extent::Follow;
+        let fetch_wait = if is_followed { FETCH_WAIT_FOLLOWED_MS } else { FETCH_WAIT_BOUNDED_MS };
+        config.set("fetch.wait.max.ms", fetch_wait);
         for (key, value) in &self.properties {
             config.set(key, value);
         }

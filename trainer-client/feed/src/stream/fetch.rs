@@ -88,7 +88,7 @@ impl KafkaStream {
         stop: Arc<AtomicBool>,
     ) -> Result<Self, StreamError> {
         let Start { shard, places, reference_model, contexts } = start;
-        let (consumer, partitions) = broker.connect(topic)?;
+        let (consumer, partitions) = broker.connect(topic, extent)?;
         let lanes = partitions.len();
         let mut own = Vec::new();
         let mut is_empty = true;
@@ -237,7 +237,7 @@ pub fn first_context(
     decoder: &Decoder,
     stop: &AtomicBool,
 ) -> Result<Option<ContextPolicy>, StreamError> {
-    let (consumer, partitions) = broker.connect(topic)?;
+    let (consumer, partitions) = broker.connect(topic, extent)?;
     let mut assignment = TopicPartitionList::new();
     let mut is_empty = true;
     for &partition in &partitions {
