@@ -97,6 +97,8 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::ForeignContext { .. }
             | StreamError::SeveralReferences
             | StreamError::Windows { .. }
+            | StreamError::Snapshot(_)
+            | StreamError::Rereads { .. }
             | StreamError::ForeignBos { .. }
             | StreamError::Removed { .. }
             | StreamError::Shorter { .. },

@@ -242,6 +242,54 @@ fn a_checkpoint_of_before_there_were_lanes_is_refused_by_name() {
 }
 
 #[test]
+fn a_checkpoint_of_another_run_or_of_two_steps_is_not_gone_on_from() {
+    let place = Place::new();
+    let flags = ["--steps", "6", "--until-end", "--checkpoint-every", "3"];
+    let latest = |out: &Path| sluice_trainer::run::checkpoints::latest_checkpoint(out).unwrap().unwrap();
+    let refused = |out: &Path, expected: &str| {
+        let output = place.run(out, &flags).stderr(Stdio::piped()).output().unwrap();
+        let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(65), "{shown}");
+        assert!(shown.contains(expected), "{expected:?} is missing in: {shown}");
+    };
+    let (out, other) = (place.out("run"), place.out("other"));
+    finish(&mut place.run(&out, &flags));
+    finish(&mut place.run(&other, &[&flags[..], &["--seed", "9"]].concat()));
+    let (checkpoint, kept) = (latest(&out), place.out("kept"));
+    std::fs::rename(&checkpoint, &kept).unwrap();
+    // A whole one of another run, under the right name.
+    std::fs::rename(latest(&other), &checkpoint).unwrap();
+    refused(&out, "the seed differs");
+    // The data of one step beside the model of another.
+    std::fs::remove_dir_all(&checkpoint).unwrap();
+    std::fs::rename(&kept, &checkpoint).unwrap();
+    let earlier = checkpoint.with_file_name("step-0000003").join("feed.safetensors");
+    std::fs::copy(earlier, checkpoint.join("feed.safetensors")).unwrap();
+    refused(&out, "do not belong together");
+    refused(&out, "--resume goes on from the one before");
+}
+
+#[test]
+fn a_topic_that_has_lost_partitions_is_not_gone_on_with() {
+    let place = Place::new();
+    let out = place.out("run");
+    let flags = ["--steps", "1000", "--follow", "--schedule", "constant", "--checkpoint-every", "2"];
+    let mut child = place.run(&out, &flags).spawn().unwrap();
+    assert!(kill_after(&mut child, &out, 8, Duration::ZERO), "it waits for more");
+    // Another broker, whose topic of this name has fewer partitions.
+    let fewer = cluster("scored", PARTITIONS - 1);
+    let tokenizer = Fingerprint::of_bytes(&std::fs::read(place.out("tokenizer.json")).unwrap());
+    let documents = mixture(DOCUMENTS, tokenizer, Fingerprint::of_bytes(b"model"));
+    produce_scored(&fewer, "scored", PARTITIONS - 1, &documents);
+    let mut run =
+        place.run(&out, &[&flags[..], &["--bootstrap-servers", &fewer.bootstrap_servers()]].concat());
+    let output = run.stderr(Stdio::piped()).output().unwrap();
+    let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(65), "{shown}");
+    assert!(shown.contains("6 lanes") && shown.contains("there are 5 now"), "{shown}");
+}
+
+#[test]
 fn a_run_goes_on_only_as_itself() {
     let place = Place::new();
     let out = place.out("run");

@@ -75,16 +75,20 @@ pub(crate) fn has_equal_contexts(tokens: usize, policy: ContextPolicy, row: usiz
 /// exactly one of them; a document without such a token has no piece.
 pub(crate) fn cut(document: &Document, row: usize, unequal: UnequalContexts) -> Vec<Piece> {
     let Some(policy) = document.context() else { return cut_plain(document, row) };
-    if row < PIECE_TOKENS_MIN + usize::from(policy.bos != Bos::None) {
+    let bos_places = usize::from(policy.bos != Bos::None);
+    let fits = document.tokens().len() + bos_places <= row;
+    let is_allowed = unequal == UnequalContexts::Allow;
+    if !fits && row < PIECE_TOKENS_MIN + bos_places {
         // No window with a BOS fits.
-        return cut_plain(document, row).into_iter().map(Piece::without_reference).collect();
+        let pieces = cut_plain(document, row).into_iter();
+        return pieces.map(|piece| if is_allowed { piece } else { piece.without_reference() }).collect();
     }
     if has_equal_contexts(document.tokens().len(), policy, row) {
         return cut_windows(document, policy);
     }
     // The first piece begins as the reference's first window does, so what it holds has equal contexts.
     let pieces = cut_windows(document, shorter(policy, row)).into_iter().enumerate();
-    let is_unequal = |index: usize| index > 0 && unequal != UnequalContexts::Allow;
+    let is_unequal = |index: usize| index > 0 && !is_allowed;
     pieces.map(|(index, piece)| if is_unequal(index) { piece.without_reference() } else { piece }).collect()
 }
 

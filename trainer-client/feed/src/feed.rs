@@ -1,6 +1,6 @@
 //! A topic as the micro-batches of one step after the other: what a trainer, in whatever framework, reads from.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -85,23 +85,36 @@ impl Feed {
         let tokenizer = decoder.tokenizer();
         let topic = plan.topic.clone();
         let stream = KafkaStream::open(broker, &topic, plan.extent, start, decoder, stop)?;
-        let refused = |error| StreamError::Shard { topic, error };
-        shard.check(stream.lanes(), plan.micro_batches).map_err(refused)?;
-        Ok(Self::over(Box::new(stream), plan, shard, snapshot, tokenizer))
+        let lanes = stream.lanes();
+        shard
+            .check(lanes, plan.micro_batches)
+            .map_err(|error| StreamError::Shard { topic: topic.clone(), error })?;
+        if let Some(snapshot) = snapshot.filter(|snapshot| snapshot.lanes < lanes) {
+            let before = snapshot.lanes;
+            tracing::info!(
+                topic,
+                "{lanes} partitions where there were {before}: the new ones are read from their first record"
+            );
+        }
+        Self::over(Box::new(stream), plan, shard, snapshot, tokenizer)
     }
 
-    /// A feed over any stream, which stands where the snapshot does.
+    /// A feed over any stream, which stands where the snapshot does. Fails where the snapshot is of another run, or lacks a
+    /// lane.
     pub fn over(
         stream: Box<dyn DocumentStream>,
         plan: Plan,
         shard: Shard,
         snapshot: Option<&Snapshot>,
         tokenizer: Fingerprint,
-    ) -> Self {
-        let none = BTreeMap::new();
-        let (turn, held) = snapshot.map_or((0, &none), |snapshot| (snapshot.turn, &snapshot.held));
-        let supply = Supply::new(plan, shard, stream.lanes(), turn, held);
-        Self { stream, supply, tokenizer }
+    ) -> Result<Self, StreamError> {
+        if let Some(snapshot) = snapshot {
+            let identity = Identity { tokenizer, reference_model: None, plan: plan.clone() };
+            let checked = snapshot.check_for(&identity, shard, stream.lanes());
+            checked.map_err(|error| StreamError::Snapshot(error.to_string()))?;
+        }
+        let supply = Supply::new(plan, shard, stream.lanes(), snapshot);
+        Ok(Self { stream, supply, tokenizer })
     }
 
     /// The micro-batches of the next step, agreed on with the other ranks.
@@ -209,6 +222,7 @@ impl Feed {
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             identity: self.identity(),
+            step: self.supply.step(),
             lanes: self.supply.lanes(),
             turn: self.supply.turn(),
             contexts: self.stream.contexts(),

@@ -11,7 +11,7 @@ use crate::pack::{Packer, empty_batch};
 use crate::plan::Plan;
 use crate::random::SplitMix64;
 use crate::shuffle::ShuffleBuffer;
-use crate::snapshot::LaneSnapshot;
+use crate::snapshot::{LaneSnapshot, Snapshot};
 use crate::stream::{DocumentStream, Next, Shard, StreamError};
 use crate::turns::{Outlook, RankState, Turns};
 
@@ -49,6 +49,8 @@ pub struct Supply {
     turns: Turns,
     /// The turns before the micro-batches given out last.
     before: Option<Turns>,
+    /// Steps whose micro-batches were given out.
+    step: u64,
     /// The rank's own lanes, by number.
     lanes: BTreeMap<usize, Lane>,
 }
@@ -70,15 +72,12 @@ impl Lane {
 }
 
 impl Supply {
-    /// The supply of a rank that reads `lanes` lanes together with others, beginning at the turn of lane `turn` and with
-    /// what its own lanes hold in `held`.
-    pub fn new(
-        plan: Plan,
-        shard: Shard,
-        lanes: usize,
-        turn: usize,
-        held: &BTreeMap<usize, LaneSnapshot>,
-    ) -> Self {
+    /// The supply of a rank that reads `lanes` lanes together with others, from the start of the run, or from where a
+    /// snapshot stands.
+    pub fn new(plan: Plan, shard: Shard, lanes: usize, snapshot: Option<&Snapshot>) -> Self {
+        let none = BTreeMap::new();
+        let held = snapshot.map_or(&none, |snapshot| &snapshot.held);
+        let (turn, step) = snapshot.map_or((0, 0), |snapshot| (snapshot.turn, snapshot.step));
         let buffer = plan.shuffle_buffer_of_lane(lanes);
         let lane = |number: usize| {
             let seed = SplitMix64::keyed(plan.seed, number as u64).next_u64();
@@ -96,7 +95,7 @@ impl Supply {
             (number, lane)
         };
         let own = shard.own(lanes).map(lane).collect();
-        Self { turns: Turns::new(lanes, turn), before: None, lanes: own, plan, shard }
+        Self { turns: Turns::new(lanes, turn), before: None, step, lanes: own, plan, shard }
     }
 
     /// Reads until the rank's lanes have what the next step takes of them, as far as is known of the other ranks' lanes,
@@ -149,6 +148,7 @@ impl Supply {
     pub fn take(&mut self) -> Vec<PackedBatch> {
         self.before = Some(self.turns.clone());
         let turns = self.turns.take(self.plan.micro_batches);
+        self.step += 1;
         let mut of_ranks = vec![0; self.shard.world_size()];
         let mut taken = Vec::new();
         for (number, &lane) in turns.iter().enumerate() {
@@ -171,6 +171,7 @@ impl Supply {
         }
         if let Some(before) = self.before.take() {
             self.turns = before;
+            self.step -= 1;
         }
     }
 
@@ -182,6 +183,11 @@ impl Supply {
     /// The lanes that it reads.
     pub fn shard(&self) -> Shard {
         self.shard
+    }
+
+    /// Steps whose micro-batches were given out since the start of the run.
+    pub fn step(&self) -> u64 {
+        self.step
     }
 
     /// The lane whose turn is next.

@@ -90,7 +90,7 @@ fn plan(micro_batches: usize) -> Plan {
 
 fn feed(lanes: &Lanes, micro_batches: usize, shard: Shard, snapshot: Option<&Snapshot>) -> Feed {
     let stream = snapshot.map_or(lanes.clone(), |snapshot| lanes.standing_at(snapshot));
-    Feed::over(Box::new(stream), plan(micro_batches), shard, snapshot, Fingerprint::of_bytes(b"t"))
+    Feed::over(Box::new(stream), plan(micro_batches), shard, snapshot, Fingerprint::of_bytes(b"t")).unwrap()
 }
 
 /// Ranks in threads that meet at a barrier.
@@ -314,7 +314,7 @@ fn ranks_that_saw_another_one_of_several_models_each_leave_one_checkpoint() {
             let lanes = Lanes::new(&[90, 90]);
             let stream = Box::new(Scored { lanes, shown: 0, takes_several });
             let shard = Shard::new(rank, 2).unwrap();
-            let mut feed = Feed::over(stream, plan(2), shard, None, Fingerprint::of_bytes(b"t"));
+            let mut feed = Feed::over(stream, plan(2), shard, None, Fingerprint::of_bytes(b"t")).unwrap();
             feed.fill().unwrap();
             feed.snapshot()
         };
@@ -335,7 +335,7 @@ fn ranks_refuse_together_what_one_would_have_refused_alone() {
             std::thread::spawn(move || {
                 let stream = Box::new(Scored { lanes: Lanes::new(&[90, 90]), shown: 0, takes_several });
                 let shard = Shard::new(rank, 2).unwrap();
-                let mut feed = Feed::over(stream, plan(2), shard, None, Fingerprint::of_bytes(b"t"));
+                let mut feed = Feed::over(stream, plan(2), shard, None, Fingerprint::of_bytes(b"t")).unwrap();
                 feed.next_step(&mut Meeting { barrier, values })
             })
         };

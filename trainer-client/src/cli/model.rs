@@ -88,8 +88,10 @@ impl ModelArguments {
             .or_data()
     }
 
-    /// Refuses sizes of which no model can be made. The length of a sequence may not be known yet.
+    /// Refuses a device that is not to be had, and sizes of which no model can be made. The length of a sequence may not be
+    /// known yet.
     pub fn check(&self, tokenizer: &TextTokenizer, sequence_length: Option<usize>) -> anyhow::Result<()> {
+        self.compute.device()?;
         match &self.init {
             Some(_) => Ok(()),
             None => self.config(tokenizer, sequence_length.unwrap_or(2)).validate().or_usage(),

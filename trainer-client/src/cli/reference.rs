@@ -86,7 +86,7 @@ pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
     let over = |stream: ShuffledDocuments, snapshot: Option<&Snapshot>| {
         Feed::over(Box::new(stream), feed_plan.clone(), Shard::WHOLE, snapshot, tokenizer.fingerprint())
     };
-    let whole = count_steps(&mut over(stream.clone(), None))?;
+    let whole = count_steps(&mut over(stream.clone(), None)?)?;
     let steps = arguments.steps.map_or(whole, |steps| steps.min(whole));
     let mut settings = stream_settings(&arguments.topic, &arguments.broker);
     settings["extent"] = json!({ "until_end": { "epochs": arguments.epochs } });
@@ -100,7 +100,7 @@ pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
     let snapshot = begun.as_ref().map(Begun::feed);
     let read =
         snapshot.map_or(0, |snapshot| snapshot.held.values().map(|lane| lane.position.documents).sum());
-    let feed = over(stream.after(read), snapshot);
+    let feed = over(stream.after(read), snapshot)?;
     telemetry.enter(Stage::Setup);
     train(setup, plan, record, begun, feed, (&stop, telemetry))
 }

@@ -26,6 +26,11 @@ use crate::training::learner::Learner;
 use crate::training::setup::Begun;
 use crate::watch::process::stop_on_signals;
 
+/// A longer window than any model's is a slip of whoever wrote the record.
+const SEQUENCE_LENGTH_MAX: usize = 1 << 20;
+/// More tokens in a micro-batch than most machines hold the activations of.
+const MICRO_BATCH_TOKENS_MANY: usize = 1 << 17;
+
 /// Arguments of `sluice-train run`.
 #[derive(Args, Clone, Debug)]
 pub(super) struct RunArguments {
@@ -50,7 +55,8 @@ pub(super) struct RunArguments {
     /// Said no more, and refused with what to give instead
     #[arg(long, env = "SLUICE_TRAIN_WORLD_SIZE", hide = true)]
     world_size: Option<String>,
-    /// Documents that wait to be drawn from at random, over all partitions [default: each partition's order]
+    /// Documents that wait to be drawn from at random, an equal share for each partition, so more than there are
+    /// partitions [default: each partition's order]
     #[arg(
         long,
         env = "SLUICE_TRAIN_SHUFFLE_BUFFER",
@@ -83,8 +89,9 @@ pub(super) struct RunArguments {
 /// Trains on a scored topic.
 pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let RunArguments { selection, optimization, model, output, .. } = arguments;
-    if arguments.world_size.is_some() {
-        let error = "--world-size is no more: a run reads every partition in turn, in an order that no number of ranks \
+    // One is what a run is.
+    if arguments.world_size.as_deref().is_some_and(|given| !matches!(given.trim(), "" | "1")) {
+        let error = "--world-size (or SLUICE_TRAIN_WORLD_SIZE) is no more: a run reads every partition in turn, in an order that no number of ranks \
                      changes; for the steps of --world-size W --accumulate A give --accumulate W*A";
         return Err(Failure::Usage(error.to_owned()).into());
     }
@@ -100,6 +107,7 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let tokenizer = TextTokenizer::read(&arguments.tokenizer)?;
     // Before the broker is asked for anything.
     model.check(&tokenizer, optimization.sequence_length)?;
+    output.output().check()?;
     let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
         .needing_entropies(objective.needs().reference_entropy)
         .allowing(&arguments.reference_models);
@@ -147,7 +155,7 @@ impl RunArguments {
             return Ok(Some(given));
         }
         if self.output.resume
-            && let Some(record) = recorded(&self.output.out)
+            && let Some(record) = recorded(&self.output.out).or_data()?
         {
             return Ok(Some(record.sequence_length));
         }
@@ -163,12 +171,20 @@ impl RunArguments {
         let window = context.window as usize;
         let longest = self.model.longest_sequence()?.unwrap_or(window);
         let len = window.min(longest);
-        if len < 2 {
+        if !(2..=SEQUENCE_LENGTH_MAX).contains(&len) {
             let error = format!(
                 "the first record of {:?} was scored in windows of {window} tokens: give --sequence-length",
                 self.topic
             );
             return Err(Failure::Data(error).into());
+        }
+        let tokens = len * self.optimization.batch_size;
+        if tokens > MICRO_BATCH_TOKENS_MANY {
+            tracing::warn!(
+                "a micro-batch of {} sequences of {len} tokens, the reference's windows, holds {tokens} tokens: where memory is \
+                 short, give a smaller --batch-size or a shorter --sequence-length",
+                self.optimization.batch_size
+            );
         }
         tracing::info!(
             window,

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use sluice_feed::select::Thresholds;
@@ -83,6 +83,14 @@ impl Reached {
     }
 }
 
+/// What to say of a checkpoint that cannot be read.
+pub fn damaged(checkpoint: &Path) -> String {
+    format!(
+        "{0} may be damaged: remove {0}, and --resume goes on from the one before, or begin another run with --init",
+        checkpoint.display()
+    )
+}
+
 /// Reads a checkpoint's state, and its data.
 pub fn read_state(checkpoint: &Path) -> anyhow::Result<(Reached, DataState)> {
     let file = checkpoint.join(STATE_FILE);
@@ -93,11 +101,19 @@ pub fn read_state(checkpoint: &Path) -> anyhow::Result<(Reached, DataState)> {
             checkpoint.display()
         );
     }
-    let State { reached, sources, picture, .. } = read_json(&file)?;
+    let State { reached, sources, picture, .. } = read_json(&file).with_context(|| damaged(checkpoint))?;
     let path = checkpoint.join(FEED_FILE);
-    let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let bytes = fs::read(&path)
+        .with_context(|| format!("cannot read {}", path.display()))
+        .with_context(|| damaged(checkpoint))?;
     let feed = Snapshot::from_bytes(&bytes)
-        .with_context(|| format!("cannot use {}: it may be damaged", path.display()))?;
+        .with_context(|| format!("cannot use {}", path.display()))
+        .with_context(|| damaged(checkpoint))?;
+    let step = reached.step;
+    if feed.step != step || step_of(checkpoint).is_some_and(|named| named != step) {
+        let of = format!("{STATE_FILE} is of step {step}, {FEED_FILE} of step {}", feed.step);
+        return Err(anyhow!("its files do not belong together: {of}")).with_context(|| damaged(checkpoint));
+    }
     Ok((reached, DataState { feed, sources, picture }))
 }
 

@@ -12,7 +12,9 @@ use sluice_feed::cut::Piece;
 use sluice_schemas::fingerprint::Fingerprint;
 
 use crate::failure::Failure;
-use crate::run::checkpoints::{CHECKPOINTS, DataState, Reached, latest_checkpoint, write_checkpoint};
+use crate::run::checkpoints::{
+    CHECKPOINTS, DataState, Reached, damaged, latest_checkpoint, write_checkpoint,
+};
 use crate::run::files::{read_json, recreate, write_json, write_whole};
 use crate::run::metrics::Metric;
 use crate::run::picture::TokenPicture;
@@ -33,9 +35,26 @@ pub const DOCUMENTS_FILE: &str = "documents.jsonl";
 /// Held locked by the process that writes the run.
 const LOCK_FILE: &str = "lock";
 
-/// What `run.json` in a folder says, if there is one that can be read.
-pub fn recorded(folder: &Path) -> Option<RunRecord> {
-    read_json(&folder.join(RUN_FILE)).ok()
+/// What `run.json` in a folder says, if there is one.
+pub fn recorded(folder: &Path) -> anyhow::Result<Option<RunRecord>> {
+    let path = folder.join(RUN_FILE);
+    if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+}
+
+/// Whether a process is writing a run into a folder.
+pub fn is_locked(path: &Path) -> bool {
+    let lock = File::open(path.join(LOCK_FILE));
+    lock.is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
+}
+
+/// Refuses a folder that already holds a run.
+pub fn refuse_a_run(path: &Path) -> anyhow::Result<()> {
+    // A run that was refused before its first step has left an empty file of metrics, which is in nobody's way.
+    let has_metrics = fs::metadata(path.join(METRICS_FILE)).is_ok_and(|file| file.len() > 0);
+    if path.join(RUN_FILE).exists() || path.join(TOKENS_FILE).exists() || has_metrics {
+        bail!("{} already holds a run; remove it or give another --out", path.display());
+    }
+    Ok(())
 }
 
 /// A run folder being written.
@@ -63,11 +82,7 @@ impl RunFolder {
             .with_context(|| format!("cannot create {}", checkpoints.display()))?;
         // Before anything is looked at: what another process writes here now is not to be judged, or removed.
         let lock = lock(path)?;
-        // A run that was refused before its first step has left an empty file of metrics, which is in nobody's way.
-        let has_metrics = fs::metadata(path.join(METRICS_FILE)).is_ok_and(|file| file.len() > 0);
-        if path.join(RUN_FILE).exists() || path.join(TOKENS_FILE).exists() || has_metrics {
-            bail!("{} already holds a run; remove it or give another --out", path.display());
-        }
+        refuse_a_run(path)?;
         let mut left = fs::read_dir(&checkpoints)
             .with_context(|| format!("cannot list checkpoints in {}", checkpoints.display()))?;
         if left.next().is_some() {
@@ -99,7 +114,8 @@ impl RunFolder {
             .with_context(|| format!("cannot create {}", checkpoints.display()))?;
         let lock = lock(path)?;
         let checkpoint = latest_checkpoint(path)?;
-        let last_step = checkpoint.as_deref().map(Reached::read).transpose()?.map(|reached| reached.step);
+        let read = |checkpoint: &Path| Reached::read(checkpoint).with_context(|| damaged(checkpoint));
+        let last_step = checkpoint.as_deref().map(read).transpose()?.map(|reached| reached.step);
         if last_step.is_none() {
             remove_if_there(&path.join(RUN_FILE))?;
             remove_if_there(&path.join(TOKENS_FILE))?;

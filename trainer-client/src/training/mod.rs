@@ -33,6 +33,9 @@ use learner::Learner;
 pub use plan::Plan;
 use step::Stepper;
 
+/// Steps one after the other without a token to learn from, of which people should know.
+const BARREN_STEPS: u64 = 10;
+
 /// Why a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -133,6 +136,7 @@ impl Training<'_> {
     ) -> anyhow::Result<Ending> {
         let steps = self.plan.schedule.steps;
         let mut documents = self.feed.documents();
+        let mut barren = 0;
         while reached.step < steps {
             self.telemetry.enter(Stage::Data);
             let (started, cpu_before) = (Instant::now(), own_cpu_seconds());
@@ -182,6 +186,13 @@ impl Training<'_> {
             reached.tokens_kept += metric.kept;
             reached.threshold = metric.threshold;
             (metric.tokens, metric.tokens_kept) = (reached.tokens, reached.tokens_kept);
+            barren = if metric.kept == 0 { barren + 1 } else { 0 };
+            if barren == BARREN_STEPS {
+                tracing::warn!(
+                    "none of the last {BARREN_STEPS} steps had a token to learn from; look at the threshold, and at whether \
+                     sequences are shorter than the reference's windows (--unequal-contexts)"
+                );
+            }
             self.telemetry.enter(Stage::Log);
             self.telemetry.step(&metric, tokens, self.plan.keep_ratio(reached.step));
             self.progress.step(&metric);

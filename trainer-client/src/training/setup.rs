@@ -15,8 +15,8 @@ use super::evaluate::{EvalFile, EvalSet, read_sets};
 use super::learner::Learner;
 use super::{Ending, Outcome, Plan, Training};
 use crate::failure::{Classify, Failure};
-use crate::run::checkpoints::{DataState, Reached, read_state};
-use crate::run::folder::RunFolder;
+use crate::run::checkpoints::{DataState, Reached, damaged, read_state};
+use crate::run::folder::{RunFolder, is_locked, refuse_a_run};
 use crate::run::record::RunRecord;
 use crate::text::TextTokenizer;
 use crate::watch::progress::Progress;
@@ -41,6 +41,26 @@ pub struct Output {
     pub eval_every: u64,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+}
+
+impl Output {
+    /// Refuses what can be seen to be wrong before anything is opened: a file that is not there, a folder that is taken.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if let Some(name) =
+            self.token_losses.iter().find(|&name| !self.evals.iter().any(|file| file.name == *name))
+        {
+            let error = format!("--token-losses {name} names no evaluation set: give --eval {name}=FILE too");
+            return Err(Failure::Usage(error).into());
+        }
+        for file in &self.evals {
+            let opened = std::fs::File::open(&file.path);
+            opened
+                .with_context(|| format!("cannot read evaluation set {}", file.path.display()))
+                .or_usage()?;
+        }
+        // Of a folder that another process writes to, that is what is said, once it is opened.
+        if self.resume || is_locked(&self.folder) { Ok(()) } else { refuse_a_run(&self.folder).or_usage() }
+    }
 }
 
 /// Settings of a run that are for `run.json` alone: they decide its steps, but nothing here looks into them.
@@ -87,13 +107,8 @@ impl<'a, L: Learner> Setup<'a, L> {
         output: Output,
         learner: impl FnOnce(Option<&Path>) -> anyhow::Result<L>,
     ) -> anyhow::Result<Self> {
+        output.check()?;
         let evals = read_sets(&output.evals, tokenizer, shape)?;
-        if let Some(name) =
-            output.token_losses.iter().find(|&name| !output.evals.iter().any(|file| file.name == *name))
-        {
-            let error = format!("--token-losses {name} names no evaluation set: give --eval {name}=FILE too");
-            return Err(Failure::Usage(error).into());
-        }
         let (mut folder, checkpoint, learner) = if output.resume && output.folder.is_dir() {
             let resumed = RunFolder::resume(&output.folder);
             let (folder, checkpoint) =
@@ -159,7 +174,7 @@ impl<'a, L: Learner> Setup<'a, L> {
         let Some(checkpoint) = &self.checkpoint else { return Ok(None) };
         let (reached, data) = read_state(checkpoint).or_data()?;
         let vocabulary = self.tokenizer.vocabulary();
-        let may_be_damaged = || format!("{} may be damaged", checkpoint.display());
+        let may_be_damaged = || damaged(checkpoint);
         data.feed.check(vocabulary).with_context(may_be_damaged).or_data()?;
         if !data.picture.fits(vocabulary) {
             let error = anyhow::anyhow!("the token picture holds token ids beyond the vocabulary");

@@ -155,7 +155,7 @@ pub fn feed_over(
         shuffle_buffer,
         seed: 1,
     };
-    Feed::over(Box::new(stream), plan, Shard::WHOLE, None, tokenizer)
+    Feed::over(Box::new(stream), plan, Shard::WHOLE, None, tokenizer).unwrap()
 }
 
 /// Spreads documents over partitions in turn.

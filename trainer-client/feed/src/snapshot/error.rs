@@ -35,6 +35,20 @@ pub enum SnapshotError {
         /// What is wrong.
         what: String,
     },
+    /// A snapshot of a run that makes other micro-batches.
+    #[error("it is of another run: {0} differs")]
+    OtherRun(&'static str),
+    /// A stream without some of the lanes.
+    #[error(
+        "it is of {before} lanes (partitions of the topic), and there are {now} now: what was read of the others, and not \
+         learnt from, would be lost"
+    )]
+    FewerLanes {
+        /// Lanes that the run read.
+        before: usize,
+        /// Lanes that there are.
+        now: usize,
+    },
     /// Parts of several runs, or of several steps.
     #[error("the parts of the ranks do not belong together: {0} differs")]
     Parts(&'static str),

@@ -38,6 +38,8 @@ pub struct LaneSnapshot {
 pub struct Snapshot {
     /// What the data must be gone on with under.
     pub identity: Identity,
+    /// Steps whose micro-batches were given out.
+    pub step: u64,
     /// Lanes of the whole stream.
     pub lanes: usize,
     /// The lane whose turn is next.
@@ -54,6 +56,7 @@ pub struct Snapshot {
 struct Outline {
     format: u32,
     identity: Identity,
+    step: u64,
     lanes: usize,
     turn: usize,
     contexts: Contexts,
@@ -92,7 +95,7 @@ impl Snapshot {
             if whole.lanes != part.lanes {
                 return Err(SnapshotError::Parts("the number of lanes"));
             }
-            if whole.turn != part.turn {
+            if (whole.step, whole.turn) != (part.step, part.turn) {
                 return Err(SnapshotError::Parts("the step"));
             }
             whole.identity.reference_model = whole.identity.reference_model.or(part.identity.reference_model);
@@ -116,6 +119,23 @@ impl Snapshot {
     /// Places of the lanes.
     pub fn positions(&self) -> BTreeMap<usize, Position> {
         self.held.iter().map(|(&lane, held)| (lane, held.position)).collect()
+    }
+
+    /// Fails where a shard of a stream of `lanes` lanes cannot go on from it as the run that it is of: with another plan,
+    /// tokenizer or reference model, without a lane that the shard reads, or where the stream has lost lanes. Lanes that have
+    /// come since are read from their first record.
+    pub fn check_for(&self, identity: &Identity, shard: Shard, lanes: usize) -> Result<(), SnapshotError> {
+        if let Some(difference) = self.identity.difference(identity) {
+            return Err(SnapshotError::OtherRun(difference));
+        }
+        if self.lanes > lanes {
+            return Err(SnapshotError::FewerLanes { before: self.lanes, now: lanes });
+        }
+        let is_missing = |lane: &usize| !self.held.contains_key(lane);
+        match shard.own(lanes).take_while(|&lane| lane < self.lanes).find(is_missing) {
+            Some(lane) => Err(SnapshotError::Lane(lane, 0)),
+            None => Ok(()),
+        }
     }
 
     /// Fails where it holds what no run can have left, which a damaged file may: a token id of `vocabulary` or beyond, a
@@ -189,6 +209,7 @@ impl Snapshot {
             format: FORMAT,
             identity: self.identity.clone(),
             lanes: self.lanes,
+            step: self.step,
             turn: self.turn,
             contexts: self.contexts.clone(),
             policies: columns.policies().to_vec(),
@@ -223,9 +244,9 @@ impl Snapshot {
             held.insert(lane, snapshot);
         }
         columns.finish()?;
-        let Outline { identity, lanes, turn, contexts, .. } =
+        let Outline { identity, step, lanes, turn, contexts, .. } =
             Outline { held: BTreeMap::new(), policies: vec![], ..outline };
-        Ok(Self { identity, lanes, turn, contexts, held })
+        Ok(Self { identity, step, lanes, turn, contexts, held })
     }
 }
 

@@ -54,7 +54,7 @@ fn snapshot(lanes: usize) -> Snapshot {
     };
     let contexts = BTreeMap::from([(Fingerprint::of_bytes(b"model"), POLICY)]);
     let held = (0..lanes).map(|number| (number, lane(number))).collect();
-    Snapshot { identity: identity(), lanes, turn: 1, contexts, held }
+    Snapshot { identity: identity(), step: 3, lanes, turn: 1, contexts, held }
 }
 
 /// Written out with all bits, because NaN is not equal to itself.
@@ -79,8 +79,8 @@ fn bits(snapshot: &Snapshot) -> String {
         let waiting = pieces(&held.waiting);
         format!("{lane} {:?} {} {shuffled:?} {rows:?} {waiting}\n", held.position, held.draws)
     };
-    let Snapshot { identity, lanes, turn, contexts, held } = snapshot;
-    format!("{identity:?} {lanes} {turn} {contexts:?}\n") + &held.iter().map(lane).collect::<String>()
+    let Snapshot { identity, step, lanes, turn, contexts, held } = snapshot;
+    format!("{identity:?} {step} {lanes} {turn} {contexts:?}\n") + &held.iter().map(lane).collect::<String>()
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn the_parts_of_all_ranks_are_the_whole_whatever_their_number() {
             let twice = Snapshot::merged(parts.iter().chain(&parts[..1]).cloned().collect()).unwrap_err();
             assert!(twice.to_string().contains("held by 2 parts"), "{twice}");
             let mut later = parts.clone();
-            later[0].turn = 2;
+            later[0].step = 2;
             assert!(matches!(Snapshot::merged(later), Err(SnapshotError::Parts("the step"))));
             let mut elsewhere = parts.clone();
             elsewhere[0].contexts.values_mut().for_each(|context| context.stride += 1);
@@ -152,4 +152,24 @@ fn what_no_run_can_have_left_is_refused_and_never_panics() {
     assert!(refused(&|lane| lane.shuffled.push(document(100, 2))).contains("token id 10000 is beyond"));
     let foreign = Piece { bos: Some(10_000), ..piece(1) };
     assert!(refused(&|lane| lane.waiting.push(foreign.clone())).contains("BOS 10000 is beyond"));
+}
+
+#[test]
+fn a_snapshot_is_gone_on_from_only_as_itself() {
+    let whole = snapshot(4);
+    let half = Shard::new(1, 2).unwrap();
+    let check = |snapshot: &Snapshot, identity: &Identity, shard, lanes| {
+        snapshot.check_for(identity, shard, lanes).map_err(|error| error.to_string())
+    };
+    assert_eq!(check(&whole, &identity(), Shard::WHOLE, 4), Ok(()));
+    assert_eq!(check(&whole.part(half), &identity(), half, 4), Ok(()));
+    assert_eq!(check(&whole, &identity(), Shard::WHOLE, 6), Ok(()), "lanes may come");
+    assert!(check(&whole, &identity(), Shard::WHOLE, 3).unwrap_err().contains("4 lanes"));
+    assert!(check(&whole.part(half), &identity(), Shard::WHOLE, 4).unwrap_err().contains("lane 0"));
+    let mut other = identity();
+    other.plan.seed = 9;
+    assert!(check(&whole, &other, Shard::WHOLE, 4).unwrap_err().contains("the seed differs"));
+    let tokenizer = Fingerprint::of_bytes(b"another");
+    let error = check(&whole, &Identity { tokenizer, ..identity() }, Shard::WHOLE, 4).unwrap_err();
+    assert!(error.contains("the tokenizer differs"), "{error}");
 }

@@ -54,6 +54,9 @@ impl Broker {
     /// Brokers at `servers` (`host:port,...`), with further librdkafka settings, of which `NAME.from_file` reads the
     /// value of `NAME` from a file.
     pub fn new(servers: String, properties: Vec<(String, String)>) -> Result<Self, StreamError> {
+        if servers.trim().is_empty() {
+            return Err(StreamError::Settings("no address of a broker is given".to_owned()));
+        }
         let properties: Vec<_> = sluice_kafka::resolve(&properties.into_iter().collect())
             .map_err(StreamError::PropertyFile)?
             .into_iter()
@@ -148,7 +151,8 @@ impl Broker {
             .map_err(|error| self.failed(topic, error, consumer.context().last_error()))
     }
 
-    fn failed(&self, topic: &str, error: KafkaError, reason: Option<String>) -> StreamError {
+    /// What an error of the client means for a reader of `topic`.
+    pub(super) fn failed(&self, topic: &str, error: KafkaError, reason: Option<String>) -> StreamError {
         let unreachable = matches!(
             error.rdkafka_error_code(),
             Some(
@@ -170,9 +174,35 @@ impl Broker {
 }
 
 /// Whether the broker said that it has no such topic.
-pub(super) fn is_unknown_topic(error: &KafkaError) -> bool {
+fn is_unknown_topic(error: &KafkaError) -> bool {
     let code = error.rdkafka_error_code();
-    matches!(code, Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic))
+    // A topic that was deleted has partitions that are not known any more.
+    matches!(
+        code,
+        Some(
+            RDKafkaErrorCode::UnknownTopicOrPartition
+                | RDKafkaErrorCode::UnknownTopic
+                | RDKafkaErrorCode::UnknownPartition
+        )
+    )
+}
+
+/// Errors that librdkafka recovers from by itself.
+pub(super) fn is_transient(error: &KafkaError) -> bool {
+    !matches!(error, KafkaError::MessageConsumptionFatal(_))
+        && !matches!(
+            error.rdkafka_error_code(),
+            Some(
+                RDKafkaErrorCode::AutoOffsetReset
+                    | RDKafkaErrorCode::OffsetOutOfRange
+                    | RDKafkaErrorCode::UnknownTopic
+                    | RDKafkaErrorCode::UnknownTopicOrPartition
+                    | RDKafkaErrorCode::UnknownPartition
+                    | RDKafkaErrorCode::TopicAuthorizationFailed
+                    | RDKafkaErrorCode::Authentication
+                    | RDKafkaErrorCode::SaslAuthenticationFailed
+            )
+        )
 }
 
 /// Why a client was not made. The words of [`KafkaError::ClientConfig`] hold the property's value, which may be a

@@ -11,6 +11,9 @@ use super::kind::TopicKind;
 use crate::cut::has_equal_contexts;
 use crate::document::Document;
 
+/// Most windows that a token of a long document may be in. Each is read, and held in memory, by itself.
+const REREADS_MAX: u64 = 64;
+
 /// Decodes records and holds each by itself against what a run can use.
 #[derive(Clone, Debug)]
 pub struct Decoder {
@@ -128,6 +131,9 @@ impl Decoder {
         let is_cut = tokens as u64 + overlap - 1 > u64::from(window);
         if is_cut && (stride == 0 || u64::from(stride) + overlap > u64::from(window)) {
             return Err(StreamError::Windows { origin: origin(), tokens, context: found });
+        }
+        if is_cut && u64::from(window) > REREADS_MAX * u64::from(stride) {
+            return Err(StreamError::Rereads { origin: origin(), context: found });
         }
         if let Bos::Document(token) | Bos::Window(token) = bos
             && token >= self.vocabulary

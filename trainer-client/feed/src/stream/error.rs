@@ -175,6 +175,18 @@ pub enum StreamError {
         /// How the record says that its document was seen.
         context: ContextPolicy,
     },
+    /// Windows that overlap so much that a document would be read more often than anybody means.
+    #[error(
+        "record at {origin} was scored in windows of {} tokens every {}: each of its tokens would be read {} times over; score \
+         the topic anew with a longer stride",
+        .context.window, .context.stride, .context.window.div_ceil(.context.stride.max(1))
+    )]
+    Rereads {
+        /// Where it was read.
+        origin: Origin,
+        /// How the record's document was seen.
+        context: ContextPolicy,
+    },
     /// The reference saw a BOS token that the run's vocabulary does not have.
     #[error(
         "record at {origin} was scored with BOS token {token} before it, which is beyond the vocabulary of {vocabulary}: the \
@@ -204,6 +216,9 @@ pub enum StreamError {
         /// Tokens of a sequence.
         sequence: usize,
     },
+    /// A checkpoint that this stream cannot go on from.
+    #[error("the state of the data cannot be gone on from: {0}")]
+    Snapshot(String),
     /// Another rank of the group has failed.
     #[error("another rank of the group has failed; see what it says")]
     OtherRank,
@@ -234,7 +249,7 @@ pub enum StreamError {
 
 impl StreamError {
     /// Every reason that [`Self::rejection`] may give.
-    pub const REJECTIONS: [&'static str; 10] = [
+    pub const REJECTIONS: [&'static str; 11] = [
         "record",
         "kind",
         "losses",
@@ -243,6 +258,7 @@ impl StreamError {
         "reference_model_not_allowed",
         "foreign_context",
         "windows",
+        "rereads",
         "foreign_bos",
         "unequal_contexts",
     ];
@@ -258,6 +274,7 @@ impl StreamError {
             Self::NotAllowed { .. } => Some("reference_model_not_allowed"),
             Self::ForeignContext { .. } => Some("foreign_context"),
             Self::Windows { .. } => Some("windows"),
+            Self::Rereads { .. } => Some("rereads"),
             Self::ForeignBos { .. } => Some("foreign_bos"),
             Self::UnequalContexts { .. } => Some("unequal_contexts"),
             _ => None,

@@ -6,17 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use rdkafka::Message as _;
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::record::ContextPolicy;
 
-use super::connection::{Broker, Listener};
+use super::connection::Broker;
 use super::decode::Decoder;
 use super::error::{Origin, StreamError};
-use super::kind::kind_of;
 use super::place::{Extent, Position, Shard};
 use super::provenance::{Contexts, Provenance};
 use super::queue::{Delivery, Queues, Waiting};
@@ -226,55 +220,4 @@ impl Stall {
             );
         }
     }
-}
-
-/// How the reference saw the first document of a scored topic that there is; waits for one where the topic is followed, and
-/// gives `None` where it is not and holds none, or `stop` is set. A record that `decoder` refuses is an error.
-pub fn first_context(
-    broker: &Broker,
-    topic: &str,
-    extent: Extent,
-    decoder: &Decoder,
-    stop: &AtomicBool,
-) -> Result<Option<ContextPolicy>, StreamError> {
-    let (consumer, partitions) = broker.connect(topic, extent)?;
-    let mut assignment = TopicPartitionList::new();
-    let mut is_empty = true;
-    for &partition in &partitions {
-        let (low, high) = broker.watermarks(&consumer, topic, partition)?;
-        is_empty &= low >= high;
-        let added = assignment.add_partition_offset(topic, partition, Offset::Offset(low));
-        added.map_err(|error| failed(topic, &consumer, error))?;
-    }
-    if is_empty && extent != Extent::Follow {
-        return Ok(None);
-    }
-    consumer.assign(&assignment).map_err(|error| failed(topic, &consumer, error))?;
-    let mut ended = 0;
-    while !stop.load(Ordering::Relaxed) {
-        match consumer.poll(POLL) {
-            Some(Ok(message)) => {
-                let Some(payload) = message.payload() else { continue };
-                let (partition, offset) = (message.partition(), message.offset());
-                let origin = || Origin { topic: topic.to_owned(), partition, offset };
-                decoder.check_kind(kind_of(&message), origin)?;
-                let (document, _) = decoder.decode(Bytes::copy_from_slice(payload), origin)?;
-                return Ok(document.context());
-            }
-            Some(Err(rdkafka::error::KafkaError::PartitionEOF(_))) => {
-                ended += 1;
-                if ended >= partitions.len() && extent != Extent::Follow {
-                    return Ok(None);
-                }
-            }
-            Some(Err(error)) => tracing::debug!(topic, %error, "the broker has trouble; trying on"),
-            None => {}
-        }
-    }
-    Ok(None)
-}
-
-fn failed(topic: &str, consumer: &BaseConsumer<Listener>, error: rdkafka::error::KafkaError) -> StreamError {
-    let reason = consumer.context().last_error();
-    StreamError::Broker { topic: topic.to_owned(), error: Box::new(error), reason }
 }

@@ -8,9 +8,8 @@ use rdkafka::Message;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
-use rdkafka::types::RDKafkaErrorCode;
 
-use super::connection::{Broker, Listener, is_unknown_topic};
+use super::connection::{Broker, Listener, is_transient};
 use super::decode::Decoder;
 use super::error::{Origin, StreamError};
 use super::kind::kind_of;
@@ -241,38 +240,10 @@ impl Reader {
     }
 
     fn failed(&self, error: KafkaError) -> StreamError {
-        if is_unknown_topic(&error) {
-            return StreamError::NoSuchTopic {
-                topic: self.topic.clone(),
-                servers: self.broker.servers().to_owned(),
-            };
-        }
-        StreamError::Broker {
-            topic: self.topic.clone(),
-            error: Box::new(error),
-            reason: self.consumer.context().last_error(),
-        }
+        self.broker.failed(&self.topic, error, self.consumer.context().last_error())
     }
 }
 
 fn track_of(tracks: &mut [Track], partition: i32) -> Option<&mut Track> {
     tracks.iter_mut().find(|track| track.partition() == partition)
-}
-
-/// Errors that librdkafka recovers from by itself.
-fn is_transient(error: &KafkaError) -> bool {
-    !matches!(error, KafkaError::MessageConsumptionFatal(_))
-        && !matches!(
-            error.rdkafka_error_code(),
-            Some(
-                RDKafkaErrorCode::AutoOffsetReset
-                    | RDKafkaErrorCode::OffsetOutOfRange
-                    | RDKafkaErrorCode::UnknownTopic
-                    | RDKafkaErrorCode::UnknownTopicOrPartition
-                    | RDKafkaErrorCode::UnknownPartition
-                    | RDKafkaErrorCode::TopicAuthorizationFailed
-                    | RDKafkaErrorCode::Authentication
-                    | RDKafkaErrorCode::SaslAuthenticationFailed
-            )
-        )
 }
