@@ -281,9 +281,8 @@ fn a_topic_that_has_lost_partitions_is_not_gone_on_with() {
     let tokenizer = Fingerprint::of_bytes(&std::fs::read(place.out("tokenizer.json")).unwrap());
     let documents = mixture(DOCUMENTS, tokenizer, Fingerprint::of_bytes(b"model"));
     produce_scored(&fewer, "scored", PARTITIONS - 1, &documents);
-    let mut run =
-        place.run(&out, &[&flags[..], &["--bootstrap-servers", &fewer.bootstrap_servers()]].concat());
-    let output = run.stderr(Stdio::piped()).output().unwrap();
+    let place = Place { cluster: fewer, ..place };
+    let output = place.run(&out, &flags).stderr(Stdio::piped()).output().unwrap();
     let shown = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(65), "{shown}");
     assert!(shown.contains("6 lanes") && shown.contains("there are 5 now"), "{shown}");
