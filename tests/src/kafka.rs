@@ -7,6 +7,7 @@ use std::process::Command;
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::root;
 
@@ -93,14 +94,25 @@ impl Kafka {
 
     /// Creates a topic with settings of its own.
     pub fn create_topic_with(&self, name: &str, partitions: i32, settings: &[(&str, &str)]) {
-        let admin: AdminClient<DefaultClientContext> =
-            ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap();
+        let admin = self.admin();
         let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(self.brokers as i32));
         for (key, value) in settings {
             topic = topic.set(key, value);
         }
         let created = rdkafka_wait(admin.create_topics(&[topic], &AdminOptions::new()));
         created.unwrap()[0].as_ref().unwrap();
+    }
+
+    /// Removes the records of a partition below `offset`, as retention does.
+    pub fn trim(&self, topic: &str, partition: i32, offset: i64) {
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(topic, partition, Offset::Offset(offset)).unwrap();
+        let admin = self.admin();
+        rdkafka_wait(admin.delete_records(&list, &AdminOptions::new())).unwrap();
+    }
+
+    fn admin(&self) -> AdminClient<DefaultClientContext> {
+        ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap()
     }
 }
 
