@@ -159,8 +159,9 @@ fn a_real_prometheus_finds_every_metric_and_fills_every_panel() {
         enough.store(true, Ordering::Relaxed);
         assert!(
             missing.is_empty(),
-            "after a minute under load there is no value for\n{}",
-            missing.join("\n")
+            "after a minute under load there is no value for\n{}\nThe trainer says:\n{}",
+            missing.join("\n"),
+            trainer.log()
         );
     });
     let alerts = prometheus.api("alerts", &[]);

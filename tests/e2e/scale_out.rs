@@ -218,7 +218,7 @@ fn a_held_partition_is_not_read_before_its_place_whatever_pauses_and_resumes() {
     let assigned = other.log();
     let assigned = assigned.rsplit("\"partitions\":\"[").next().unwrap();
     let held: i32 = assigned.split(']').next().unwrap().parse().unwrap();
-    cluster.kafka.trim("sluice.documents", held, EACH as i64);
+    cluster.kafka.remove_records("sluice.documents", held, EACH as i64);
     cluster.send_to(Some(1 - held), 2 * EACH..2 * EACH + LONG, 6000);
     survivor.wait("a pause", |daemon| daemon.metric("sluiced_paused") == 1);
 
@@ -246,7 +246,7 @@ fn records_that_are_gone_before_they_were_read_are_named_and_the_way_on_with_the
     assert_eq!(earlier.stop().code(), Some(0));
     // Ten records and the mark of no transaction.
     cluster.send_to(Some(1), 10..30, 20);
-    cluster.kafka.trim("sluice.documents", 1, 25);
+    cluster.kafka.remove_records("sluice.documents", 1, 25);
     let mut daemon = cluster.daemon(&[]);
     daemon.wait_for_end(65);
     let log = daemon.log();

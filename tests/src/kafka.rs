@@ -103,12 +103,14 @@ impl Kafka {
         created.unwrap()[0].as_ref().unwrap();
     }
 
-    /// Removes the records of a partition below `offset`, as retention does.
-    pub fn trim(&self, topic: &str, partition: i32, offset: i64) {
-        let mut list = TopicPartitionList::new();
-        list.add_partition_offset(topic, partition, Offset::Offset(offset)).unwrap();
+    /// Removes the records of a partition before an offset, as retention does.
+    pub fn remove_records(&self, topic: &str, partition: i32, before: i64) {
         let admin = self.admin();
-        rdkafka_wait(admin.delete_records(&list, &AdminOptions::new())).unwrap();
+        let mut offsets = TopicPartitionList::new();
+        offsets.add_partition_offset(topic, partition, Offset::Offset(before)).unwrap();
+        let removed = rdkafka_wait(admin.delete_records(&offsets, &AdminOptions::new())).unwrap();
+        let first = removed.elements()[0].offset();
+        assert_eq!(first, Offset::Offset(before), "the partition begins there now");
     }
 
     fn admin(&self) -> AdminClient<DefaultClientContext> {

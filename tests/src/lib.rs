@@ -8,6 +8,7 @@ mod kafka;
 mod machine;
 pub mod oracle;
 mod prometheus;
+pub mod ranks;
 mod topic;
 mod trainer;
 mod trapped_model;

@@ -16,10 +16,14 @@ use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{GraphProto, ModelProto, OperatorSetIdProto};
 
 use crate::failure::Classify;
-use crate::model::checkpoint::{WEIGHTS_FILE, read_weights, write_file};
+use crate::model::ModelConfig;
+use crate::model::checkpoint::read_weights;
 use crate::model::config::CONFIG_FILE;
 use crate::model::decoder::rotary_tables;
-use crate::model::{ModelConfig, NamedTensor};
+use crate::run::files::write_whole;
+use crate::run::tensors::NamedTensor;
+use crate::text::TOKENIZER_FILE;
+use crate::training::learner::WEIGHTS_FILE;
 
 /// File name of the exported graph and its weights.
 pub const MODEL_FILE: &str = "model.onnx";
@@ -28,7 +32,6 @@ pub const INPUT: &str = "input_ids";
 /// Output: f32 `[batch, sequence, vocab]`; position `i` predicts token `i + 1`.
 pub const OUTPUT: &str = "logits";
 
-const TOKENIZER_FILE: &str = "tokenizer.json";
 const IR_VERSION: i64 = 8;
 const OPSET: i64 = 17;
 /// Protobuf messages end at 2 GiB; the margin is for all that is not weights.
@@ -49,11 +52,11 @@ pub fn export_onnx(checkpoint_folder: &Path, out_folder: &Path) -> Result<()> {
     let model = onnx_model(&config, weights)
         .with_context(|| format!("cannot export {}", checkpoint_folder.join(WEIGHTS_FILE).display()))?;
     fs::create_dir_all(out_folder).with_context(|| format!("cannot make folder {}", out_folder.display()))?;
-    write_file(&out_folder.join(MODEL_FILE), &model.encode_to_vec())?;
-    write_file(&out_folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
+    write_whole(&out_folder.join(MODEL_FILE), &model.encode_to_vec())?;
+    write_whole(&out_folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
     let tokenizer = checkpoint_folder.join(TOKENIZER_FILE);
     match fs::read(&tokenizer) {
-        Ok(bytes) => write_file(&out_folder.join(TOKENIZER_FILE), &bytes),
+        Ok(bytes) => write_whole(&out_folder.join(TOKENIZER_FILE), &bytes),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error).with_context(|| format!("cannot read {}", tokenizer.display())),
     }

@@ -95,6 +95,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::ForeignReference { .. }
             | StreamError::NotAllowed { .. }
             | StreamError::ForeignContext { .. }
+            | StreamError::SeveralReferences
             | StreamError::Windows { .. }
             | StreamError::ForeignBos { .. }
             | StreamError::Removed { .. }

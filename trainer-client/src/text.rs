@@ -8,6 +8,9 @@ use tokenizers::Tokenizer;
 
 use crate::failure::Classify;
 
+/// File name of a tokenizer in a Hugging Face style folder.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+
 /// A Hugging Face tokenizer and the file it came from.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::Deserialize;
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_trainer::model::optimizer::AdamWConfig;
-use sluice_trainer::model::{BurnLearner, ModelConfig, NamedTensor, Precision};
+use sluice_trainer::model::{BurnLearner, Device, ModelConfig, NamedTensor, Precision};
 use sluice_trainer::training::learner::Learner;
 use support::model::{bits, every_second_target, every_target, largest_difference, packed_batch, tiny};
 
@@ -78,7 +78,7 @@ fn step_agrees_with_pytorch_in_double_precision() {
         targets: golden.targets.concat().iter().map(target).collect(),
         ..Batch::default()
     };
-    let mut learner = BurnLearner::from_weights(config, adamw, weights, burn::tensor::Device::flex())
+    let mut learner = BurnLearner::from_weights(config, adamw, weights, Device::cpu())
         .expect("the weights fit the configuration");
 
     let losses = learner.losses(&batch);
@@ -130,13 +130,8 @@ fn gradient_is_the_slope_of_the_mean_kept_loss() {
             weight.values.iter_mut().for_each(|value| *value *= 12.0);
         }
         let with = |weights: Vec<NamedTensor>| {
-            BurnLearner::from_weights(
-                config.clone(),
-                AdamWConfig::default(),
-                weights,
-                burn::tensor::Device::flex(),
-            )
-            .expect("weights of the model's own shape")
+            BurnLearner::from_weights(config.clone(), AdamWConfig::default(), weights, Device::cpu())
+                .expect("weights of the model's own shape")
         };
         let learner = with(weights.clone());
         let kept = every_second_target(&learner.losses(&batch));

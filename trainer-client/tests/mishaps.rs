@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use sluice_feed::batch::Batch;
 use sluice_feed::document::Document;
-use sluice_feed::pack::{BatchShape, ROWS_AHEAD};
+use sluice_feed::pack::BatchShape;
 use sluice_feed::select::{Needs, Objective};
 use sluice_feed::stream::{DocumentStream, Next, Origin, Position, StreamError};
 use sluice_schemas::fingerprint::Fingerprint;
@@ -32,10 +32,7 @@ use support::{feed_over, write_tokenizer};
 
 const SHAPE: BatchShape = BatchShape { rows: 1, len: 8 };
 
-/// Documents that a packer reads before it makes its first row of them.
-const AHEAD: u64 = ROWS_AHEAD as u64;
-
-/// Documents of one batch each, and then a record of another reference model.
+/// Documents that fill a row, and so a batch, each, and then a record of another reference model.
 struct Failing {
     documents: u64,
     handed_out: u64,
@@ -148,11 +145,11 @@ fn state_of(checkpoint: &Path) -> (u64, u64) {
 fn a_stream_that_fails_leaves_a_checkpoint_of_the_last_step() {
     for checkpoint_every in [2, 3, 100] {
         let folder = tempfile::tempdir().unwrap();
-        let stream = Failing::after(AHEAD + 4);
+        let stream = Failing::after(4);
         let error = fail(folder.path(), &mut Bigram::new(256), stream, checkpoint_every);
         let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap().unwrap();
         assert!(checkpoint.ends_with("step-0000004"));
-        assert_eq!(state_of(&checkpoint), (4, AHEAD + 4));
+        assert_eq!(state_of(&checkpoint), (4, 4));
         let shown = format!("{error:#}");
         assert!(
             shown.contains("after step 4") && shown.contains(&checkpoint.display().to_string()),
@@ -182,7 +179,7 @@ fn a_step_that_is_not_finite_leaves_a_checkpoint_of_the_one_before() {
     let checkpoint = latest_checkpoint(&folder.path().join("run")).unwrap().unwrap();
     assert_eq!(
         state_of(&checkpoint),
-        (2, AHEAD + 3),
+        (2, 3),
         "what the third step would have learnt from is in the checkpoint"
     );
     let shown = format!("{error:#}");
@@ -251,7 +248,7 @@ fn checkpoints_of_an_earlier_run_are_in_the_way() {
 #[test]
 fn metrics_cut_inside_a_character_lose_their_last_line_only() {
     let folder = tempfile::tempdir().unwrap();
-    let stream = Failing::after(AHEAD + 2);
+    let stream = Failing::after(2);
     fail(folder.path(), &mut Bigram::new(256), stream, 100);
     let run = folder.path().join("run");
     let whole = RecordedRun::read(&run).unwrap().metrics;

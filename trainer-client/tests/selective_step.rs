@@ -4,11 +4,10 @@ mod support;
 
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::select::Needs;
-use sluice_trainer::model::checkpoint::WEIGHTS_FILE;
 use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::weights::specs;
-use sluice_trainer::model::{BurnLearner, ModelConfig};
-use sluice_trainer::training::learner::{Learner, StepOutcome};
+use sluice_trainer::model::{BurnLearner, Device, ModelConfig};
+use sluice_trainer::training::learner::{Learner, StepOutcome, WEIGHTS_FILE};
 use support::model::{bits, every_second_target, every_target, largest_difference, packed_batch, tiny};
 
 const LEARNING_RATE: f64 = 1e-3;
@@ -173,7 +172,7 @@ fn a_history_follows_the_weights_and_is_part_of_a_checkpoint() {
     }
     assert_eq!(bits(&still.measure(&batch, needs).history_losses), bits(&before), "it stands still");
     let config = tiny(false);
-    let device = burn::tensor::Device::flex();
+    let device = Device::cpu();
     let averaged =
         BurnLearner::from_weights(config, AdamWConfig::default(), expected, device).expect("valid");
     let history = average.measure(&batch, needs).history_losses;

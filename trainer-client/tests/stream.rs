@@ -87,9 +87,9 @@ fn every_lane_has_its_partitions_order_pass_after_pass() {
     let mut stream = open(&cluster, Extent::UntilEnd { epochs: 3 }, &Arc::default()).unwrap();
     let thrice = |lane| (0..3).flat_map(move |_| once(lane));
     assert_eq!(drain(&mut stream).unwrap(), (0..3).flat_map(thrice).collect::<Vec<_>>());
-    for lane in 0..3 {
+    for (lane, length) in lengths.into_iter().enumerate() {
         let Position { epoch, next_offset, documents, .. } = stream.position(lane);
-        let length = lengths[lane] as u64;
+        let length = length as u64;
         assert_eq!((epoch, next_offset as u64, documents), (3, length, 3 * length));
     }
 }
@@ -117,7 +117,9 @@ fn a_lane_goes_on_where_it_was_left_whatever_is_between_its_documents() {
         let mut stream = open(&BTreeMap::new());
         let mut found = [vec![], vec![]];
         for (lane, found) in found.iter_mut().enumerate() {
-            (0..taken + lane).for_each(|_| found.extend(next(&mut stream, lane).unwrap()));
+            for _ in 0..taken + lane {
+                found.extend(next(&mut stream, lane).unwrap());
+            }
         }
         let places = (0..2).map(|lane| (lane, stream.position(lane))).collect();
         let mut resumed = open(&places);

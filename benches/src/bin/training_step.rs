@@ -13,9 +13,11 @@ use sluice_benches::step::{LEARNING_RATE, Setup, head_alone};
 use sluice_benches::{device_check, stream};
 use sluice_feed::batch::NO_TARGET;
 use sluice_tests::root;
-use sluice_trainer::model::checkpoint::{WEIGHTS_FILE, write_file, write_tensors};
 use sluice_trainer::model::config::CONFIG_FILE;
 use sluice_trainer::model::{DeviceName, ModelConfig, Precision};
+use sluice_trainer::run::files::write_whole;
+use sluice_trainer::run::tensors::write_tensors;
+use sluice_trainer::training::learner::WEIGHTS_FILE;
 
 // As in sluice-train.
 #[global_allocator]
@@ -160,7 +162,7 @@ fn write_case(folder: &Path, setup: &Setup, vocabulary: usize) -> anyhow::Result
     let write = |name: &str, config: ModelConfig| -> anyhow::Result<()> {
         let folder = folder.join(format!("{name}-{vocabulary}"));
         std::fs::create_dir_all(&folder)?;
-        write_file(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
+        write_whole(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
         let weights = on_cpu.learner(config)?.weights();
         write_tensors(&folder.join(WEIGHTS_FILE), &weights, ("format", "pt"))
     };

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow};
 use serde::Deserialize;
 use serde_json::json;
 use sluice_trainer::failure::{Classify, Failure};
-use sluice_trainer::run::files::write_synced;
+use sluice_trainer::run::files::write_whole;
 
 /// How many of them.
 const PROBLEMS: usize = 20;
@@ -44,7 +44,7 @@ pub(super) fn write(folder: &Path, to: &Path) -> Result<()> {
         lines.push_str(&json!({ "text": text }).to_string());
         lines.push('\n');
     }
-    write_synced(to, lines.as_bytes())
+    write_whole(to, lines.as_bytes())
 }
 
 /// GSM8K's solutions name each computation twice, as in `48/2 = <<48/2=24>>24`.

@@ -5,6 +5,8 @@
 mod budget;
 mod flops;
 mod gsm8k;
+mod options;
+mod parts;
 mod plan;
 mod plot;
 mod programs;
@@ -12,7 +14,6 @@ mod results;
 mod stages;
 mod table;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -20,40 +21,16 @@ use anyhow::{Context, anyhow};
 use serde_json::Value;
 use sluice_trainer::failure::Classify;
 use sluice_trainer::report;
-use sluice_trainer::run::files::{read_json, write_json, write_synced};
+use sluice_trainer::run::files::{read_json, write_json, write_whole};
 use sluice_trainer::run::recorded::RecordedRun;
 
 use budget::Budget;
-use plan::{Plan, Setting, Student};
+pub use options::Options;
+use plan::{Plan, Student};
+pub use programs::Interrupted;
 use programs::Programs;
 use results::Results;
 use stages::Stages;
-
-/// What is asked for.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Whether all is small.
-    pub is_quick: bool,
-    /// Folder of the runs.
-    pub out: PathBuf,
-    /// Folder of the results.
-    pub results: PathBuf,
-    /// A checkout of this repository.
-    pub sources: PathBuf,
-    /// The daemon, if it does not lie beside this program.
-    pub daemon: Option<PathBuf>,
-    /// The trainer, if it does not lie beside this program.
-    pub trainer: Option<PathBuf>,
-    /// A folder with GSM8K's `train.jsonl`, to evaluate on as well.
-    pub gsm8k: Option<PathBuf>,
-    /// The command that asked for it, for the results.
-    pub command: String,
-}
-
-/// Somebody has asked the experiment to stop.
-#[derive(Debug, thiserror::Error)]
-#[error("interrupted; the same command goes on from here")]
-pub struct Interrupted;
 
 /// Runs whatever of the experiment is not done yet, and writes its results. Returns the table.
 pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> {
@@ -128,9 +105,9 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
         .with_context(|| format!("cannot create {}", options.results.display()))?;
     write_json(&options.results.join("results.json"), results)?;
     let table = table::markdown(results);
-    write_synced(&options.results.join("README.md"), table.as_bytes())?;
+    write_whole(&options.results.join("README.md"), table.as_bytes())?;
     for (name, svg) in plot::all(results) {
-        write_synced(&options.results.join(name), svg.as_bytes())?;
+        write_whole(&options.results.join(name), svg.as_bytes())?;
     }
     for group in &plan.groups {
         let students = plan.students().into_iter().filter(|student| student.group == *group);
@@ -144,20 +121,7 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
             .collect::<anyhow::Result<_>>()?;
         let name = format!("{}-{}", group.setting.name(), group.size.name);
         let page = report::page(&format!("Experiment 1: {name}, seed {}", plan.seeds[0]), &runs);
-        write_synced(&options.out.join(format!("report-{name}.html")), page.as_bytes())?;
+        write_whole(&options.out.join(format!("report-{name}.html")), page.as_bytes())?;
     }
     Ok(table)
 }
-
-/// The settings' topics: what is scored, and what comes of it.
-fn topics(setting: Setting) -> (String, String) {
-    (format!("{}.documents", setting.name()), format!("{}.scored", setting.name()))
-}
-
-/// Whether a part is done.
-fn is_done(folder: &Path) -> bool {
-    folder.join(DONE_FILE).is_file()
-}
-
-/// In the folder of each part that is done, with what it took.
-const DONE_FILE: &str = "done.json";

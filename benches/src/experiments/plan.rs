@@ -77,6 +77,11 @@ impl Setting {
         }
     }
 
+    /// Its topics: what is scored, and what comes of it.
+    pub fn topics(self) -> (String, String) {
+        (format!("{}.documents", self.name()), format!("{}.scored", self.name()))
+    }
+
     /// Whether its students and its reference begin with the base model.
     pub fn has_base(self) -> bool {
         self != Self::Scratch

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use sluice_trainer::failure::Classify;
 
-use super::{Interrupted, Options};
+use super::options::Options;
 
 /// How often a program that runs is looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -21,6 +21,11 @@ const START_MAX: Duration = Duration::from_mins(1);
 
 /// With what the names of variables begin that are settings of the trainer and of the daemon.
 const SETTINGS: [&str; 2] = ["SLUICE_TRAIN_", "SLUICED_"];
+
+/// Somebody has asked the experiment to stop.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted; the same command goes on from here")]
+pub struct Interrupted;
 
 /// Where the programs are.
 #[derive(Clone, Debug)]

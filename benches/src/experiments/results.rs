@@ -9,8 +9,9 @@ use sluice_trainer::run::metrics::{EvalMetric, tokens_to_reach};
 use sluice_trainer::run::recorded::RecordedRun;
 
 use super::flops::Cost;
+use super::parts::{base_folder, reference_folder};
 use super::plan::{BATCH_SIZE, Group, Kind, Plan, SEQUENCE_LENGTH, Setting, Student};
-use super::stages::{TARGET, base_folder, read_scoring, reference_folder};
+use super::stages::{TARGET, read_scoring};
 
 /// Everything that is written down.
 #[derive(Clone, Debug, Serialize)]

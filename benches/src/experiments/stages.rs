@@ -15,9 +15,10 @@ use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::TextTokenizer;
 use sluice_trainer::training::evaluate::{EvalFile, read_sets};
 
+use super::gsm8k;
+use super::parts::{DONE_FILE, base_folder, model_folder, reference_folder, scoring_file};
 use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, SHUFFLE_BUFFER, Setting, Size, Student};
 use super::programs::{Programs, Running};
-use super::{DONE_FILE, gsm8k, is_done, topics};
 use crate::process::cpu_seconds;
 
 /// Steps between checkpoints: what an interruption costs at most.
@@ -79,13 +80,13 @@ impl<'a> Stages<'a> {
     }
 
     pub fn is_done(&self, part: &Path) -> bool {
-        is_done(&self.out.join(part))
+        self.out.join(part).join(DONE_FILE).is_file()
     }
 
     /// Text and tokenizer.
     pub fn prepare(&self, gsm8k: Option<&Path>) -> Result<()> {
         let text = self.text();
-        if !is_done(&text) {
+        if !self.is_done(Path::new("text")) {
             self.say("text");
             let mut flags = vec!["--experiment"];
             flags.extend(self.plan.is_quick.then_some("--quick"));
@@ -195,7 +196,7 @@ impl<'a> Stages<'a> {
         let group = &student.group;
         let (setting, folder) = (group.setting, student.folder());
         self.score(setting)?;
-        let (_, scored) = topics(setting);
+        let (_, scored) = setting.topics();
         let rate =
             if setting.has_base() { self.plan.learning_rate_continual } else { self.plan.learning_rate };
         let mut arguments = words(["run", "--topic", &scored, "--until-end", "--schedule", "constant"]);
@@ -228,7 +229,7 @@ impl<'a> Stages<'a> {
     /// Fills the topic of scored documents. A broker in memory forgets, so after an interruption it is done again; the model,
     /// the documents and their order are the same.
     fn score(&mut self, setting: Setting) -> Result<()> {
-        let (documents, scored) = topics(setting);
+        let (documents, scored) = setting.topics();
         if self.filled.contains(&scored) {
             return Ok(());
         }
@@ -309,7 +310,7 @@ impl<'a> Stages<'a> {
             topics.push(format!("{topic}:{}", self.plan.partitions));
         }
         for setting in self.plan.settings() {
-            let (documents, scored) = super::topics(setting);
+            let (documents, scored) = setting.topics();
             topics.extend([documents, scored].map(|topic| format!("{topic}:{}", self.plan.partitions)));
         }
         let started = self.programs.broker(&topics)?;
@@ -363,28 +364,6 @@ impl<'a> Stages<'a> {
 /// What scoring a setting took, if that is known.
 pub(super) fn read_scoring(out: &Path, setting: Setting) -> Result<Scoring> {
     read_json(&out.join(scoring_file(setting)))
-}
-
-/// There is a reference from the base model and one from fresh weights.
-fn reference_name(setting: Setting) -> &'static str {
-    let first = if setting.has_base() { Setting::Continual } else { Setting::Scratch };
-    first.name()
-}
-
-pub(super) fn reference_folder(setting: Setting) -> PathBuf {
-    PathBuf::from(format!("runs/reference-{}", reference_name(setting)))
-}
-
-pub(super) fn base_folder() -> PathBuf {
-    PathBuf::from("runs/base")
-}
-
-fn model_folder(setting: Setting) -> PathBuf {
-    PathBuf::from(format!("models/reference-{}", reference_name(setting)))
-}
-
-fn scoring_file(setting: Setting) -> String {
-    format!("scoring-{}.json", setting.name())
 }
 
 fn model_flags(size: Size) -> Vec<OsString> {

@@ -17,7 +17,7 @@ use sluice_schemas::record::{Bos, ContextPolicy, ScoredDocument};
 
 use super::load::{Obligations, id, key, poison_key, tokens};
 use super::slot::{Counters, Slot};
-use super::{PARTITIONS, Topics};
+use super::topics::{PARTITIONS, Topics};
 use crate::{Kafka, Record, onnxruntime, read_all};
 
 const DRAIN: Duration = Duration::from_mins(3);

@@ -13,7 +13,8 @@ use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer as _, Threa
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
 
-use super::{Options, Topics};
+use super::options::Options;
+use super::topics::Topics;
 use crate::Kafka;
 
 const KEYS: usize = 40;

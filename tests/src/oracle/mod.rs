@@ -7,7 +7,9 @@
 mod check;
 mod fault;
 mod load;
+mod options;
 mod slot;
+mod topics;
 
 use std::path::Path;
 use std::time::Instant;
@@ -16,49 +18,14 @@ use crate::Kafka;
 pub use check::Findings;
 use fault::Faults;
 use load::Load;
+pub use options::Options;
 use slot::{Counters, Slot};
-
-/// What to run.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Decides everything that is drawn.
-    pub seed: u64,
-    /// Faults to inject.
-    pub faults: usize,
-    /// Daemons that share the group.
-    pub daemons: usize,
-    /// Whether records and offsets are one transaction; without, doubles are to be expected.
-    pub exactly_once: bool,
-    /// Documents a second.
-    pub documents_per_second: u64,
-}
-
-/// Names of one run's topics, and its group.
-#[derive(Clone, Debug)]
-pub(crate) struct Topics {
-    documents: String,
-    scored: String,
-    dead_letters: String,
-    group: String,
-}
-
-const PARTITIONS: i32 = 6;
+use topics::Topics;
 
 /// Runs one schedule against `kafka`; a line of progress for every fault goes to standard error.
 pub fn run(kafka: &Kafka, model: &Path, options: &Options) -> Findings {
     let started = Instant::now();
-    let name = format!("soak-{}-{}", options.seed, std::process::id());
-    let topics = Topics {
-        documents: format!("{name}.documents"),
-        scored: format!("{name}.scored"),
-        dead_letters: format!("{name}.dead-letters"),
-        group: name,
-    };
-    for (topic, partitions) in
-        [(&topics.documents, PARTITIONS), (&topics.scored, PARTITIONS), (&topics.dead_letters, 1)]
-    {
-        kafka.create_topic(topic, partitions);
-    }
+    let topics = Topics::create(kafka, options.seed);
     let load = Load::start(kafka, &topics, model, options);
     let mut slots: Vec<Slot> =
         (0..options.daemons).map(|index| Slot::new(index, kafka, &topics, model, options)).collect();

@@ -3,7 +3,8 @@
 use std::ops::Add;
 use std::path::{Path, PathBuf};
 
-use super::{Options, Topics};
+use super::options::Options;
+use super::topics::Topics;
 use crate::{Daemon, Kafka};
 
 /// Counters of daemons, summed over those that could still be asked.
@@ -48,7 +49,7 @@ pub struct Slot {
 
 impl Slot {
     /// Starts a daemon under the name `index`.
-    pub fn new(index: usize, kafka: &Kafka, topics: &Topics, model: &Path, options: &Options) -> Self {
+    pub(super) fn new(index: usize, kafka: &Kafka, topics: &Topics, model: &Path, options: &Options) -> Self {
         let delivery = if options.exactly_once { "exactly-once" } else { "at-least-once" };
         let flags = [
             ("--kafka-delivery", delivery),

@@ -39,6 +39,11 @@ impl Piece {
         self.len() == 0
     }
 
+    /// Whether it was scored and has lost what the reference said of it, because it is read under another context.
+    pub fn is_masked(&self) -> bool {
+        self.document.context().is_some() && self.document.reference().iter().all(|loss| loss.is_nan())
+    }
+
     /// The same tokens, of which the reference says nothing.
     fn without_reference(mut self) -> Self {
         self.document.forget_reference();

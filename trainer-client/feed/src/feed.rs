@@ -66,12 +66,16 @@ impl Feed {
         stop: Arc<AtomicBool>,
     ) -> Result<Self, StreamError> {
         let start = match snapshot {
-            Some(snapshot) => Start {
-                shard,
-                places: snapshot.positions(),
-                reference_model: snapshot.identity.reference_model,
-                contexts: snapshot.contexts.clone(),
-            },
+            Some(snapshot) => {
+                // Where several were allowed, the identity names none; of one that was seen it is known all the same.
+                let only = snapshot.contexts.keys().next().filter(|_| snapshot.contexts.len() == 1).copied();
+                Start {
+                    shard,
+                    places: snapshot.positions(),
+                    reference_model: snapshot.identity.reference_model.or(only),
+                    contexts: snapshot.contexts.clone(),
+                }
+            }
             None => Start::of(shard),
         };
         let decoder = match plan.packing.unequal_contexts {
@@ -118,13 +122,24 @@ impl Feed {
                 Agreed::Ended => return Ok(Step::Ended),
                 Agreed::Stopped => return Ok(Step::Stopped),
                 Agreed::Failed => return Err(StreamError::OtherRank),
+                Agreed::SeveralReferences => return Err(StreamError::SeveralReferences),
             }
         }
     }
 
-    /// As [`Supply::fill`].
+    /// As [`Supply::fill`]; the outlook shows which reference the documents have, so that ranks refuse together what one
+    /// of them would have refused alone.
     pub fn fill(&mut self) -> Result<Outlook, StreamError> {
-        self.supply.fill(&mut *self.stream)
+        let outlook = self.supply.fill(&mut *self.stream)?;
+        Ok(outlook.showing(self.reference_shown()))
+    }
+
+    /// A digest of the only reference model and its contexts; none where several are taken.
+    fn reference_shown(&self) -> Option<Fingerprint> {
+        let contexts = self.stream.contexts();
+        let is_only = !self.stream.takes_several_models() && !contexts.is_empty();
+        // Names and numbers can always be encoded.
+        is_only.then(|| Fingerprint::of_bytes(&serde_json::to_vec(&contexts).unwrap_or_default()))
     }
 
     /// As [`Supply::agree`].
@@ -151,8 +166,8 @@ impl Feed {
     pub fn identity(&self) -> Identity {
         Identity {
             tokenizer: self.tokenizer,
-            // Of several models each rank may have seen another one first.
-            reference_model: self.stream.reference_model().filter(|_| self.stream.contexts().len() < 2),
+            // Of several models each rank may have seen another one, first or alone.
+            reference_model: self.stream.reference_model().filter(|_| !self.stream.takes_several_models()),
             plan: self.supply.plan().clone(),
         }
     }

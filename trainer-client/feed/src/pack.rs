@@ -1,10 +1,10 @@
 //! Documents to packed sequences, by best fit: no document that fits a row is cut (Ding et al., "Fewer Truncations
 //! Improve Language Modeling", arXiv 2404.10830, whose best-fit-decreasing runs here over a window of the stream).
 //!
-//! Documents are cut into pieces that fit a row (`cut`), and pieces wait until as many tokens do as [`ROWS_AHEAD`] rows
-//! hold. Then a row is made: of the piece that has waited longest, and of the longest piece that still fits, again and
-//! again. So no piece waits for more rows than there are pieces before it, and rows depend on the order of the documents
-//! alone.
+//! Documents are cut into pieces that fit a row (`cut`). A piece that fills one is a row at once. The others wait until as
+//! many tokens do as [`ROWS_AHEAD`] rows hold; then a row is made of the piece that has waited longest, and of the longest piece
+//! that still fits, again and again. So no piece is passed over by more such rows than there are pieces before it, and rows
+//! depend on the order of the documents alone.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -59,6 +59,7 @@ pub struct Packer {
     /// Rows that are made, and wait for enough of them.
     finished: VecDeque<Vec<Piece>>,
     waiting: Waiting,
+    rows_ahead: usize,
 }
 
 impl Packer {
@@ -66,7 +67,19 @@ impl Packer {
     /// When a row could not hold a prediction (fewer than two tokens) or a batch no row.
     pub fn new(shape: BatchShape) -> Self {
         assert!(shape.rows > 0 && shape.len >= PIECE_TOKENS_MIN, "a batch must hold at least one prediction");
-        Self { shape, packing: Packing::default(), finished: VecDeque::new(), waiting: Waiting::default() }
+        Self {
+            shape,
+            packing: Packing::default(),
+            finished: VecDeque::new(),
+            waiting: Waiting::default(),
+            rows_ahead: ROWS_AHEAD,
+        }
+    }
+
+    /// The same packer that has so many rows' worth of tokens wait instead of [`ROWS_AHEAD`].
+    #[must_use]
+    pub fn looking_ahead(self, rows_ahead: usize) -> Self {
+        Self { rows_ahead, ..self }
     }
 
     /// The same packer with another rule for what a token may look at.
@@ -80,7 +93,9 @@ impl Packer {
     pub fn holding(mut self, finished: Vec<Vec<Piece>>, waiting: Vec<Piece>) -> Self {
         self.finished = finished.into();
         self.waiting = Waiting::default();
-        waiting.into_iter().for_each(|piece| self.waiting.push(piece));
+        for piece in waiting {
+            self.waiting.push(piece);
+        }
         self
     }
 
@@ -97,8 +112,13 @@ impl Packer {
     /// Adds a document. One without a token to predict leaves no trace.
     pub fn push(&mut self, document: &Document) {
         for piece in cut(document, self.shape.len, self.packing.unequal_contexts) {
+            // Nothing fits beside it, so it need not wait, nor take up the look-ahead.
+            if piece.len() + PIECE_TOKENS_MIN > self.shape.len {
+                self.finished.push_back(vec![piece]);
+                continue;
+            }
             self.waiting.push(piece);
-            while self.waiting.tokens > ROWS_AHEAD * self.shape.len {
+            while self.waiting.tokens > self.rows_ahead * self.shape.len {
                 self.finished.push_back(self.waiting.row(self.shape.len));
             }
         }
@@ -220,15 +240,12 @@ fn append(batch: &mut Batch, piece: &Piece, number: u32, packing: Packing) {
     batch.positions.extend(position..position + piece.len() as u32);
     // What a position predicts is the token after it; before the document's first stands a BOS, if any.
     let first_target = usize::from(bos.is_none());
-    for index in first_target..tokens.len() {
+    let (losses, entropies) = (document.reference(), document.reference_entropy());
+    for (index, &token) in tokens.iter().enumerate().skip(first_target) {
         let is_predicted = index >= *first_predicted;
-        batch.targets.push(if is_predicted { tokens[index] } else { NO_TARGET });
-        batch.reference.push(if is_predicted { document.reference()[index] } else { f32::NAN });
-        batch.reference_entropy.push(if is_predicted {
-            document.reference_entropy()[index]
-        } else {
-            f32::NAN
-        });
+        batch.targets.push(if is_predicted { token } else { NO_TARGET });
+        batch.reference.push(if is_predicted { losses[index] } else { f32::NAN });
+        batch.reference_entropy.push(if is_predicted { entropies[index] } else { f32::NAN });
     }
     batch.targets.push(NO_TARGET);
     batch.reference.push(f32::NAN);

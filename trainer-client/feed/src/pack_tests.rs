@@ -52,7 +52,12 @@ fn pack(shape: BatchShape, documents: &[Document]) -> Vec<PackedBatch> {
 }
 
 /// The rows of the same documents by the plainest program for the rule: lists that are searched from end to end.
-fn rows_by_search(documents: &[Document], row: usize, packing: Packing) -> Vec<Vec<Piece>> {
+fn rows_by_search(
+    documents: &[Document],
+    row: usize,
+    packing: Packing,
+    rows_ahead: usize,
+) -> Vec<Vec<Piece>> {
     let mut waiting: Vec<Piece> = Vec::new();
     let mut rows = Vec::new();
     let make_row = |waiting: &mut Vec<Piece>| {
@@ -67,8 +72,12 @@ fn rows_by_search(documents: &[Document], row: usize, packing: Packing) -> Vec<V
     };
     for document in documents {
         for piece in cut(document, row, packing.unequal_contexts) {
+            if piece.len() > row - 2 {
+                rows.push(vec![piece]);
+                continue;
+            }
             waiting.push(piece);
-            while waiting.iter().map(Piece::len).sum::<usize>() > ROWS_AHEAD * row {
+            while waiting.iter().map(Piece::len).sum::<usize>() > rows_ahead * row {
                 rows.push(make_row(&mut waiting));
             }
         }
@@ -82,7 +91,7 @@ fn rows_by_search(documents: &[Document], row: usize, packing: Packing) -> Vec<V
 fn check_layout(packed: &PackedBatch) {
     let batch = &packed.batch;
     let cells = batch.rows * batch.len;
-    let lengths = [&batch.tokens, &batch.segments, &batch.positions, &batch.targets].map(|list| list.len());
+    let lengths = [&batch.tokens, &batch.segments, &batch.positions, &batch.targets].map(Vec::len);
     assert_eq!(lengths, [cells; 4]);
     assert_eq!([batch.reference.len(), batch.reference_entropy.len()], [cells; 2]);
     for index in 0..cells {
@@ -130,7 +139,11 @@ fn every_token_that_can_be_predicted_is_predicted_exactly_once_with_its_own_loss
             next_token += length as u32;
         }
         let packing = Packing { unequal_contexts: UnequalContexts::Allow, ..Packing::default() };
-        let batches = pack_all(Packer::new(shape).packing(packing), shape.rows, &documents);
+        let (packer, rows_ahead) = match case % 3 {
+            0 => (Packer::new(shape).looking_ahead(case % 5), case % 5),
+            _ => (Packer::new(shape), ROWS_AHEAD),
+        };
+        let batches = pack_all(packer.packing(packing), shape.rows, &documents);
         let mut predicted: BTreeMap<u32, usize> = BTreeMap::new();
         for packed in &batches {
             check_layout(packed);
@@ -146,7 +159,7 @@ fn every_token_that_can_be_predicted_is_predicted_exactly_once_with_its_own_loss
         assert_eq!(predicted, expected.map(|&token| (token, 1)).collect(), "case {case}: once each");
         // The same rows as by the plainest program, in the same order.
         let rows: Vec<_> = batches.iter().flat_map(|packed| packed.rows.clone()).collect();
-        let searched = rows_by_search(&documents, shape.len, packing);
+        let searched = rows_by_search(&documents, shape.len, packing, rows_ahead);
         assert!(format!("{rows:?}") == format!("{searched:?}"), "case {case}");
     }
 }
@@ -168,7 +181,7 @@ fn a_document_that_fits_a_row_is_not_cut() {
 }
 
 #[test]
-fn no_piece_waits_for_more_rows_than_there_are_pieces_before_it() {
+fn no_piece_is_passed_over_by_more_rows_than_there_are_pieces_before_it() {
     // A long piece among short ones is never the best fit, and comes out all the same.
     let shape = BatchShape { rows: 1, len: 16 };
     let mut documents = vec![document(0, 1, 11)];

@@ -53,7 +53,7 @@ impl Plan {
 pub struct Identity {
     /// Fingerprint of the tokenizer.
     pub tokenizer: Fingerprint,
-    /// Fingerprint of the reference model, once a document has shown it.
+    /// Fingerprint of the reference model, once a document has shown it; none where several are allowed.
     pub reference_model: Option<Fingerprint>,
     /// How micro-batches are made.
     pub plan: Plan,

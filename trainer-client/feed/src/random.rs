@@ -7,11 +7,16 @@ pub struct SplitMix64 {
 }
 
 impl SplitMix64 {
+    /// The published sequence that begins at `state`.
+    pub fn new(state: u64) -> Self {
+        Self { state }
+    }
+
     /// A generator whose sequence depends on `seed` and `stream` alone: the same pair, the same draws.
     pub fn keyed(seed: u64, stream: u64) -> Self {
         // The seed is mixed before the stream number joins it, or (1, 2) and (2, 1) would share a sequence.
-        let mut mixed = Self { state: seed };
-        Self { state: mixed.next_u64() ^ stream.wrapping_mul(0xd1b5_4a32_d192_ed03) }
+        let mut mixed = Self::new(seed);
+        Self::new(mixed.next_u64() ^ stream.wrapping_mul(0xd1b5_4a32_d192_ed03))
     }
 
     /// The next draw, uniform over all 64-bit values.
@@ -43,7 +48,7 @@ mod tests {
     #[test]
     fn agrees_with_the_published_sequence() {
         // First outputs of splitmix64.c for the state 1234567, as listed at rosettacode.org.
-        let mut generator = SplitMix64 { state: 1_234_567 };
+        let mut generator = SplitMix64::new(1_234_567);
         let drawn: Vec<u64> = (0..3).map(|_| generator.next_u64()).collect();
         assert_eq!(drawn, [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]);
     }

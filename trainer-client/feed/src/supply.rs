@@ -28,6 +28,8 @@ pub enum Agreed {
     Stopped,
     /// A rank has failed.
     Failed,
+    /// Ranks have read documents of different references, which no step may learn from together.
+    SeveralReferences,
 }
 
 /// Documents that were read and not yet given out, by where they wait.
@@ -58,6 +60,13 @@ struct Lane {
     /// Whether a document has shown that the lane fits the run; true of one that is gone on with.
     has_shown: bool,
     has_ended: bool,
+}
+
+impl Lane {
+    /// Whether it has what a step takes that `count` of its micro-batches are for, or will never have more.
+    fn is_ready(&self, count: usize) -> bool {
+        self.has_ended || (self.has_shown && self.packer.fills(count))
+    }
 }
 
 impl Supply {
@@ -98,7 +107,7 @@ impl Supply {
         let lanes = self.turns.lanes();
         for (&number, lane) in &mut self.lanes {
             let count = wanted.iter().filter(|&&wanted| wanted == number).count();
-            while !lane.has_ended && !(lane.has_shown && lane.packer.fills(count)) {
+            while !lane.is_ready(count) {
                 match lane.shuffle.next_document(|| stream.next_document(number))? {
                     Next::Document(document) => {
                         lane.packer.push(&document);
@@ -122,6 +131,7 @@ impl Supply {
         match outlook.state() {
             RankState::Failed => return Agreed::Failed,
             RankState::Stopped => return Agreed::Stopped,
+            RankState::Well if outlook.has_several_references() => return Agreed::SeveralReferences,
             RankState::Well => {}
         }
         if self.turns.learn(outlook) {

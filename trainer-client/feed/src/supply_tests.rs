@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Barrier, Mutex};
 
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::record::{Bos, ContextPolicy};
 
 use crate::batch::PackedBatch;
 use crate::document::Document;
@@ -13,7 +14,7 @@ use crate::pack::{BatchShape, Packing};
 use crate::plan::Plan;
 use crate::random::SplitMix64;
 use crate::snapshot::Snapshot;
-use crate::stream::{DocumentStream, Extent, Next, Position, Shard, StreamError};
+use crate::stream::{Contexts, DocumentStream, Extent, Next, Position, Shard, StreamError};
 
 /// Lanes in memory.
 #[derive(Clone)]
@@ -268,5 +269,82 @@ fn a_rank_that_fails_or_stops_is_heard_of_by_the_others() {
         let ends: Vec<String> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
         assert!(ends[0].contains(said), "{ends:?}");
         assert_eq!(ends[1].is_empty(), !is_failure, "{ends:?}");
+    }
+}
+
+/// Lanes of which each holds documents of a reference model of its own.
+struct Scored {
+    lanes: Lanes,
+    shown: usize,
+    takes_several: bool,
+}
+
+impl DocumentStream for Scored {
+    fn lanes(&self) -> usize {
+        self.lanes.lanes()
+    }
+
+    fn next_document(&mut self, lane: usize) -> Result<Next, StreamError> {
+        self.shown = lane;
+        self.lanes.next_document(lane)
+    }
+
+    fn position(&self, lane: usize) -> Position {
+        self.lanes.position(lane)
+    }
+
+    fn contexts(&self) -> Contexts {
+        let context = ContextPolicy { window: 8, stride: 4, bos: Bos::None };
+        self.reference_model().map(|model| (model, context)).into_iter().collect()
+    }
+
+    fn reference_model(&self) -> Option<Fingerprint> {
+        Some(Fingerprint::of_bytes(&[self.shown as u8]))
+    }
+
+    fn takes_several_models(&self) -> bool {
+        self.takes_several
+    }
+}
+
+#[test]
+fn ranks_that_saw_another_one_of_several_models_each_leave_one_checkpoint() {
+    let merged = |takes_several| {
+        let part = |rank| {
+            let lanes = Lanes::new(&[90, 90]);
+            let stream = Box::new(Scored { lanes, shown: 0, takes_several });
+            let shard = Shard::new(rank, 2).unwrap();
+            let mut feed = Feed::over(stream, plan(2), shard, None, Fingerprint::of_bytes(b"t"));
+            feed.fill().unwrap();
+            feed.snapshot()
+        };
+        Snapshot::merged(vec![part(0), part(1)])
+    };
+    let whole = merged(true).unwrap();
+    assert_eq!((whole.identity.reference_model, whole.contexts.len()), (None, 2));
+    let refused = merged(false).unwrap_err();
+    assert!(refused.to_string().contains("the reference model differs"), "{refused}");
+}
+
+#[test]
+fn ranks_refuse_together_what_one_would_have_refused_alone() {
+    for takes_several in [false, true] {
+        let meeting = (Arc::new(Barrier::new(2)), Arc::new(Mutex::new(vec![])));
+        let of_rank = |rank: usize| {
+            let (barrier, values) = meeting.clone();
+            std::thread::spawn(move || {
+                let stream = Box::new(Scored { lanes: Lanes::new(&[90, 90]), shown: 0, takes_several });
+                let shard = Shard::new(rank, 2).unwrap();
+                let mut feed = Feed::over(stream, plan(2), shard, None, Fingerprint::of_bytes(b"t"));
+                feed.next_step(&mut Meeting { barrier, values })
+            })
+        };
+        let threads: Vec<_> = (0..2).map(of_rank).collect();
+        for thread in threads {
+            match thread.join().unwrap() {
+                Ok(step) => assert!(takes_several && matches!(step, Step::Batches(_))),
+                Err(error) => assert!(!takes_several && matches!(error, StreamError::SeveralReferences)),
+            }
+        }
     }
 }

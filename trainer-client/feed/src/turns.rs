@@ -4,6 +4,8 @@
 //! has ended is passed over. When a lane ends is known to the rank that has it, so ranks agree before each step on what
 //! the lanes have left ([`Outlook`]), and then all of them know every turn.
 
+use sluice_schemas::fingerprint::Fingerprint;
+
 /// Micro-batches that a lane has left while its end is not in sight.
 const OPEN: i64 = i64::MAX;
 
@@ -12,8 +14,16 @@ const OPEN: i64 = i64::MAX;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outlook {
     state: RankState,
+    /// A digest of the reference that the rank's documents have shown, as numbers, and the same turned over: the smallest
+    /// of those is the largest of these. All are [`UNSHOWN`] before there is one.
+    shown: [i64; 2 * SHOWN],
     left: Vec<i64>,
 }
+
+/// Numbers of a digest.
+const SHOWN: usize = Fingerprint::LEN / size_of::<i64>();
+/// Larger than what any rank shows, or equal.
+const UNSHOWN: i64 = i64::MAX;
 
 /// How a rank is. Of several ranks, the lowest counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,12 +43,30 @@ impl Outlook {
         for (lane, left) in left {
             all[lane] = left as i64;
         }
-        Self { state, left: all }
+        Self { state, shown: [UNSHOWN; 2 * SHOWN], left: all }
+    }
+
+    /// The same outlook of a rank whose documents have shown a reference.
+    pub(crate) fn showing(mut self, reference: Option<Fingerprint>) -> Self {
+        let (digest, turned) = self.shown.split_at_mut(SHOWN);
+        let bytes = reference.iter().flat_map(|reference| reference.as_bytes().as_chunks().0);
+        for ((digest, turned), bytes) in digest.iter_mut().zip(turned).zip(bytes) {
+            *digest = i64::from_le_bytes(*bytes);
+            *turned = !*digest;
+        }
+        self
+    }
+
+    /// Whether ranks have shown several references.
+    pub fn has_several_references(&self) -> bool {
+        let (smallest, turned) = self.shown.split_at(SHOWN);
+        let is_shown = self.shown.iter().any(|&number| number != UNSHOWN);
+        is_shown && smallest.iter().zip(turned).any(|(&smallest, &turned)| smallest != !turned)
     }
 
     /// The outlook of a rank that cannot go on, so that the others need not wait for it.
     pub fn failed(lanes: usize) -> Self {
-        Self { state: RankState::Failed, left: vec![OPEN; lanes] }
+        Self::new(RankState::Failed, lanes, std::iter::empty())
     }
 
     /// The state of the worst rank.
@@ -46,20 +74,22 @@ impl Outlook {
         self.state
     }
 
-    /// One value for the state and one for each lane.
+    /// One value for the state, some for the reference, and one for each lane.
     pub fn values(&self) -> Vec<i64> {
-        std::iter::once(self.state as i64).chain(self.left.iter().copied()).collect()
+        [&[self.state as i64], &self.shown[..], &self.left].concat()
     }
 
     /// Takes values back; a state that there is not counts as failed.
     pub fn from_values(values: &[i64]) -> Self {
-        let (state, left) = values.split_first().unwrap_or((&0, &[]));
+        let (state, rest) = values.split_first().unwrap_or((&0, &[]));
         let state = match *state {
             state if state == RankState::Well as i64 => RankState::Well,
             state if state == RankState::Stopped as i64 => RankState::Stopped,
             _ => RankState::Failed,
         };
-        Self { state, left: left.to_vec() }
+        let unshown = ([UNSHOWN; 2 * SHOWN], &[][..]);
+        let (shown, left) = rest.split_first_chunk().map_or(unshown, |(shown, left)| (*shown, left));
+        Self { state, shown, left: left.to_vec() }
     }
 }
 
@@ -119,6 +149,8 @@ impl Turns {
 
 #[cfg(test)]
 mod tests {
+    use sluice_schemas::fingerprint::Fingerprint;
+
     use super::{OPEN, Outlook, RankState, Turns};
 
     #[test]
@@ -144,5 +176,26 @@ mod tests {
         assert_eq!((all.state(), &all.left[..]), (RankState::Stopped, &[2, 0, OPEN, OPEN][..]));
         assert_eq!(Outlook::from_values(&Outlook::failed(4).values()).state(), RankState::Failed);
         assert_eq!(Outlook::from_values(&[]).state(), RankState::Failed);
+    }
+
+    #[test]
+    fn several_references_of_ranks_are_found_out() {
+        let outlook = |reference| Outlook::new(RankState::Well, 1, std::iter::empty()).showing(reference);
+        let has_several = |references: &[Option<Fingerprint>]| {
+            let all = references.iter().map(|&reference| outlook(reference).values());
+            let smallest = |one: Vec<i64>, other: Vec<i64>| {
+                one.iter().zip(other).map(|(one, other)| other.min(*one)).collect()
+            };
+            Outlook::from_values(&all.reduce(smallest).unwrap_or_default()).has_several_references()
+        };
+        let [one, other] = [b"one", b"two"].map(|model| Some(Fingerprint::of_bytes(model)));
+        let [lowest, highest] =
+            [i64::MIN, i64::MAX].map(|number| Fingerprint::from_slice(&[number.to_le_bytes(); 4].concat()));
+        for same in [None, one, lowest, highest] {
+            assert!(!has_several(&[same, same]) && !has_several(&[None, same, None]), "{same:?}");
+        }
+        for (one, other) in [(one, other), (one, lowest), (one, highest), (lowest, highest)] {
+            assert!(has_several(&[one, None, other]) && has_several(&[other, one]), "{one:?}, {other:?}");
+        }
     }
 }

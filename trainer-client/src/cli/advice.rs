@@ -19,9 +19,9 @@ pub(super) fn advice(error: &anyhow::Error) -> Option<&'static str> {
         StreamError::Kind { found: TopicKind::Scored, .. } => {
             Some("`reference` wants tokenized ones: check --topic")
         }
-        StreamError::NoEntropies { .. } => {
-            Some("--score reference-entropy, intersection and union look at entropies")
-        }
+        StreamError::NoEntropies { .. } => Some(
+            "`sluiced serve --score-entropies true` adds them; --score reference-entropy, intersection and union look at them",
+        ),
         StreamError::ForeignReference { .. } => Some("to allow both, name both with --reference-model"),
         StreamError::NotAllowed { .. } => Some("no --reference-model names it"),
         StreamError::Shorter { .. } => Some("a new run can begin with this one's weights: --init"),

@@ -1,6 +1,5 @@
 //! `sluice-train export`, `evaluate` and `report`: what becomes of finished runs.
 
-use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -9,15 +8,16 @@ use clap::Args;
 use sluice_feed::pack::BatchShape;
 
 use super::arguments::at_least;
-use super::say;
+use super::output::{Reader, print_line, say};
 use crate::export::export_onnx;
 use crate::failure::Classify;
 use crate::model::BurnLearner;
+use crate::model::config::CONFIG_FILE;
 use crate::model::optimizer::AdamWConfig;
 use crate::report;
-use crate::run::checkpoints::{CHECKPOINTS, TOKENIZER_FILE, latest_checkpoint};
+use crate::run::checkpoints::{CHECKPOINTS, latest_checkpoint};
 use crate::run::recorded::RecordedRun;
-use crate::text::TextTokenizer;
+use crate::text::{TOKENIZER_FILE, TextTokenizer};
 use crate::training::evaluate::{EvalFile, read_sets};
 
 /// Arguments of `sluice-train export`.
@@ -158,30 +158,15 @@ pub(super) fn report(arguments: &ReportArguments) -> anyhow::Result<()> {
 
 /// The folder itself if it is a checkpoint, else the last checkpoint of the run in it.
 fn checkpoint_in(folder: &Path) -> anyhow::Result<PathBuf> {
-    if folder.join("config.json").is_file() {
+    if folder.join(CONFIG_FILE).is_file() {
         return Ok(folder.to_owned());
     }
     if !folder.join(CHECKPOINTS).is_dir() {
-        bail!("{} is neither a checkpoint (config.json) nor a run folder (checkpoints/)", folder.display());
+        bail!(
+            "{} is neither a checkpoint ({CONFIG_FILE}) nor a run folder ({CHECKPOINTS}/)",
+            folder.display()
+        );
     }
     latest_checkpoint(folder)?
         .with_context(|| format!("{} holds no finished checkpoint; let the run reach one", folder.display()))
-}
-
-/// Whoever reads standard output.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reader {
-    /// Takes what is written.
-    Listens,
-    /// Has closed the pipe, having seen enough (`head`): no failure.
-    Gone,
-}
-
-pub(super) fn print_line(line: &str) -> anyhow::Result<Reader> {
-    let mut output = std::io::stdout();
-    match writeln!(output, "{line}").and_then(|()| output.flush()) {
-        Ok(()) => Ok(Reader::Listens),
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Reader::Gone),
-        Err(error) => Err(error).context("cannot write to standard output"),
-    }
 }

@@ -3,12 +3,16 @@
 mod advice;
 mod arguments;
 mod inspect;
+mod model;
+mod optimization;
+mod output;
+mod reference;
+mod run;
 mod selection;
 mod training;
 
 use std::ffi::OsString;
-use std::fmt::Arguments;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -16,6 +20,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::failure::{EXIT_USAGE, exit_code};
 use crate::model::DeviceName;
+use output::say;
 
 /// Train language models on the tokens that are worth it (Selective Language Modeling, Rho-1, arXiv 2404.07965).
 ///
@@ -37,9 +42,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Train a model on a scored topic
-    Run(training::RunArguments),
+    Run(run::RunArguments),
     /// Train a reference model on a topic of curated tokenized documents
-    Reference(training::ReferenceArguments),
+    Reference(reference::ReferenceArguments),
     /// Write a run's last checkpoint as an ONNX model that `sluiced serve` can load
     Export(inspect::ExportArguments),
     /// Measure a checkpoint's loss on held-out text; one JSON line per set on standard output
@@ -72,8 +77,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     log_to_stderr();
     let done = match &cli.command {
-        Command::Run(arguments) => training::run(arguments),
-        Command::Reference(arguments) => training::reference(arguments),
+        Command::Run(arguments) => run::run(arguments),
+        Command::Reference(arguments) => reference::reference(arguments),
         Command::Export(arguments) => inspect::export(arguments),
         Command::Evaluate(arguments) => inspect::evaluate(arguments),
         Command::ProbeDevice { device } => {
@@ -92,12 +97,6 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(exit_code(&error))
         }
     }
-}
-
-/// Says something on standard error.
-fn say(text: Arguments<'_>) {
-    // Nothing can be done where nobody listens, and `eprintln!` would panic.
-    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 fn log_to_stderr() {

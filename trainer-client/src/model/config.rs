@@ -9,6 +9,9 @@ use serde_json::{Value, json};
 /// File name of a model's configuration in a Hugging Face style folder.
 pub const CONFIG_FILE: &str = "config.json";
 
+/// Standard deviation of freshly made matrices, as in Llama.
+pub const INITIAL_DEVIATION: f64 = 0.02;
+
 /// Largest size of anything in a model: more is a mistake, and products of such sizes still fit.
 const SIZE_MAX: usize = 1 << 24;
 
@@ -75,11 +78,6 @@ impl ModelConfig {
     /// Width of one attention head.
     pub fn head_dim(&self) -> usize {
         self.hidden_size / self.heads
-    }
-
-    /// Number of weights, embeddings included.
-    pub fn parameters(&self) -> usize {
-        super::weights::specs(self).iter().map(|spec| spec.shape.iter().product::<usize>()).sum()
     }
 
     /// Checks that the sizes fit together; the error names the field and what would be right.
@@ -186,7 +184,7 @@ impl ModelConfig {
             "attention_bias": false,
             "mlp_bias": false,
             "attention_dropout": 0.0,
-            "initializer_range": super::weights::INITIAL_DEVIATION,
+            "initializer_range": INITIAL_DEVIATION,
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_cache": true,
             // transformers reads `dtype` from version 4.56 on and `torch_dtype` before.

@@ -11,8 +11,9 @@ use sluice_feed::batch::{Batch, NO_TARGET};
 
 use super::decoder::indices;
 use super::device::is_cpu;
+use super::host::{from_host, on_host, to_host};
 use super::kernels::{self, RowSum};
-use super::layers::{from_host, linear, linear_weight_backward, on_host, to_host};
+use super::layers::{linear, linear_weight_backward};
 use super::parallel;
 
 /// Fewest columns in a block, below which matrix products lose their speed.

@@ -7,29 +7,11 @@
 use std::ops::Range;
 
 use burn::tensor::activation::{sigmoid, softmax};
-use burn::tensor::{Bool, DType, Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn::tensor::{Bool, FloatDType, IndexingUpdateOp, Int, Tensor};
 
-use super::device::is_cpu;
+use super::host::{from_host, on_host, to_host};
 use super::kernels;
 use super::weights::Layer;
-
-/// Whether a tensor's values are f32 in this process's memory, where [`kernels`] can have them without a copy.
-pub(crate) fn on_host<const D: usize>(x: &Tensor<D>) -> bool {
-    x.dtype() == DType::F32 && is_cpu(&x.device())
-}
-
-/// Row-major values as a tensor; on the CPU without a copy.
-pub(crate) fn from_host<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::from_data(TensorData::new(values, shape), device)
-}
-
-/// Copies a tensor's values to the host, row-major; on the CPU without a copy where nobody else holds them.
-pub(crate) fn to_host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    match tensor.try_into_vec_as::<f32>() {
-        Ok(values) => values,
-        Err(error) => panic!("cannot read a tensor from the device: {error}"),
-    }
-}
 
 /// The rows of a group that a gradient flows into.
 pub(super) struct Rows {

@@ -2,9 +2,10 @@
 //!
 //! - [`config`]: the shape of a model, to and from Hugging Face's `config.json`;
 //! - [`weights`]: every weight under its Hugging Face name, and its seeded start;
-//! - [`checkpoint`]: those weights in safetensors files;
+//! - [`checkpoint`]: those weights in a folder; [`optimizer`]: AdamW;
 //! - `layers`: the decoder's operations, each with its gradient; `decoder`: the body made of them;
 //! - [`device`]: where a model computes, and in which precision;
+//! - `host`: values between a device and this process's memory;
 //! - `kernels`: what the CPU does in one pass over slices where tensor operations take several;
 //! - `head`: the LM head, its losses and its gradient, in blocks of the vocabulary;
 //! - [`learner`]: all of it behind [`Learner`](crate::training::learner::Learner).
@@ -17,14 +18,15 @@ pub mod config;
 pub(crate) mod decoder;
 pub mod device;
 mod head;
+mod host;
 pub(crate) mod kernels;
-pub(crate) mod layers;
+mod layers;
 pub mod learner;
 pub mod optimizer;
 mod parallel;
 pub mod weights;
 
+pub use crate::run::tensors::NamedTensor;
 pub use config::ModelConfig;
-pub use device::{DeviceName, Precision};
+pub use device::{Device, DeviceName, Precision};
 pub use learner::BurnLearner;
-pub use weights::NamedTensor;

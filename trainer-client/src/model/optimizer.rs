@@ -7,9 +7,9 @@ use anyhow::{Context, Result, ensure};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::model::NamedTensor;
-use crate::model::kernels::{AdamWNumbers, adamw};
-use crate::model::layers::{from_host, on_host, to_host};
+use super::host::{from_host, on_host, to_host};
+use super::kernels::{AdamWNumbers, adamw};
+use crate::run::tensors::NamedTensor;
 
 /// Settings of [`AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -5,22 +5,11 @@ use std::f64::consts::TAU;
 
 use anyhow::{Result, bail, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
+use sluice_feed::random::SplitMix64;
 
-use super::config::ModelConfig;
-
-/// Standard deviation of freshly made matrices, as in Llama.
-pub const INITIAL_DEVIATION: f64 = 0.02;
-
-/// A weight, gradient or moment on the host, row-major.
-#[derive(Clone, Debug, PartialEq)]
-pub struct NamedTensor {
-    /// Hugging Face name, such as `model.layers.0.mlp.up_proj.weight`.
-    pub name: String,
-    /// `[out, in]` for a matrix, `[width]` for a norm.
-    pub shape: Vec<usize>,
-    /// `shape.product()` values.
-    pub values: Vec<f32>,
-}
+use super::config::{INITIAL_DEVIATION, ModelConfig};
+use super::host::to_host;
+use crate::run::tensors::NamedTensor;
 
 /// Name and shape of a weight.
 #[derive(Clone, Debug, PartialEq)]
@@ -80,6 +69,13 @@ pub fn specs(config: &ModelConfig) -> Vec<Spec> {
         specs.push(spec("lm_head.weight".to_owned(), &[vocab_size, hidden]));
     }
     specs
+}
+
+impl ModelConfig {
+    /// Number of weights, embeddings included.
+    pub fn parameters(&self) -> usize {
+        specs(self).iter().map(|spec| spec.shape.iter().product::<usize>()).sum()
+    }
 }
 
 impl<T> Layer<T> {
@@ -240,13 +236,7 @@ pub(crate) fn upload(
 /// Copies tensors, in the order of [`specs`], to the host.
 pub(crate) fn download(config: &ModelConfig, tensors: Vec<Tensor<2>>) -> Vec<NamedTensor> {
     let pairs = specs(config).into_iter().zip(tensors);
-    pairs
-        .map(|(Spec { name, shape }, tensor)| NamedTensor {
-            name,
-            shape,
-            values: super::layers::to_host(tensor),
-        })
-        .collect()
+    pairs.map(|(Spec { name, shape }, tensor)| NamedTensor { name, shape, values: to_host(tensor) }).collect()
 }
 
 fn as_matrix(shape: &[usize]) -> [usize; 2] {
@@ -258,26 +248,18 @@ fn as_matrix(shape: &[usize]) -> [usize; 2] {
 
 /// Normal deviates by Box and Muller's transform over `SplitMix64`.
 struct NormalGenerator {
-    state: u64,
+    bits: SplitMix64,
     spare: Option<f64>,
 }
 
 impl NormalGenerator {
     fn new(seed: u64) -> Self {
-        Self { state: seed, spare: None }
-    }
-
-    fn bits(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.state;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        mixed ^ (mixed >> 31)
+        Self { bits: SplitMix64::new(seed), spare: None }
     }
 
     /// Uniform in (0, 1]: never 0, whose logarithm is infinite.
     fn uniform(&mut self) -> f64 {
-        ((self.bits() >> 11) + 1) as f64 / (1u64 << 53) as f64
+        ((self.bits.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
 
     fn sample(&mut self) -> f64 {
@@ -294,6 +276,15 @@ impl NormalGenerator {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_same_seed_gives_the_same_bits_in_every_version() {
+        let mut generator = NormalGenerator::new(7);
+        let weights = [(); 6].map(|()| (generator.sample() * INITIAL_DEVIATION) as f32);
+        // From the first version that made weights.
+        let expected = [0x3cdf_a3ed, 0x3b3d_6d46, 0xbc01_eed8, 0xbb95_2853, 0x38bc_ae8f, 0x3cce_5873];
+        assert_eq!(weights.map(f32::to_bits), expected);
+    }
 
     #[test]
     fn deviates_are_standard_normal() {

@@ -13,15 +13,13 @@ use sluice_feed::select::Thresholds;
 use sluice_feed::snapshot::Snapshot;
 use sluice_feed::stream::Position;
 
-use crate::run::files::{read_json, recreate, sync_folder, write_json, write_synced};
+use crate::run::files::{read_json, recreate, sync_folder, write_json, write_whole};
 use crate::run::picture::PictureDocuments;
-use crate::text::TextTokenizer;
+use crate::text::{TOKENIZER_FILE, TextTokenizer};
 use crate::training::learner::Learner;
 
 /// Checkpoints of a run folder, a folder each.
 pub const CHECKPOINTS: &str = "checkpoints";
-/// The tokenizer in each checkpoint.
-pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// How far the run had come, in each checkpoint.
 pub const STATE_FILE: &str = "state.json";
 
@@ -150,10 +148,10 @@ pub(crate) fn write_checkpoint(
     let partial = parent.join(PARTIAL);
     recreate(&partial)?;
     learner.save(&partial)?;
-    write_synced(&partial.join(TOKENIZER_FILE), tokenizer.file())?;
+    write_whole(&partial.join(TOKENIZER_FILE), tokenizer.file())?;
     let DataState { feed, sources, picture } = data;
     let documents = feed.to_bytes().context("cannot lay out the documents of a checkpoint")?;
-    write_synced(&partial.join(FEED_FILE), &documents)?;
+    write_whole(&partial.join(FEED_FILE), &documents)?;
     let (sources, picture, partitions) = (sources.clone(), picture.clone(), feed.positions());
     write_json(&partial.join(STATE_FILE), &State { reached: *reached, sources, picture, partitions })?;
     sync_folder(&partial)?;

@@ -15,20 +15,25 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
         .with_context(|| format!("{} is not what a run writes there", path.display()))
 }
 
-/// Writes a JSON file and waits until it is on the disk.
+/// Writes a JSON file, whole.
 pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
     let mut bytes =
         serde_json::to_vec_pretty(value).with_context(|| format!("cannot encode {}", path.display()))?;
     bytes.push(b'\n');
-    write_synced(path, &bytes)
+    write_whole(path, &bytes)
 }
 
-/// Writes a file and waits until it is on the disk: a rename must not overtake it.
-pub fn write_synced(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+/// Writes a file under a temporary name, waits until it is on the disk, which a rename must not overtake, and renames it
+/// into place.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".tmp");
+    let temporary = path.with_file_name(name);
     let write = || {
-        let mut file = File::create(path)?;
+        let mut file = File::create(&temporary)?;
         file.write_all(bytes)?;
-        file.sync_all()
+        file.sync_all()?;
+        fs::rename(&temporary, path)
     };
     write().with_context(|| format!("cannot write {}", path.display()))
 }

@@ -13,13 +13,13 @@ use sluice_schemas::fingerprint::Fingerprint;
 
 use crate::failure::Failure;
 use crate::run::checkpoints::{CHECKPOINTS, DataState, Reached, latest_checkpoint, write_checkpoint};
-use crate::run::files::{read_json, recreate, write_json, write_synced};
+use crate::run::files::{read_json, recreate, write_json, write_whole};
 use crate::run::metrics::Metric;
 use crate::run::picture::TokenPicture;
 use crate::run::record::RunRecord;
 use crate::run::token_losses;
 use crate::text::TextTokenizer;
-use crate::training::learner::Learner;
+use crate::training::learner::{Learner, WEIGHTS_FILE};
 
 /// What was asked for.
 pub const RUN_FILE: &str = "run.json";
@@ -32,8 +32,6 @@ pub const DOCUMENTS_FILE: &str = "documents.jsonl";
 
 /// Held locked by the process that writes the run.
 const LOCK_FILE: &str = "lock";
-/// Name of a model's weights file, which [`Learner::save`] writes.
-const WEIGHTS_FILE: &str = "model.safetensors";
 
 /// What `run.json` in a folder says, if there is one that can be read.
 pub fn recorded(folder: &Path) -> Option<RunRecord> {
@@ -278,10 +276,7 @@ fn cut_lines(path: &Path, last_step: Option<u64>) -> anyhow::Result<()> {
         }
     }
     if kept.len() < bytes.len() {
-        let temporary = path.with_extension("jsonl.tmp");
-        write_synced(&temporary, &kept)?;
-        fs::rename(&temporary, path)
-            .with_context(|| format!("cannot rename {} into place", temporary.display()))?;
+        write_whole(path, &kept)?;
     }
     Ok(())
 }

@@ -8,4 +8,5 @@ pub mod metrics;
 pub mod picture;
 pub mod record;
 pub mod recorded;
+pub mod tensors;
 pub mod token_losses;

@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::model::NamedTensor;
-use crate::model::checkpoint::{read_tensors, write_tensors};
+use crate::run::tensors::{NamedTensor, read_tensors, write_tensors};
 
 /// Folder of these files in a run folder.
 pub const TOKEN_LOSSES: &str = "token-losses";

@@ -101,25 +101,15 @@ impl EvalSet {
             let document = Document::plain(documents.len().to_string(), file.name.clone(), tokens);
             documents.push(WithContext { document, context });
         }
-        let set = Self::pack_with_contexts(&file.name, &documents, shape);
+        let set = Self::pack(&file.name, &documents, shape);
         if set.predictions == 0 {
             return Err(anyhow!("evaluation set {shown} holds no document of two tokens or more")).or_data();
         }
         Ok(set)
     }
 
-    /// Packs tokenized documents.
-    pub fn pack(name: &str, documents: &[Document], shape: BatchShape) -> Self {
-        let numbered = documents.iter().enumerate().map(|(index, document)| {
-            let document =
-                Document::plain(index.to_string(), document.source().to_owned(), document.tokens().to_vec());
-            WithContext { document, context: 0 }
-        });
-        Self::pack_with_contexts(name, &numbered.collect::<Vec<_>>(), shape)
-    }
-
     /// Packs documents whose ids are their indices.
-    fn pack_with_contexts(name: &str, documents: &[WithContext], shape: BatchShape) -> Self {
+    fn pack(name: &str, documents: &[WithContext], shape: BatchShape) -> Self {
         let mut packer = Packer::new(shape);
         for WithContext { document, .. } in documents {
             packer.push(document);

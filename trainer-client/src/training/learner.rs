@@ -5,6 +5,9 @@ use std::path::Path;
 use sluice_feed::batch::Batch;
 use sluice_feed::select::{Needs, Signals};
 
+/// File name of the weights that [`Learner::save`] writes, as in every Hugging Face style folder.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepOutcome {

@@ -3,18 +3,18 @@
 mod books;
 pub mod evaluate;
 pub mod learner;
+mod plan;
 pub mod schedule;
 pub mod setup;
+mod step;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::bail;
 use serde::Serialize;
 use sluice_feed::batch::PackedBatch;
 use sluice_feed::feed::{Alone, Feed, Step};
-use sluice_feed::select::{Choice, KeepRatio, Needs, Objective, Score, Signals, Turn};
 use sluice_feed::sources::SourceNames;
 
 use crate::failure::Failure;
@@ -26,26 +26,12 @@ use crate::run::record::RunRecord;
 use crate::text::TextTokenizer;
 use crate::watch::process::own_cpu_seconds;
 use crate::watch::progress::Progress;
-use crate::watch::telemetry::{Refused, Stage, Telemetry};
-use books::Books;
+use crate::watch::stage::Stage;
+use crate::watch::telemetry::Telemetry;
 use evaluate::EvalSet;
-use learner::{Learner, Measured, StepOutcome};
-use schedule::Schedule;
-
-/// What a run does with its micro-batches.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// What is minimised.
-    pub objective: Objective,
-    /// Learning rates, and the most steps to take.
-    pub schedule: Schedule,
-    /// Seed of random selections.
-    pub seed: u64,
-    /// Steps between evaluations; there is one before the first step and one after the last as well.
-    pub eval_every: u64,
-    /// Steps between checkpoints; there is one after the last as well.
-    pub checkpoint_every: u64,
-}
+use learner::Learner;
+pub use plan::Plan;
+use step::Stepper;
 
 /// Why a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -187,7 +173,9 @@ impl Training<'_> {
             metric.data_wait_seconds = waited;
             metric.seconds = waited + step_started.elapsed().as_secs_f64();
             metric.cpu_seconds = cpu_waited + own_cpu_seconds() - cpu_before;
-            batch.iter().for_each(|packed| seen.picture.offer(packed));
+            for packed in &batch {
+                seen.picture.offer(packed);
+            }
             reached.step += 1;
             let tokens = batch.iter().map(|packed| packed.batch.predictions() as u64).sum();
             reached.tokens += tokens;
@@ -195,7 +183,7 @@ impl Training<'_> {
             reached.threshold = metric.threshold;
             (metric.tokens, metric.tokens_kept) = (reached.tokens, reached.tokens_kept);
             self.telemetry.enter(Stage::Log);
-            self.telemetry.step(&metric, tokens, self.keep_ratio(reached.step));
+            self.telemetry.step(&metric, tokens, self.plan.keep_ratio(reached.step));
             self.progress.step(&metric);
             self.folder.log_documents(reached.step, &batch)?;
             self.folder.log(&Metric::Step(metric))?;
@@ -224,15 +212,6 @@ impl Training<'_> {
         let written = self.folder.checkpoint(self.learner, self.tokenizer, reached, &data);
         self.telemetry.checkpoint(reached.step, started.elapsed(), written.is_ok());
         written
-    }
-
-    /// The share of tokens that a step is to keep; `None` where a threshold decides.
-    fn keep_ratio(&self, step: u64) -> Option<f64> {
-        let Plan { objective, schedule, .. } = &self.plan;
-        match objective.selection() {
-            None => Some(KeepRatio::ALL.get()),
-            Some(selection) => selection.keep_at(step, schedule.steps).map(KeepRatio::get),
-        }
     }
 
     /// Saves what was learnt before an error, and adds to the error where it is, or that it is lost.
@@ -287,7 +266,7 @@ impl Training<'_> {
         if step > 0 {
             let objective = self.plan.objective.clone();
             let row_len = self.feed.shape().len;
-            let rule = PictureRule { objective, threshold, turn: self.turn(step) };
+            let rule = PictureRule { objective, threshold, turn: self.plan.turn(step) };
             self.telemetry.enter(Stage::Evaluate);
             let picture = seen.picture.draw(self.learner, self.tokenizer, &rule, row_len);
             self.folder.write_picture(&picture)?;
@@ -296,86 +275,15 @@ impl Training<'_> {
         Ok(Outcome { steps: step, tokens, tokens_kept, ending })
     }
 
-    fn turn(&self, step: u64) -> Turn {
-        Turn { seed: self.plan.seed, step, steps: self.plan.schedule.steps, micro_batch: 0 }
-    }
-
-    /// One optimizer step. Where micro-batches compete with one another, each runs forward once more, after the
-    /// losses of all have decided.
     fn step(
         &mut self,
         batch: &[PackedBatch],
         reached: &mut Reached,
         sources: &mut SourceNames,
     ) -> anyhow::Result<(StepMetric, Option<ScoresMetric>)> {
-        let step = reached.step + 1;
-        let thresholds = &mut reached.thresholds;
-        let turn = self.turn(step);
-        let Plan { objective, schedule, .. } = &self.plan;
-        let row_len = self.feed.shape().len;
-        let mut needs = objective.needs();
-        let mut books = Books::new(objective);
-        if self.counts_scores(step) {
-            books = books.counting_scores();
-        }
-        let mut decided = None;
-        if batch.len() > 1 && objective.needs_whole_batch(step) {
-            self.telemetry.enter(Stage::Forward);
-            let measured: Vec<Measured> =
-                batch.iter().map(|packed| self.learner.measure(&packed.batch, needs)).collect();
-            let signals: Vec<Signals<'_>> = measured
-                .iter()
-                .zip(batch)
-                .map(|(measured, packed)| measured.signals(&packed.batch))
-                .collect();
-            self.telemetry.enter(Stage::Select);
-            decided = Some(objective.select(&signals, row_len, turn, thresholds).into_iter());
-            needs = Needs::default();
-        }
-        let telemetry = &self.telemetry;
-        for (micro_batch, packed) in (0..).zip(batch) {
-            telemetry.enter(Stage::Forward);
-            self.learner.accumulate(&packed.batch, needs, &mut |measured| {
-                telemetry.enter(Stage::Select);
-                let choice = if let Some(choices) = &mut decided {
-                    choices.next()
-                } else {
-                    let turn = Turn { micro_batch, ..turn };
-                    objective.select(&[measured.signals(&packed.batch)], row_len, turn, thresholds).pop()
-                };
-                let choice: Choice = choice.unwrap_or_default();
-                books.add(packed, &measured.losses, &choice, sources);
-                telemetry.enter(Stage::Backward);
-                choice.kept
-            });
-        }
-        telemetry.enter(Stage::Optimizer);
-        let learning_rate = schedule.at(step);
-        let StepOutcome { kept_loss, kept, gradient_norm } = self.learner.update(learning_rate);
-        if kept == 0 && !(objective.may_keep_nothing() && books.has_scored()) {
-            telemetry.refused(Refused::NothingKept);
-            bail!(
-                "step {step} found no token to learn from: no score of its batch is a number; if the selection and the \
-                 topic are as intended, lower --learning-rate"
-            );
-        }
-        if kept > 0 && !(kept_loss.is_finite() && gradient_norm.is_finite()) {
-            telemetry.refused(Refused::NotFinite);
-            bail!(
-                "step {step} is not finite (loss {kept_loss}, gradient norm {gradient_norm}) and was not taken; lower \
-                 --learning-rate or lengthen --warmup-steps, and start again"
-            );
-        }
-        let loss = (kept > 0).then_some(kept_loss);
-        let scores = books.take_scores().map(|histogram| ScoresMetric { step, histogram });
-        Ok((StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() }, scores))
-    }
-
-    /// Whether a step's scores are written down: at the first step, at every evaluation and at the last.
-    fn counts_scores(&self, step: u64) -> bool {
-        let Plan { objective, schedule, eval_every, .. } = &self.plan;
-        let is_scored = objective.selection().is_some_and(|selection| selection.score != Score::Random);
-        is_scored && (step == 1 || step == schedule.steps || step.is_multiple_of(*eval_every))
+        let (plan, row_len) = (&self.plan, self.feed.shape().len);
+        let stepper = Stepper { learner: &mut *self.learner, plan, row_len, telemetry: &self.telemetry };
+        stepper.take(reached.step + 1, batch, &mut reached.thresholds, sources)
     }
 
     fn evaluate(&mut self, reached: &Reached) -> anyhow::Result<()> {

@@ -3,4 +3,5 @@
 pub mod http;
 pub mod process;
 pub mod progress;
+pub mod stage;
 pub mod telemetry;

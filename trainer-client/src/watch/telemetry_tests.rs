@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::{Refused, Stage, Telemetry};
+use super::{Refused, Telemetry};
 use crate::run::metrics::StepMetric;
+use crate::watch::stage::Stage;
 
 fn value(telemetry: &Telemetry, name: &str) -> Option<f64> {
     let text = String::from_utf8(telemetry.render().unwrap()).unwrap();

@@ -7,6 +7,7 @@
 
 pub mod bigram;
 pub mod model;
+pub mod program;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

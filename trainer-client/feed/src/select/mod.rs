@@ -12,7 +12,6 @@ mod schedule;
 mod score;
 
 pub use objective::{Choice, Objective, Rule, Scope, Selection, Turn};
-pub use rank::{Keys, top_k};
 pub use ratio::{KeepRatio, KeepRatioError};
 pub use running::{RunningThreshold, Thresholds};
 pub use schedule::{KeepSchedule, Stair};

@@ -85,7 +85,7 @@ impl Objective {
         Self::Slm(Selection { score, rule, scope: Scope::default(), warmup_steps: 0 })
     }
 
-    /// The objective's short name, as the command line spells it.
+    /// The objective's short name.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Clm => "clm",

@@ -26,11 +26,6 @@ impl Keys {
         self.0.len()
     }
 
-    /// Whether there is no position.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
     /// The keys of several lists as one list.
     pub fn concat(lists: &[Self]) -> Self {
         Self(lists.iter().flat_map(|list| list.0.iter().copied()).collect())
@@ -49,12 +44,6 @@ impl Keys {
         let rows = (0..).step_by(row_len).zip(self.0.chunks(row_len));
         rows.flat_map(|(start, row)| highest(row, keep).into_iter().map(move |index| start + index)).collect()
     }
-}
-
-/// Indices of the `keep` share of the scores that are highest, ascending; NaN marks a position that is not
-/// eligible, and of equal scores the earlier position wins. Linear in the number of scores.
-pub fn top_k(scores: &[f32], keep: KeepRatio) -> Vec<u32> {
-    Keys::of_scores(scores).highest(keep)
 }
 
 fn highest(keys: &[Option<u64>], keep: KeepRatio) -> Vec<u32> {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ratio::KeepRatio;
 
-/// A share for each step. On the command line: `0.6`, `linear:0.8:0.6`, `cosine:0.8:0.6` or
+/// A share for each step. As text: `0.6`, `linear:0.8:0.6`, `cosine:0.8:0.6` or
 /// `steps:0.8,500=0.7,1000=0.6`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "shape", rename_all = "lowercase")]

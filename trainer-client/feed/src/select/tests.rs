@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use super::rank::Keys;
 use super::*;
 use crate::random::SplitMix64;
 
@@ -255,10 +256,11 @@ fn permuting_documents_permutes_the_selection() {
 
 #[test]
 fn equal_scores_are_kept_from_the_front_whatever_the_sign_of_zero() {
-    assert_eq!(top_k(&[0.0, -0.0, 0.0, -0.0], ratio(0.5)), [0, 1]);
-    assert_eq!(top_k(&[-0.0, 0.0, -0.0, 0.0], ratio(0.5)), [0, 1]);
+    let top_k = |scores: &[f32]| Keys::of_scores(scores).highest(ratio(0.5));
+    assert_eq!(top_k(&[0.0, -0.0, 0.0, -0.0]), [0, 1]);
+    assert_eq!(top_k(&[-0.0, 0.0, -0.0, 0.0]), [0, 1]);
     let infinite = [f32::NEG_INFINITY, 1.0, f32::INFINITY, -1.0, f32::NAN];
-    assert_eq!(top_k(&infinite, ratio(0.5)), [1, 2]);
+    assert_eq!(top_k(&infinite), [1, 2]);
 }
 
 #[test]

@@ -89,8 +89,8 @@ pub enum StreamError {
     },
     /// A scored document without the entropies that the run's score looks at.
     #[error(
-        "record at {origin} carries no reference entropies, which the score looks at; score the topic with entropies \
-         (`sluiced serve --score-entropies true`), or choose by another score"
+        "record at {origin} carries no reference entropies, which the score looks at; score the topic with entropies, or \
+         choose by another score"
     )]
     NoEntropies {
         /// Where it was read.
@@ -207,6 +207,12 @@ pub enum StreamError {
     /// Another rank of the group has failed.
     #[error("another rank of the group has failed; see what it says")]
     OtherRank,
+    /// Ranks have read what cannot be compared with one another.
+    #[error(
+        "the ranks of the group read records of different reference models, or of one model under different contexts: their \
+         losses cannot be compared; train on a topic that one model scored in one way, or allow all of its models"
+    )]
+    SeveralReferences,
     /// Ranks could not reach an agreement.
     #[error("the ranks of the group could not agree on a step: {0}")]
     Agreement(String),

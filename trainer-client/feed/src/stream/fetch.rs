@@ -11,11 +11,12 @@ use rdkafka::Message as _;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::record::{ContextPolicy, ScoredDocument};
+use sluice_schemas::record::ContextPolicy;
 
 use super::connection::{Broker, Listener};
 use super::decode::Decoder;
 use super::error::{Origin, StreamError};
+use super::kind::kind_of;
 use super::place::{Extent, Position, Shard};
 use super::provenance::{Contexts, Provenance};
 use super::queue::{Delivery, Queues, Waiting};
@@ -45,6 +46,7 @@ pub struct KafkaStream {
     stop: Arc<AtomicBool>,
     reader: Option<JoinHandle<()>>,
     provenance: Provenance,
+    takes_several_models: bool,
 }
 
 /// Which part of a topic is read, and from where on.
@@ -102,6 +104,7 @@ impl KafkaStream {
             return Err(StreamError::EmptyTopic(topic.to_owned()));
         }
         let provenance = Provenance::new(!decoder.allowed().is_empty(), reference_model, contexts);
+        let takes_several_models = decoder.allowed().len() > 1;
         let queues = Arc::new(Queues::new(own.len()));
         let observer = broker.observer().clone();
         let reader = Reader {
@@ -127,6 +130,7 @@ impl KafkaStream {
             stop,
             reader: Some(thread),
             provenance,
+            takes_several_models,
         })
     }
 
@@ -181,6 +185,10 @@ impl DocumentStream for KafkaStream {
     fn reference_model(&self) -> Option<Fingerprint> {
         self.provenance.reference_model()
     }
+
+    fn takes_several_models(&self) -> bool {
+        self.takes_several_models
+    }
 }
 
 impl Drop for KafkaStream {
@@ -220,12 +228,13 @@ impl Stall {
     }
 }
 
-/// How the reference saw the first scored record of a topic that there is; waits for one where the topic is followed, and
-/// gives `None` where it is not and holds none, or `stop` is set.
+/// How the reference saw the first document of a scored topic that there is; waits for one where the topic is followed, and
+/// gives `None` where it is not and holds none, or `stop` is set. A record that `decoder` refuses is an error.
 pub fn first_context(
     broker: &Broker,
     topic: &str,
     extent: Extent,
+    decoder: &Decoder,
     stop: &AtomicBool,
 ) -> Result<Option<ContextPolicy>, StreamError> {
     let (consumer, partitions) = broker.connect(topic)?;
@@ -246,15 +255,11 @@ pub fn first_context(
         match consumer.poll(POLL) {
             Some(Ok(message)) => {
                 let Some(payload) = message.payload() else { continue };
-                let origin = Origin {
-                    topic: topic.to_owned(),
-                    partition: message.partition(),
-                    offset: message.offset(),
-                };
-                return match ScoredDocument::decode(Bytes::copy_from_slice(payload)) {
-                    Ok(record) => Ok(Some(record.context)),
-                    Err(error) => Err(StreamError::Record { origin, error: Box::new(error) }),
-                };
+                let (partition, offset) = (message.partition(), message.offset());
+                let origin = || Origin { topic: topic.to_owned(), partition, offset };
+                decoder.check_kind(kind_of(&message), origin)?;
+                let (document, _) = decoder.decode(Bytes::copy_from_slice(payload), origin)?;
+                return Ok(document.context());
             }
             Some(Err(rdkafka::error::KafkaError::PartitionEOF(_))) => {
                 ended += 1;

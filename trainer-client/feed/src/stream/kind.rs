@@ -1,5 +1,6 @@
 //! The two kinds of topics that documents are read from.
 
+use rdkafka::message::{Headers, Message};
 use sluice_schemas::names;
 
 /// What the records of a topic are.
@@ -35,4 +36,11 @@ impl std::fmt::Display for TopicKind {
             Self::Documents => "a tokenized document",
         })
     }
+}
+
+/// What a record's header says that the record is.
+pub(super) fn kind_of(message: &impl Message) -> Option<TopicKind> {
+    let headers = message.headers()?;
+    let header = headers.iter().find(|header| header.key == names::RECORD_HEADER)?;
+    TopicKind::of_header(header.value?)
 }

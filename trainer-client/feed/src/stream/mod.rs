@@ -62,6 +62,11 @@ pub trait DocumentStream: Send {
         Contexts::new()
     }
 
-    /// Fingerprint of the model that made the reference losses, once a document has shown it.
+    /// Fingerprint of the model that made the reference losses, once a document has shown it; the first one of several.
     fn reference_model(&self) -> Option<Fingerprint>;
+
+    /// Whether losses of more than one reference model are taken.
+    fn takes_several_models(&self) -> bool {
+        false
+    }
 }

@@ -7,15 +7,13 @@ use bytes::Bytes;
 use rdkafka::Message;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
-use rdkafka::message::Headers;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
-use sluice_schemas::names;
 
 use super::connection::{Broker, Listener, is_unknown_topic};
 use super::decode::Decoder;
 use super::error::{Origin, StreamError};
-use super::kind::TopicKind;
+use super::kind::kind_of;
 use super::place::Extent;
 use super::queue::{Delivery, Queues};
 use super::throttle::Throttle;
@@ -259,13 +257,6 @@ impl Reader {
 
 fn track_of(tracks: &mut [Track], partition: i32) -> Option<&mut Track> {
     tracks.iter_mut().find(|track| track.partition() == partition)
-}
-
-/// What a record's header says that the record is.
-fn kind_of(message: &impl Message) -> Option<TopicKind> {
-    let headers = message.headers()?;
-    let header = headers.iter().find(|header| header.key == names::RECORD_HEADER)?;
-    TopicKind::of_header(header.value?)
 }
 
 /// Errors that librdkafka recovers from by itself.

@@ -5,30 +5,30 @@ mod passes;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use sluice_feed::batch::Batch;
 use sluice_feed::select::Needs;
 
-use super::checkpoint::{
-    HISTORY_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, read_tensors, read_weights, write_file, write_tensors,
-};
+use super::checkpoint::{HISTORY_FILE, OPTIMIZER_FILE, read_weights};
 use super::config::{CONFIG_FILE, ModelConfig};
 use super::decoder;
-use super::device::Precision;
+use super::device::{Device, Precision};
 use super::head::Keep;
+use super::host::{from_host, on_host, to_host};
 use super::kernels;
-use super::layers::{from_host, on_host, to_host};
-use super::weights::{self, NamedTensor, Weights};
-use crate::model::optimizer::{
+use super::optimizer::{
     AdamWConfig, AdamWStep, MEAN_PREFIX, Moments, SQUARE_PREFIX, STEP_KEY, split_moments,
 };
-use crate::training::learner::{Learner, Measured, StepOutcome};
+use super::weights::{self, Weights};
+use crate::run::files::write_whole;
+use crate::run::tensors::{NamedTensor, read_tensors, write_tensors};
+use crate::training::learner::{Learner, Measured, StepOutcome, WEIGHTS_FILE};
 
 /// A Llama-style decoder in training with AdamW, on Burn.
 pub struct BurnLearner {
     config: ModelConfig,
     optimizer: AdamWConfig,
-    device: Device,
+    device: burn::tensor::Device,
     weights: Weights<Tensor<2>>,
     /// In the order of [`weights::specs`].
     moments: Vec<Moments>,
@@ -61,7 +61,7 @@ struct History {
 impl BurnLearner {
     /// A fresh model on the CPU, its weights decided by `seed` alone.
     pub fn new(config: ModelConfig, optimizer: AdamWConfig, seed: u64) -> Result<Self> {
-        Self::new_on(Device::flex(), config, optimizer, seed)
+        Self::new_on(Device::cpu(), config, optimizer, seed)
     }
 
     /// A model with the given weights (each one named, none beside them) and a fresh optimizer.
@@ -73,6 +73,7 @@ impl BurnLearner {
     ) -> Result<Self> {
         config.validate()?;
         optimizer.validate()?;
+        let Device(device) = device;
         let tensors = weights::upload(&config, weights, &device)?;
         let moments = fresh_moments(&tensors, &device);
         let weights = Weights::from_vec(&config, tensors)?;
@@ -116,7 +117,7 @@ impl BurnLearner {
     /// Opens a Hugging Face style folder (`config.json`, `model.safetensors`) on the CPU, with the optimizer's
     /// state if the folder has it.
     pub fn open(folder: &Path, optimizer: AdamWConfig) -> Result<Self> {
-        Self::open_on(Device::flex(), folder, optimizer)
+        Self::open_on(Device::cpu(), folder, optimizer)
     }
 
     /// As [`BurnLearner::open`], on a device.
@@ -271,7 +272,7 @@ impl Learner for BurnLearner {
         let weights = self.weights();
         // Such a checkpoint could not be read again, and would push out one that can.
         weights::check_finite(&weights)?;
-        write_file(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
+        write_whole(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
         write_tensors(&folder.join(WEIGHTS_FILE), &weights, ("format", "pt"))?;
         let (means, squares): (Vec<_>, Vec<_>) =
             self.moments.iter().cloned().map(|Moments { mean, square }| (mean, square)).unzip();
@@ -305,7 +306,7 @@ impl Learner for BurnLearner {
     }
 }
 
-fn fresh_moments(tensors: &[Tensor<2>], device: &Device) -> Vec<Moments> {
+fn fresh_moments(tensors: &[Tensor<2>], device: &burn::tensor::Device) -> Vec<Moments> {
     let zeros = |tensor: &Tensor<2>| Tensor::zeros(tensor.dims(), device);
     tensors.iter().map(|tensor| Moments { mean: zeros(tensor), square: zeros(tensor) }).collect()
 }

@@ -20,7 +20,7 @@ fn document(number: u32, tokens: usize) -> Document {
     let losses = (0..tokens).map(|i| if i == 0 { f32::NAN } else { 1.0 / (number as f32 + i as f32) });
     let ids = (0..tokens as u32).map(|i| number * 100 + i).collect();
     let document = Document::scored(format!("d{number}"), "s".into(), ids, losses.collect()).unwrap();
-    if number % 2 == 0 { document.with_context(POLICY) } else { document }
+    if number.is_multiple_of(2) { document.with_context(POLICY) } else { document }
 }
 
 fn piece(number: u32) -> Piece {
@@ -73,19 +73,14 @@ fn bits(snapshot: &Snapshot) -> String {
         let of = |p: &Piece| format!("{} {} {} {:?};", of(&p.document), p.start, p.first_predicted, p.bos);
         pieces.iter().map(of).collect()
     };
-    let mut text =
-        format!("{:?} {} {} {:?}\n", snapshot.identity, snapshot.lanes, snapshot.turn, snapshot.contexts);
-    for (lane, held) in &snapshot.held {
+    let lane = |(lane, held): (&usize, &LaneSnapshot)| {
         let shuffled: Vec<String> = held.shuffled.iter().map(of).collect();
         let rows: Vec<String> = held.finished.iter().map(|row| pieces(row)).collect();
-        text += &format!(
-            "{lane} {:?} {} {shuffled:?} {rows:?} {}\n",
-            held.position,
-            held.draws,
-            pieces(&held.waiting)
-        );
-    }
-    text
+        let waiting = pieces(&held.waiting);
+        format!("{lane} {:?} {} {shuffled:?} {rows:?} {waiting}\n", held.position, held.draws)
+    };
+    let Snapshot { identity, lanes, turn, contexts, held } = snapshot;
+    format!("{identity:?} {lanes} {turn} {contexts:?}\n") + &held.iter().map(lane).collect::<String>()
 }
 
 #[test]
@@ -120,6 +115,10 @@ fn the_parts_of_all_ranks_are_the_whole_whatever_their_number() {
             let mut later = parts.clone();
             later[0].turn = 2;
             assert!(matches!(Snapshot::merged(later), Err(SnapshotError::Parts("the step"))));
+            let mut elsewhere = parts.clone();
+            elsewhere[0].contexts.values_mut().for_each(|context| context.stride += 1);
+            let elsewhere = Snapshot::merged(elsewhere).unwrap_err();
+            assert!(elsewhere.to_string().contains("how the reference model saw"), "{elsewhere}");
             let mut other = parts;
             other[0].identity.plan.seed = 9;
             assert!(matches!(Snapshot::merged(other), Err(SnapshotError::Parts("the seed"))));

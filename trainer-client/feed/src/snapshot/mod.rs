@@ -1,10 +1,12 @@
 //! The data side of a checkpoint: where every lane stands, and which documents have been read from it but not yet
 //! given out. A rank's part of it is bytes; the parts of all ranks make the whole, whatever their number.
 
-use std::collections::{BTreeMap, HashMap};
+mod columns;
+mod error;
 
-use safetensors::SafeTensorError;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use std::collections::BTreeMap;
+
+use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 use sluice_schemas::record::ContextPolicy;
 
@@ -12,14 +14,9 @@ use crate::cut::Piece;
 use crate::document::Document;
 use crate::plan::Identity;
 use crate::stream::{Contexts, Position, Shard};
-
-/// Version of the bytes. Version 1 was kept by rank, in files of another layout.
-const FORMAT: u32 = 2;
-
-const OUTLINE: &str = "outline";
-const TOKENS: &str = "tokens";
-const REFERENCE_LOSS: &str = "reference_loss";
-const REFERENCE_ENTROPY: &str = "reference_entropy";
+use columns::{Columns, Entry, OUTLINE};
+use error::FORMAT;
+pub use error::SnapshotError;
 
 /// Where one lane stands.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -51,44 +48,6 @@ pub struct Snapshot {
     pub held: BTreeMap<usize, LaneSnapshot>,
 }
 
-/// Why bytes are no snapshot, or snapshots no whole.
-#[derive(Debug, thiserror::Error)]
-pub enum SnapshotError {
-    /// The bytes are of no safetensors file.
-    #[error("it is not a whole file of a feed's state")]
-    File(#[from] SafeTensorError),
-    /// A part of the file is missing or of the wrong kind.
-    #[error("its {0} is missing or of another type")]
-    Part(&'static str),
-    /// The outline is none.
-    #[error("its outline cannot be read")]
-    Outline(#[from] serde_json::Error),
-    /// Another version of the format.
-    #[error(
-        "it is of format {0}, and this program reads format {FORMAT}: begin a new run from the checkpoint's weights"
-    )]
-    Format(u32),
-    /// Lists that do not fit one another.
-    #[error("it holds {0} documents than its outline names")]
-    Documents(&'static str),
-    /// A document, row or place that no run can have left.
-    #[error("lane {lane}, document {document:?}: {what}")]
-    Impossible {
-        /// The lane.
-        lane: usize,
-        /// The document's id.
-        document: String,
-        /// What is wrong.
-        what: String,
-    },
-    /// Parts of several runs, or of several steps.
-    #[error("the parts of the ranks do not belong together: {0} differs")]
-    Parts(&'static str),
-    /// A lane that no part, or more than one, holds.
-    #[error("lane {0} is held by {1} parts, not by one: give the parts of all ranks, each once")]
-    Lane(usize, usize),
-}
-
 /// A snapshot without its documents' numbers, which follow one another in the order of the entries here: lane by lane the
 /// shuffled, the finished and the waiting ones.
 #[derive(Serialize, Deserialize)]
@@ -110,27 +69,6 @@ struct LaneOutline {
     shuffled: Vec<Entry>,
     finished: Vec<Vec<Entry>>,
     waiting: Vec<Entry>,
-}
-
-/// A document, or a piece of one.
-#[derive(Serialize, Deserialize)]
-struct Entry {
-    document: String,
-    source: String,
-    tokens: usize,
-    #[serde(default, skip_serializing_if = "is_zero")]
-    start: usize,
-    #[serde(default, skip_serializing_if = "is_zero")]
-    first_predicted: usize,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    bos: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    policy: Option<usize>,
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
-fn is_zero(number: &usize) -> bool {
-    *number == 0
 }
 
 impl Snapshot {
@@ -158,7 +96,11 @@ impl Snapshot {
                 return Err(SnapshotError::Parts("the step"));
             }
             whole.identity.reference_model = whole.identity.reference_model.or(part.identity.reference_model);
-            whole.contexts.extend(part.contexts);
+            for (model, context) in part.contexts {
+                if whole.contexts.insert(model, context).is_some_and(|earlier| earlier != context) {
+                    return Err(SnapshotError::Parts("how the reference model saw its documents"));
+                }
+            }
             for (lane, held) in part.held {
                 *held_by.entry(lane).or_default() += 1;
                 whole.held.insert(lane, held);
@@ -249,7 +191,7 @@ impl Snapshot {
             lanes: self.lanes,
             turn: self.turn,
             contexts: self.contexts.clone(),
-            policies: columns.policies.clone(),
+            policies: columns.policies().to_vec(),
             held,
         };
         columns.to_bytes(&serde_json::to_vec(&outline)?)
@@ -280,9 +222,7 @@ impl Snapshot {
             };
             held.insert(lane, snapshot);
         }
-        if columns.taken < columns.tokens.len() {
-            return Err(SnapshotError::Documents("more"));
-        }
+        columns.finish()?;
         let Outline { identity, lanes, turn, contexts, .. } =
             Outline { held: BTreeMap::new(), policies: vec![], ..outline };
         Ok(Self { identity, lanes, turn, contexts, held })
@@ -295,124 +235,5 @@ struct Format {
     format: u32,
 }
 
-/// The numbers of many documents, one after the other.
-#[derive(Default)]
-struct Columns {
-    tokens: Vec<u32>,
-    reference_loss: Vec<f32>,
-    reference_entropy: Vec<f32>,
-    policies: Vec<ContextPolicy>,
-    /// Tokens taken so far.
-    taken: usize,
-}
-
-impl Columns {
-    fn put(&mut self, document: &Document) -> Entry {
-        self.tokens.extend_from_slice(document.tokens());
-        self.reference_loss.extend_from_slice(document.reference());
-        self.reference_entropy.extend_from_slice(document.reference_entropy());
-        let policy = document.context().map(|context| {
-            let known = self.policies.iter().position(|policy| *policy == context);
-            known.unwrap_or_else(|| {
-                self.policies.push(context);
-                self.policies.len() - 1
-            })
-        });
-        Entry {
-            document: document.id().to_owned(),
-            source: document.source().to_owned(),
-            tokens: document.tokens().len(),
-            start: 0,
-            first_predicted: 0,
-            bos: None,
-            policy,
-        }
-    }
-
-    fn put_pieces(&mut self, pieces: &[Piece]) -> Vec<Entry> {
-        let put = |piece: &Piece| Entry {
-            start: piece.start,
-            first_predicted: piece.first_predicted,
-            bos: piece.bos,
-            ..self.put(&piece.document)
-        };
-        pieces.iter().map(put).collect()
-    }
-
-    fn take(&mut self, entry: Entry) -> Result<Document, SnapshotError> {
-        let span = self.taken..self.taken.saturating_add(entry.tokens);
-        if span.end > self.tokens.len() {
-            return Err(SnapshotError::Documents("fewer"));
-        }
-        self.taken = span.end;
-        let policy = match entry.policy {
-            Some(index) => Some(*self.policies.get(index).ok_or(SnapshotError::Part("context policies"))?),
-            None => None,
-        };
-        let (losses, entropies) = (&self.reference_loss[span.clone()], &self.reference_entropy[span.clone()]);
-        let tokens = self.tokens[span].to_vec();
-        let document = Document::scored(entry.document, entry.source, tokens, losses.to_vec())
-            .and_then(|document| document.with_entropies(entropies.to_vec()))
-            .map_err(|_| SnapshotError::Part(REFERENCE_LOSS))?;
-        Ok(match policy {
-            Some(policy) => document.with_context(policy),
-            None => document,
-        })
-    }
-
-    fn take_pieces(&mut self, entries: Vec<Entry>) -> Result<Vec<Piece>, SnapshotError> {
-        let take = |entry: Entry| {
-            let Entry { start, first_predicted, bos, .. } = entry;
-            Ok(Piece { document: self.take(entry)?, start, first_predicted, bos })
-        };
-        entries.into_iter().map(take).collect()
-    }
-
-    fn to_bytes(&self, outline: &[u8]) -> Result<Vec<u8>, SnapshotError> {
-        let tokens: Vec<u8> = self.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-        let floats =
-            |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|value| value.to_le_bytes()).collect() };
-        let (losses, entropies) = (floats(&self.reference_loss), floats(&self.reference_entropy));
-        let view = |dtype, len: usize, bytes| TensorView::new(dtype, vec![len], bytes);
-        let count = self.tokens.len();
-        let views = [
-            (OUTLINE, view(Dtype::U8, outline.len(), outline)?),
-            (TOKENS, view(Dtype::U32, count, &tokens)?),
-            (REFERENCE_LOSS, view(Dtype::F32, count, &losses)?),
-            (REFERENCE_ENTROPY, view(Dtype::F32, count, &entropies)?),
-        ];
-        Ok(safetensors::serialize(views, None::<HashMap<String, String>>)?)
-    }
-
-    fn of(file: &SafeTensors<'_>, policies: Vec<ContextPolicy>) -> Result<Self, SnapshotError> {
-        let words = |name: &'static str, dtype: Dtype| -> Result<Vec<[u8; 4]>, SnapshotError> {
-            let view = file.tensor(name).map_err(|_| SnapshotError::Part(name))?;
-            if view.dtype() != dtype {
-                return Err(SnapshotError::Part(name));
-            }
-            Ok(view.data().chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect())
-        };
-        let floats = |name| -> Result<Vec<f32>, SnapshotError> {
-            Ok(words(name, Dtype::F32)?.into_iter().map(f32::from_le_bytes).collect())
-        };
-        let columns = Self {
-            tokens: words(TOKENS, Dtype::U32)?.into_iter().map(u32::from_le_bytes).collect(),
-            reference_loss: floats(REFERENCE_LOSS)?,
-            reference_entropy: floats(REFERENCE_ENTROPY)?,
-            policies,
-            taken: 0,
-        };
-        for (name, values) in
-            [(REFERENCE_LOSS, &columns.reference_loss), (REFERENCE_ENTROPY, &columns.reference_entropy)]
-        {
-            if values.len() != columns.tokens.len() {
-                return Err(SnapshotError::Part(name));
-            }
-        }
-        Ok(columns)
-    }
-}
-
 #[cfg(test)]
-#[path = "snapshot_tests.rs"]
 mod tests;

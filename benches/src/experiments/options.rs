@@ -1,0 +1,24 @@
+//! What is asked for, and where it goes.
+
+use std::path::PathBuf;
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Whether all is small.
+    pub is_quick: bool,
+    /// Folder of the runs.
+    pub out: PathBuf,
+    /// Folder of the results.
+    pub results: PathBuf,
+    /// A checkout of this repository.
+    pub sources: PathBuf,
+    /// The daemon, if it does not lie beside this program.
+    pub daemon: Option<PathBuf>,
+    /// The trainer, if it does not lie beside this program.
+    pub trainer: Option<PathBuf>,
+    /// A folder with GSM8K's `train.jsonl`, to evaluate on as well.
+    pub gsm8k: Option<PathBuf>,
+    /// The command that asked for it, for the results.
+    pub command: String,
+}

@@ -1,0 +1,147 @@
+//! Flags that say how a model learns.
+
+use clap::{Args, ValueEnum};
+use sluice_feed::cut::UnequalContexts;
+use sluice_feed::pack::{FirstToken, Packing};
+
+use super::arguments::{at_least, positive};
+use crate::failure::Failure;
+use crate::model::optimizer::AdamWConfig;
+use crate::training::schedule::{Schedule, Shape};
+
+/// What happens to the first token of a document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum FirstTokenName {
+    /// It is read and not predicted
+    Skip,
+    /// It is predicted from the document before it in its sequence, if there is one; a score that needs a reference
+    /// cannot choose it
+    Predict,
+}
+
+impl From<FirstTokenName> for FirstToken {
+    fn from(name: FirstTokenName) -> Self {
+        match name {
+            FirstTokenName::Skip => Self::Skip,
+            FirstTokenName::Predict => Self::Predict,
+        }
+    }
+}
+
+/// What happens to tokens that cannot be read under the contexts of their reference losses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum UnequalContextsName {
+    /// The first document with such tokens ends the run
+    Refuse,
+    /// They cannot be chosen by a score that looks at the reference
+    Mask,
+    /// They are ranked like all others
+    Allow,
+}
+
+impl From<UnequalContextsName> for UnequalContexts {
+    fn from(name: UnequalContextsName) -> Self {
+        match name {
+            UnequalContextsName::Refuse => Self::Refuse,
+            UnequalContextsName::Mask => Self::Mask,
+            UnequalContextsName::Allow => Self::Allow,
+        }
+    }
+}
+
+/// How to learn.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Training")]
+pub(super) struct OptimizationArguments {
+    /// Sequences in a micro-batch
+    #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = at_least::<1>)]
+    pub batch_size: usize,
+    /// Micro-batches whose gradients make one optimizer step; they come from the topic's partitions in turn
+    #[arg(long, env = "SLUICE_TRAIN_ACCUMULATE", default_value_t = 1, value_parser = at_least::<1>)]
+    pub accumulate: usize,
+    /// Tokens in a sequence [default: as many as the window that the first record was scored in; 256 without a reference]
+    #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", value_parser = at_least::<2>)]
+    pub sequence_length: Option<usize>,
+    /// What happens to tokens that a sequence cannot hold the reference's context of, where its windows are longer
+    #[arg(long, env = "SLUICE_TRAIN_UNEQUAL_CONTEXTS", value_enum, default_value_t = UnequalContextsName::Mask)]
+    unequal_contexts: UnequalContextsName,
+    /// Let tokens attend to the documents before theirs in a sequence, which a reference model has not seen; needs
+    /// --unequal-contexts allow
+    #[arg(long, env = "SLUICE_TRAIN_ATTEND_ACROSS_DOCUMENTS")]
+    attend_across_documents: bool,
+    /// What happens to the first token of a document; predict needs --attend-across-documents
+    #[arg(long, env = "SLUICE_TRAIN_FIRST_TOKEN", value_enum, default_value_t = FirstTokenName::Skip)]
+    first_token: FirstTokenName,
+    /// The highest learning rate
+    #[arg(long, env = "SLUICE_TRAIN_LEARNING_RATE", default_value_t = 1e-3, value_parser = positive)]
+    pub learning_rate: f64,
+    /// Steps over which the learning rate rises to its peak
+    #[arg(long, env = "SLUICE_TRAIN_WARMUP_STEPS", default_value_t = 20)]
+    pub warmup_steps: u64,
+    /// What the learning rate does after that; cosine and wsd fall to a tenth of the peak
+    #[arg(long, env = "SLUICE_TRAIN_SCHEDULE", value_enum, default_value_t = Shape::Cosine)]
+    pub schedule: Shape,
+    /// Last steps, over which wsd lets the learning rate fall [default: a tenth of the steps]
+    #[arg(long, env = "SLUICE_TRAIN_DECAY_STEPS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub decay_steps: Option<u64>,
+    /// Weight decay of matrices, decoupled from the gradient
+    #[arg(long, env = "SLUICE_TRAIN_WEIGHT_DECAY", default_value_t = AdamWConfig::default().weight_decay)]
+    pub weight_decay: f64,
+    /// Longest gradient (global L2 norm); a longer one is scaled down to it
+    #[arg(long, env = "SLUICE_TRAIN_GRADIENT_NORM_MAX", default_value_t = AdamWConfig::default().max_gradient_norm,
+          value_parser = positive)]
+    pub gradient_norm_max: f64,
+    /// Decides initial weights, shuffles and random draws
+    #[arg(long, env = "SLUICE_TRAIN_SEED", default_value_t = 1)]
+    pub seed: u64,
+}
+
+impl OptimizationArguments {
+    pub fn packing(&self) -> anyhow::Result<Packing> {
+        let Self { attend_across_documents, first_token, unequal_contexts, .. } = *self;
+        if first_token == FirstTokenName::Predict && !attend_across_documents {
+            let error =
+                "--first-token predict has nothing to predict from: give --attend-across-documents too";
+            return Err(Failure::Usage(error.to_owned()).into());
+        }
+        if attend_across_documents && unequal_contexts != UnequalContextsName::Allow {
+            let error = "--attend-across-documents gives tokens context that the reference model has not seen: give \
+                         --unequal-contexts allow too, if that is meant";
+            return Err(Failure::Usage(error.to_owned()).into());
+        }
+        Ok(Packing {
+            attend_across_documents,
+            first_token: first_token.into(),
+            unequal_contexts: unequal_contexts.into(),
+        })
+    }
+
+    /// Learning rates of a run of `steps` steps.
+    pub fn schedule(&self, steps: u64) -> anyhow::Result<Schedule> {
+        let Self { schedule: shape, learning_rate: peak, warmup_steps, .. } = *self;
+        if self.decay_steps.is_some() && shape != Shape::Wsd {
+            let error = "--decay-steps is a part of --schedule wsd: leave it out, or give that schedule";
+            return Err(Failure::Usage(error.to_owned()).into());
+        }
+        let decay_steps = match shape {
+            Shape::Wsd => self.decay_steps.unwrap_or(steps.div_ceil(10)),
+            Shape::Cosine | Shape::Constant => 0,
+        };
+        if shape == Shape::Wsd && warmup_steps.saturating_add(decay_steps) > steps {
+            return Err(Failure::Usage(format!(
+                "{warmup_steps} --warmup-steps and {decay_steps} --decay-steps are more than the {steps} steps of the run: \
+                 give fewer"
+            ))
+            .into());
+        }
+        Ok(Schedule { shape, peak, warmup_steps, decay_steps, steps })
+    }
+
+    pub fn optimizer(&self) -> AdamWConfig {
+        AdamWConfig {
+            weight_decay: self.weight_decay,
+            max_gradient_norm: self.gradient_norm_max,
+            ..AdamWConfig::default()
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! `sluice-train run`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::Args;
+use serde_json::{Value, json};
+use sluice_feed::feed::Feed;
+use sluice_feed::pack::BatchShape;
+use sluice_feed::plan::Plan as FeedPlan;
+use sluice_feed::stream::{Broker, Decoder, Extent, Shard, StreamError, TopicKind, first_context};
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::names;
+
+use super::arguments::{BrokerArguments, OutputArguments};
+use super::model::ModelArguments;
+use super::optimization::OptimizationArguments;
+use super::output::say;
+use super::selection::SelectionArguments;
+use super::training::{described, plan, say_begun, set_up, stream_settings, train};
+use crate::failure::{Classify, Failure};
+use crate::run::folder::recorded;
+use crate::text::TextTokenizer;
+use crate::training::learner::Learner;
+use crate::training::setup::Begun;
+use crate::watch::process::stop_on_signals;
+
+/// Arguments of `sluice-train run`.
+#[derive(Args, Clone, Debug)]
+pub(super) struct RunArguments {
+    /// Topic of scored documents
+    #[arg(long, env = "SLUICE_TRAIN_TOPIC", default_value = names::SCORED_TOPIC)]
+    topic: String,
+    /// The tokenizer.json that the documents were made with
+    #[arg(long, env = "SLUICE_TRAIN_TOKENIZER", value_name = "FILE")]
+    tokenizer: PathBuf,
+    /// Optimizer steps
+    #[arg(long, env = "SLUICE_TRAIN_STEPS", value_parser = clap::value_parser!(u64).range(1..))]
+    steps: u64,
+    /// Stop at the end that the topic has now, even before the last step
+    #[arg(long, env = "SLUICE_TRAIN_UNTIL_END", conflicts_with = "follow")]
+    until_end: bool,
+    /// Wait for further documents at the end of the topic (this is the default)
+    #[arg(long, env = "SLUICE_TRAIN_FOLLOW")]
+    follow: bool,
+    /// Passes over the topic; implies --until-end
+    #[arg(long, env = "SLUICE_TRAIN_EPOCHS", conflicts_with = "follow", value_parser = clap::value_parser!(u64).range(1..))]
+    epochs: Option<u64>,
+    /// Said no more, and refused with what to give instead
+    #[arg(long, env = "SLUICE_TRAIN_WORLD_SIZE", hide = true)]
+    world_size: Option<String>,
+    /// Documents that wait to be drawn from at random, over all partitions [default: each partition's order]
+    #[arg(
+        long,
+        env = "SLUICE_TRAIN_SHUFFLE_BUFFER",
+        value_name = "DOCUMENTS",
+        default_value_t = 0,
+        hide_default_value = true
+    )]
+    shuffle_buffer: usize,
+    /// Fingerprint of a reference model whose losses are accepted; repeatable, in the environment one a line
+    /// [default: that of the first record]
+    #[arg(
+        long = "reference-model",
+        env = "SLUICE_TRAIN_REFERENCE_MODEL",
+        value_name = "SHA256",
+        value_delimiter = '\n'
+    )]
+    reference_models: Vec<Fingerprint>,
+    #[command(flatten)]
+    selection: SelectionArguments,
+    #[command(flatten)]
+    broker: BrokerArguments,
+    #[command(flatten)]
+    model: ModelArguments,
+    #[command(flatten)]
+    optimization: OptimizationArguments,
+    #[command(flatten)]
+    output: OutputArguments,
+}
+
+/// Trains on a scored topic.
+pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
+    let RunArguments { selection, optimization, model, output, .. } = arguments;
+    if arguments.world_size.is_some() {
+        let error = "--world-size is no more: a run reads every partition in turn, in an order that no number of ranks \
+                     changes; for the steps of --world-size W --accumulate A give --accumulate W*A";
+        return Err(Failure::Usage(error.to_owned()).into());
+    }
+    let objective = selection.objective(arguments.steps)?;
+    // Here as well, so that a wrong flag is found before a folder is made.
+    let schedule = optimization.schedule(arguments.steps)?;
+    let packing = optimization.packing()?;
+    let extent = arguments.extent();
+    let stop = stop_on_signals()?;
+    let broker = arguments.broker.broker()?;
+    let telemetry = output.telemetry()?;
+    let broker = broker.observed(Arc::new(telemetry.clone()));
+    let tokenizer = TextTokenizer::read(&arguments.tokenizer)?;
+    // Before the broker is asked for anything.
+    model.check(&tokenizer, optimization.sequence_length)?;
+    let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
+        .needing_entropies(objective.needs().reference_entropy)
+        .allowing(&arguments.reference_models);
+    let Some(len) = arguments.sequence_length(&broker, extent, &decoder, &stop)? else {
+        say(format_args!("stopped by a signal before the topic held a record"));
+        return Ok(());
+    };
+    let feed_plan = FeedPlan {
+        topic: arguments.topic.clone(),
+        extent,
+        shape: BatchShape { rows: optimization.batch_size, len },
+        packing,
+        micro_batches: optimization.accumulate,
+        shuffle_buffer: arguments.shuffle_buffer,
+        seed: optimization.seed,
+    };
+    let mut setup = set_up(model, optimization, output, &tokenizer, feed_plan.shape)?;
+    selection.give_history(&mut setup.learner)?;
+    if let Some(checkpoint) = setup.checkpoint().map(Path::to_owned) {
+        // The history is as it was in the checkpoint.
+        setup.learner.load(&checkpoint).or_data()?;
+    }
+    let plan = plan(objective, schedule, optimization, output);
+    let settings = [("stream", arguments.stream_settings()), ("history", selection.history_settings())];
+    let described = described("run", &setup.learner, model, optimization, settings)?;
+    let record = setup.record(described, &plan, &feed_plan)?;
+    let begun = setup.begun(&record)?;
+    say_begun(&setup, begun.as_ref());
+    let snapshot = begun.as_ref().map(Begun::feed);
+    let feed = Feed::open(broker, feed_plan, Shard::WHOLE, snapshot, decoder, Arc::clone(&stop))?;
+    train(setup, plan, record, begun, feed, (&stop, telemetry))
+}
+
+impl RunArguments {
+    /// Tokens of a sequence: as given, as the run that is gone on with has them, or as many as the reference's windows
+    /// hold, which the first record of the topic says. `None` where the run was asked to stop before there was one.
+    fn sequence_length(
+        &self,
+        broker: &Broker,
+        extent: Extent,
+        decoder: &Decoder,
+        stop: &AtomicBool,
+    ) -> anyhow::Result<Option<usize>> {
+        if let Some(given) = self.optimization.sequence_length {
+            return Ok(Some(given));
+        }
+        if self.output.resume
+            && let Some(record) = recorded(&self.output.out)
+        {
+            return Ok(Some(record.sequence_length));
+        }
+        let context = first_context(broker, &self.topic, extent, decoder, stop)?;
+        let Some(context) = context else {
+            let is_stopped = stop.load(Ordering::Relaxed);
+            return if is_stopped {
+                Ok(None)
+            } else {
+                Err(StreamError::EmptyTopic(self.topic.clone()).into())
+            };
+        };
+        let window = context.window as usize;
+        let longest = self.model.longest_sequence()?.unwrap_or(window);
+        let len = window.min(longest);
+        if len < 2 {
+            let error = format!(
+                "the first record of {:?} was scored in windows of {window} tokens: give --sequence-length",
+                self.topic
+            );
+            return Err(Failure::Data(error).into());
+        }
+        tracing::info!(
+            window,
+            "sequences of {len} tokens, by the reference model's windows (--sequence-length)"
+        );
+        Ok(Some(len))
+    }
+
+    fn extent(&self) -> Extent {
+        match self.epochs {
+            Some(epochs) => Extent::UntilEnd { epochs },
+            None if self.until_end => Extent::UntilEnd { epochs: 1 },
+            None => Extent::Follow,
+        }
+    }
+
+    fn stream_settings(&self) -> Value {
+        let mut settings = stream_settings(&self.topic, &self.broker);
+        settings["extent"] = json!(self.extent());
+        settings["shuffle_buffer"] = self.shuffle_buffer.into();
+        let allowed: Vec<String> = self.reference_models.iter().map(ToString::to_string).collect();
+        settings["reference_models"] = allowed.into();
+        settings
+    }
+}

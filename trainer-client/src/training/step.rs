@@ -1,0 +1,97 @@
+//! One optimizer step: losses to a choice, the chosen ones to a gradient, the gradient to the weights.
+
+use anyhow::bail;
+use sluice_feed::batch::PackedBatch;
+use sluice_feed::cut::Piece;
+use sluice_feed::select::{Choice, Needs, Signals, Thresholds, Turn};
+use sluice_feed::sources::SourceNames;
+
+use super::books::Books;
+use super::learner::{Learner, Measured, StepOutcome};
+use super::plan::Plan;
+use crate::run::metrics::{ScoresMetric, StepMetric};
+use crate::watch::stage::Stage;
+use crate::watch::telemetry::{Refused, Telemetry};
+
+/// What takes a step.
+pub(super) struct Stepper<'a> {
+    pub learner: &'a mut dyn Learner,
+    pub plan: &'a Plan,
+    /// Tokens of a sequence.
+    pub row_len: usize,
+    pub telemetry: &'a Telemetry,
+}
+
+impl Stepper<'_> {
+    /// The step of this number. Where micro-batches compete with one another, each runs forward once more, after the
+    /// losses of all have decided.
+    pub fn take(
+        self,
+        step: u64,
+        batch: &[PackedBatch],
+        thresholds: &mut Thresholds,
+        sources: &mut SourceNames,
+    ) -> anyhow::Result<(StepMetric, Option<ScoresMetric>)> {
+        let Self { learner, plan, row_len, telemetry } = self;
+        let Plan { objective, schedule, .. } = plan;
+        let turn = plan.turn(step);
+        let mut needs = objective.needs();
+        let mut books = Books::new(objective);
+        if plan.counts_scores(step) {
+            books = books.counting_scores();
+        }
+        let mut decided = None;
+        if batch.len() > 1 && objective.needs_whole_batch(step) {
+            telemetry.enter(Stage::Forward);
+            let measured: Vec<Measured> =
+                batch.iter().map(|packed| learner.measure(&packed.batch, needs)).collect();
+            let signals: Vec<Signals<'_>> = measured
+                .iter()
+                .zip(batch)
+                .map(|(measured, packed)| measured.signals(&packed.batch))
+                .collect();
+            telemetry.enter(Stage::Select);
+            decided = Some(objective.select(&signals, row_len, turn, thresholds).into_iter());
+            needs = Needs::default();
+        }
+        for (micro_batch, packed) in (0..).zip(batch) {
+            telemetry.enter(Stage::Forward);
+            learner.accumulate(&packed.batch, needs, &mut |measured| {
+                telemetry.enter(Stage::Select);
+                let choice = if let Some(choices) = &mut decided {
+                    choices.next()
+                } else {
+                    let turn = Turn { micro_batch, ..turn };
+                    objective.select(&[measured.signals(&packed.batch)], row_len, turn, thresholds).pop()
+                };
+                let choice: Choice = choice.unwrap_or_default();
+                books.add(packed, &measured.losses, &choice, sources);
+                telemetry.enter(Stage::Backward);
+                choice.kept
+            });
+        }
+        telemetry.enter(Stage::Optimizer);
+        let learning_rate = schedule.at(step);
+        let StepOutcome { kept_loss, kept, gradient_norm } = learner.update(learning_rate);
+        let may_keep_nothing = objective.may_keep_nothing() && books.has_scored();
+        // A step of nothing but pieces that are read under other contexts than the reference's has nothing to choose.
+        let is_masked = || batch.iter().flat_map(|packed| &packed.rows).flatten().all(Piece::is_masked);
+        if kept == 0 && !may_keep_nothing && !is_masked() {
+            telemetry.refused(Refused::NothingKept);
+            bail!(
+                "step {step} found no token to learn from: no score of its batch is a number; if the selection and the \
+                 topic are as intended, lower --learning-rate"
+            );
+        }
+        if kept > 0 && !(kept_loss.is_finite() && gradient_norm.is_finite()) {
+            telemetry.refused(Refused::NotFinite);
+            bail!(
+                "step {step} is not finite (loss {kept_loss}, gradient norm {gradient_norm}) and was not taken; lower \
+                 --learning-rate or lengthen --warmup-steps, and start again"
+            );
+        }
+        let loss = (kept > 0).then_some(kept_loss);
+        let scores = books.take_scores().map(|histogram| ScoresMetric { step, histogram });
+        Ok((StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() }, scores))
+    }
+}
