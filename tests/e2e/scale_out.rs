@@ -244,7 +244,6 @@ fn records_that_are_gone_before_they_were_read_are_named_and_the_way_on_with_the
     let earlier = cluster.daemon(&[]);
     cluster.wait_scored(10);
     assert_eq!(earlier.stop().code(), Some(0));
-    // Ten records and the mark of no transaction.
     cluster.send_to(Some(1), 10..30, 20);
     cluster.kafka.remove_records("sluice.documents", 1, 25);
     let mut daemon = cluster.daemon(&[]);
