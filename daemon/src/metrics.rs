@@ -74,6 +74,8 @@ pub struct Metrics {
     pub consumer_lag: IntGauge,
     /// Partitions that this daemon reads.
     pub assigned_partitions: IntGauge,
+    /// Partitions that are assigned to this daemon and not read yet.
+    pub unplaced_partitions: IntGauge,
     /// 1 while reading is paused because the budget is used up.
     pub paused: IntGauge,
     /// Tokens from reading to committing.
@@ -189,6 +191,10 @@ impl Metrics {
                 "Records of the assigned partitions that are not published yet.",
             )?,
             assigned_partitions: gauge("sluiced_assigned_partitions", "Partitions that this daemon reads.")?,
+            unplaced_partitions: gauge(
+                "sluiced_unplaced_partitions",
+                "Partitions that are assigned and not read yet, because their committed offset is not to be had.",
+            )?,
             paused: gauge("sluiced_paused", "1 while reading is paused because the budget is used up.")?,
             in_flight_tokens: gauge("sluiced_in_flight_tokens", "Tokens from reading to committing.")?,
             oldest_in_flight_seconds: gauge(

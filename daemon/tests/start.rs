@@ -41,10 +41,17 @@ fn a_start_is_over_when_the_group_has_spoken() {
         while !health.has_started() && begun.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let seen = (health.has_started(), metrics.rebalances.get(), health.not_ready());
+        let seen = (health.has_started(), metrics.rebalances.get());
+        // Then their offsets are asked for.
+        while health.not_ready().is_some() && begun.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let placed =
+            (health.not_ready(), metrics.assigned_partitions.get(), metrics.unplaced_partitions.get());
         // Before anything is asserted: the reading loop would never end.
         health.stop();
-        assert_eq!(seen, (true, 1, None), "the first turn comes before the first assignment");
+        assert_eq!(seen, (true, 1), "the first turn comes before the first assignment");
+        assert_eq!(placed, (None, 2, 0));
     });
     assert!(ledger.is_finished());
 }

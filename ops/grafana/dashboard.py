@@ -140,6 +140,7 @@ ROWS: dict[str, list[Panel]] = {
             "short",
             {
                 "{{instance}} partitions": gauge("sluiced_assigned_partitions"),
+                "{{instance}} not read yet": gauge("sluiced_unplaced_partitions"),
                 "{{instance}} broker": gauge("sluiced_broker_up"),
             },
         ),

@@ -33,6 +33,24 @@ fn longest_stall(daemon: &Daemon, holds: impl Fn() -> bool) -> Duration {
     longest
 }
 
+/// An open transaction of nobody's, which holds up the offsets of these partitions.
+fn hold(cluster: &Cluster, partitions: &[i32]) -> ThreadedProducer<DefaultProducerContext> {
+    let mut settings = ClientConfig::new();
+    settings.set("bootstrap.servers", cluster.servers());
+    let member: BaseConsumer = settings.clone().set("group.id", "sluiced").create().unwrap();
+    let mut offsets = TopicPartitionList::new();
+    for &partition in partitions {
+        offsets.add_partition("sluice.documents", partition);
+    }
+    let offsets = member.committed_offsets(offsets, CALL).unwrap();
+    let producer: ThreadedProducer<DefaultProducerContext> =
+        settings.set("transactional.id", "holds-up").create().unwrap();
+    producer.init_transactions(CALL).unwrap();
+    producer.begin_transaction().unwrap();
+    producer.send_offsets_to_transaction(&offsets, &member.group_metadata().unwrap(), CALL).unwrap();
+    producer
+}
+
 #[test]
 fn daemons_join_and_leave_while_the_others_go_on() {
     const DOCUMENTS: usize = 30_000;
@@ -109,28 +127,15 @@ fn an_offset_that_an_open_transaction_holds_up_is_waited_for() {
     cluster.wait_scored(BEFORE);
     assert_eq!(earlier.stop().code(), Some(0));
 
-    // Nobody's transaction, which holds up every partition's offset.
-    let mut settings = ClientConfig::new();
-    settings.set("bootstrap.servers", cluster.servers());
-    let member: BaseConsumer = settings.clone().set("group.id", "sluiced").create().unwrap();
-    let mut offsets = TopicPartitionList::new();
-    for partition in 0..PARTITIONS {
-        offsets.add_partition("sluice.documents", partition);
-    }
-    let offsets = member.committed_offsets(offsets, CALL).unwrap();
-    let producer: ThreadedProducer<DefaultProducerContext> =
-        settings.set("transactional.id", "holds-up").create().unwrap();
-    producer.init_transactions(CALL).unwrap();
-    producer.begin_transaction().unwrap();
-    producer.send_offsets_to_transaction(&offsets, &member.group_metadata().unwrap(), CALL).unwrap();
-
+    let holder = hold(&cluster, &(0..PARTITIONS).collect::<Vec<_>>());
     let first = cluster.daemon(&["--kafka-instance", "first"]);
     first.wait("an assignment", |daemon| daemon.metric("sluiced_rebalances_total") >= 1);
     let second = cluster.daemon(&["--kafka-instance", "second"]);
     second.wait("an assignment", |daemon| daemon.metric("sluiced_rebalances_total") >= 1);
     first.wait("a rebalance", |daemon| daemon.metric("sluiced_rebalances_total") >= 3);
-    assert_eq!(first.get("/ready"), (503, "no partition is assigned yet\n".to_owned()));
-    producer.abort_transaction(CALL).unwrap();
+    let (status, why) = first.get("/ready");
+    assert!(status == 503 && why.starts_with("no assigned partition can be read yet"), "{why}");
+    holder.abort_transaction(CALL).unwrap();
 
     cluster.send(BEFORE..AFTER, 20);
     cluster.wait_scored(AFTER);
@@ -138,6 +143,120 @@ fn an_offset_that_an_open_transaction_holds_up_is_waited_for() {
         assert_eq!(daemon.stop().code(), Some(0));
     }
     cluster.assert_each_once(AFTER);
+}
+
+/// The ordinary fail-over: a node died in the middle of a commit, and the transaction is open until it times out.
+#[test]
+fn a_held_partition_slows_no_other_and_shows() {
+    const HELD: i32 = 2;
+    const EACH: usize = 100;
+    const QUEUE: usize = 500;
+    let cluster = Cluster::with_topics(4);
+    let mut sent = 0;
+    let mut send = |partition: i32, documents: usize| {
+        cluster.send_to(Some(partition), sent..sent + documents, 20);
+        sent += documents;
+        sent
+    };
+    for partition in 0..4 {
+        send(partition, EACH);
+    }
+    let earlier = cluster.daemon(&[]);
+    cluster.wait_scored(4 * EACH);
+    assert_eq!(earlier.stop().code(), Some(0));
+
+    let holder = hold(&cluster, &[HELD]);
+    for partition in 0..4 {
+        send(partition, QUEUE);
+    }
+    let daemon = cluster.daemon(&[]);
+    daemon.wait("the other partitions", |daemon| daemon.finished() >= 3 * QUEUE);
+    assert_eq!(daemon.get("/ready").0, 200);
+    // What comes while the client is asked for the held offset again and again is read at once.
+    let begun = Instant::now();
+    send(0, 4 * QUEUE);
+    daemon.wait("a partition beside it", |daemon| daemon.finished() >= 7 * QUEUE);
+    assert!(begun.elapsed() < STALL_MAX, "it took {:?}", begun.elapsed());
+    assert_eq!(daemon.metric("sluiced_assigned_partitions"), 3);
+    assert_eq!(daemon.metric("sluiced_unplaced_partitions"), 1);
+    daemon.wait("the held queue to count", |daemon| daemon.metric("sluiced_consumer_lag_records") == QUEUE);
+    daemon.wait("a word on it", |daemon| {
+        daemon.log().lines().any(|line| {
+            line.contains("a partition is assigned and not read") && line.contains("\"partition\":2")
+        })
+    });
+    assert!(daemon.log().contains("an open transaction holds its offset up"));
+
+    holder.abort_transaction(CALL).unwrap();
+    cluster.wait_scored(sent);
+    assert_eq!(daemon.metric("sluiced_unplaced_partitions"), 0);
+    assert_eq!(daemon.stop().code(), Some(0));
+    cluster.assert_each_once(sent);
+}
+
+/// The log of the held partition begins where the group has committed, as it does wherever retention has been at work: no
+/// other place in it can be read, not even for a moment.
+#[test]
+fn a_held_partition_is_not_read_before_its_place_whatever_pauses_and_resumes() {
+    const EACH: usize = 100;
+    const LONG: usize = 10;
+    let cluster = Cluster::with_topics(2);
+    for partition in 0..2_usize {
+        cluster.send_to(Some(partition as i32), partition * EACH..(partition + 1) * EACH, 20);
+    }
+    let session = ["--kafka-properties", "session.timeout.ms=6000,heartbeat.interval.ms=1000"];
+    // A document takes seconds and is all of the budget, so that reading pauses again and again.
+    let slow = ["--model-threads", "1", "--score-stride-tokens", "1", "--batch-lookahead-tokens", "20000"];
+    let budget = ["--limits-in-flight-tokens", "20000"];
+    let flags = |instance| [&slow[..], &session, &budget, &["--kafka-instance", instance]].concat();
+    let survivor = cluster.daemon(&flags("survivor"));
+    cluster.wait_scored(2 * EACH);
+    let other = cluster.daemon(&flags("other"));
+    for daemon in [&survivor, &other] {
+        daemon.wait("a share", |daemon| daemon.metric("sluiced_assigned_partitions") == 1);
+    }
+    let assigned = other.log();
+    let assigned = assigned.rsplit("\"partitions\":\"[").next().unwrap();
+    let held: i32 = assigned.split(']').next().unwrap().parse().unwrap();
+    cluster.kafka.remove_records("sluice.documents", held, EACH as i64);
+    cluster.send_to(Some(1 - held), 2 * EACH..2 * EACH + LONG, 24_000);
+    survivor.wait("a pause", |daemon| daemon.metric("sluiced_paused") == 1);
+
+    let holder = hold(&cluster, &[held]);
+    // It is killed, and nothing comes back under its name.
+    drop(other);
+    survivor.wait("the other's partition", |daemon| daemon.metric("sluiced_rebalances_total") >= 5);
+    let before = survivor.finished();
+    survivor.wait("more of its own", |daemon| daemon.finished() >= before + 2);
+    assert_eq!(survivor.metric("sluiced_unplaced_partitions"), 1);
+    holder.abort_transaction(CALL).unwrap();
+    let sent = 2 * EACH + LONG + 10;
+    cluster.send_to(Some(held), sent - 10..sent, 20);
+    cluster.wait_scored(sent);
+    assert_eq!(survivor.stop().code(), Some(0));
+    cluster.assert_each_once(sent);
+}
+
+#[test]
+fn records_that_are_gone_before_they_were_read_are_named_and_the_way_on_with_them() {
+    let cluster = Cluster::with_topics(2);
+    cluster.send_to(Some(1), 0..10, 20);
+    let earlier = cluster.daemon(&[]);
+    cluster.wait_scored(10);
+    assert_eq!(earlier.stop().code(), Some(0));
+    cluster.send_to(Some(1), 10..30, 20);
+    cluster.kafka.remove_records("sluice.documents", 1, 25);
+    let mut daemon = cluster.daemon(&[]);
+    daemon.wait_for_end(65);
+    let log = daemon.log();
+    for words in [
+        "partition 1 of the topic `sluice.documents`",
+        "at offset 10, where it would be read on (committed: 10)",
+        "its log begins at 25 and ends at 30",
+        "--topic sluice.documents:1 --to-offset 25",
+    ] {
+        assert!(log.contains(words), "`{words}` is not in: {log}");
+    }
 }
 
 /// In the client a pause outlives the assignment that it was made in.

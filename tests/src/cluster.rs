@@ -1,6 +1,7 @@
 //! A real Kafka with the daemon's topics, and daemons on it.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{ScoredDocument, TokenIds, TokenizedDocument};
 use tempfile::TempDir;
 
-use crate::{Daemon, Kafka, Shape, golden, produce, read_all};
+use crate::{Daemon, Kafka, Shape, golden, produce_to, read_all};
 
 /// Each test has a cluster to itself, and two cores have room for one at a time.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -53,7 +54,12 @@ impl Cluster {
     }
 
     /// Publishes documents of `tokens` tokens, named by number.
-    pub fn send(&self, numbers: std::ops::Range<usize>, tokens: usize) {
+    pub fn send(&self, numbers: Range<usize>, tokens: usize) {
+        self.send_to(None, numbers, tokens);
+    }
+
+    /// The same to one partition, or to each by its key.
+    pub fn send_to(&self, partition: Option<i32>, numbers: Range<usize>, tokens: usize) {
         let tokenizer = Fingerprint::of_bytes(&std::fs::read(golden("tiny-llama/tokenizer.json")).unwrap());
         let records: Vec<(String, Bytes)> = numbers
             .map(|number| {
@@ -69,7 +75,7 @@ impl Cluster {
             .collect();
         let borrowed: Vec<_> =
             records.iter().map(|(id, payload)| (id.as_str(), Some(payload.clone()))).collect();
-        produce(self.servers(), "sluice.documents", &borrowed);
+        produce_to(self.servers(), "sluice.documents", partition, &borrowed);
     }
 
     /// Ids of the scored documents that a reader of committed records finds, sorted.

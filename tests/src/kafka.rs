@@ -94,8 +94,7 @@ impl Kafka {
 
     /// Creates a topic with settings of its own.
     pub fn create_topic_with(&self, name: &str, partitions: i32, settings: &[(&str, &str)]) {
-        let admin: AdminClient<DefaultClientContext> =
-            ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap();
+        let admin = self.admin();
         let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(self.brokers as i32));
         for (key, value) in settings {
             topic = topic.set(key, value);
@@ -106,13 +105,16 @@ impl Kafka {
 
     /// Removes the records of a partition before an offset, as retention does.
     pub fn remove_records(&self, topic: &str, partition: i32, before: i64) {
-        let admin: AdminClient<DefaultClientContext> =
-            ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap();
+        let admin = self.admin();
         let mut offsets = TopicPartitionList::new();
         offsets.add_partition_offset(topic, partition, Offset::Offset(before)).unwrap();
         let removed = rdkafka_wait(admin.delete_records(&offsets, &AdminOptions::new())).unwrap();
         let first = removed.elements()[0].offset();
         assert_eq!(first, Offset::Offset(before), "the partition begins there now");
+    }
+
+    fn admin(&self) -> AdminClient<DefaultClientContext> {
+        ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap()
     }
 }
 

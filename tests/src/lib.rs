@@ -21,7 +21,7 @@ pub use daemon::{Daemon, http_get};
 pub use kafka::{Kafka, Shape};
 pub use machine::Machine;
 pub use prometheus::{Prometheus, promtool};
-pub use topic::{Record, produce, read_all};
+pub use topic::{Record, produce, produce_to, read_all};
 pub use trainer::Trainer;
 pub use trapped_model::{TRAP, write_greedy_model, write_hanging_model};
 

@@ -30,6 +30,16 @@ pub struct Record {
 
 /// Publishes records of key and payload, and waits until the broker has them.
 pub fn produce(bootstrap_servers: &str, topic: &str, records: &[(&str, Option<Bytes>)]) {
+    produce_to(bootstrap_servers, topic, None, records);
+}
+
+/// The same to one partition, whatever the keys.
+pub fn produce_to(
+    bootstrap_servers: &str,
+    topic: &str,
+    partition: Option<i32>,
+    records: &[(&str, Option<Bytes>)],
+) {
     let producer: ThreadedProducer<rdkafka::producer::DefaultProducerContext> = ClientConfig::new()
         .set("bootstrap.servers", bootstrap_servers)
         .set("message.max.bytes", "10000000")
@@ -42,6 +52,7 @@ pub fn produce(bootstrap_servers: &str, topic: &str, records: &[(&str, Option<By
         if let Some(payload) = payload {
             record = record.payload(payload.as_ref());
         }
+        record.partition = partition;
         producer.send(record).map_err(|(error, _)| error).unwrap();
     }
     producer.flush(PATIENCE).unwrap();

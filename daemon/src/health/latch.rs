@@ -12,10 +12,12 @@ pub enum Wait {
     Group,
     /// A partition to read.
     Partition,
+    /// A partition whose committed offset is known.
+    Offset,
 }
 
 /// In the order in which they are named.
-const WAITS: [Wait; 3] = [Wait::Broker, Wait::Group, Wait::Partition];
+const WAITS: [Wait; 4] = [Wait::Broker, Wait::Group, Wait::Partition, Wait::Offset];
 
 impl Wait {
     /// What is waited for, in words.
@@ -23,6 +25,7 @@ impl Wait {
         match self {
             Self::Broker => "no broker answers",
             Self::Group | Self::Partition => "no partition is assigned yet",
+            Self::Offset => "no assigned partition can be read yet: their offsets are not settled",
         }
     }
 }

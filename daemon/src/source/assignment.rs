@@ -1,8 +1,7 @@
 //! Partitions that come and go: what the client does to begin reading them, and what becomes of what is in flight.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
@@ -11,8 +10,9 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList, TopicPartitionLi
 use rdkafka::types::RDKafkaRespErr;
 
 use super::broker::Broker;
+use super::offsets::{Onlooker, committed};
 use super::placing::Placing;
-use crate::config::Config;
+use crate::config::{Config, Kafka};
 use crate::health::{Condition, Health, Latch, Wait};
 use crate::kafka::{DocumentsConsumer, GroupHooks, Hooks};
 use crate::ledger::Ledger;
@@ -21,8 +21,6 @@ use crate::outcome::Outcome;
 
 /// What librdkafka calls a partition that it reads.
 const FETCHING: &str = "active";
-/// How long one try may take to learn where to begin reading.
-const PLACE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The partitions of this member of the group, and what its client says beside them.
 pub(super) struct Assignment {
@@ -32,10 +30,14 @@ pub(super) struct Assignment {
     health: Health,
     drain: Duration,
     placing: Mutex<Placing>,
+    /// Told when there is something new to ask for, or nothing any more.
+    asked: Condvar,
     /// Held until the group has spoken for the first time.
     joining: Mutex<Option<Latch>>,
-    /// Down while no partition is read.
+    /// Down while there is no partition to read.
     reading: Condition,
+    /// Down while there are some, and none can be read yet.
+    settled: Condition,
     broker: Broker,
 }
 
@@ -52,7 +54,7 @@ impl Hooks for Assignment {
                 self.ledger.lag(p.partition, p.committed_offset, fetched, p.ls_offset.max(0))
             })
             .sum();
-        self.metrics.consumer_lag.set(lag as i64);
+        self.metrics.consumer_lag.set((lag + self.look(Placing::behind)) as i64);
         let queued = self.ledger.queued();
         self.metrics.set_queued(queued.unscored, queued.unpublished);
     }
@@ -69,14 +71,10 @@ impl Hooks for Assignment {
 
 impl GroupHooks for Assignment {
     fn rebalance(&self, consumer: &DocumentsConsumer, kind: RDKafkaRespErr, list: &mut TopicPartitionList) {
-        let changed = match kind {
-            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => self.assigned(consumer, list),
-            RDKafkaRespErr::RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS => self.revoked(consumer, list),
-            other => {
-                let error = KafkaError::Rebalance(other.into());
-                tracing::warn!(%error, "rebalance failed; the client tries again");
-                consumer.incremental_unassign(list)
-            }
+        let changed = if kind == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS {
+            self.assigned(consumer, list)
+        } else {
+            self.revoked(consumer, list)
         };
         if let Err(error) = changed {
             tracing::warn!(%error, "the client did not take the change of its partitions");
@@ -104,8 +102,10 @@ impl Assignment {
             metrics,
             drain: config.limits.drain(),
             placing: Mutex::default(),
+            asked: Condvar::new(),
             joining,
             reading,
+            settled: health.condition(Wait::Offset),
             broker: Broker::new(&health),
             health,
         }
@@ -116,35 +116,19 @@ impl Assignment {
         &self.broker
     }
 
-    /// Takes partitions over, each at the group's committed offset, or at its beginning where there is none.
+    /// Has the committed offsets of new partitions asked for; [`Self::place_known`] takes each over once its own is there.
     ///
     /// Not left to the client, which begins a partition anew when a rebalance comes while its offset is held up by an
-    /// open transaction (librdkafka 2.12, `rd_kafka_assignment_apply_offsets`): thousands of documents came twice. Here
-    /// such a partition is not read until [`Self::place_held`] knows where.
-    fn assigned(&self, consumer: &DocumentsConsumer, list: &mut TopicPartitionList) -> KafkaResult<()> {
+    /// open transaction (librdkafka 2.12, `rd_kafka_assignment_apply_offsets`): thousands of documents came twice.
+    fn assigned(&self, consumer: &DocumentsConsumer, list: &TopicPartitionList) -> KafkaResult<()> {
         let partitions = numbers(list);
         tracing::info!(?partitions, "partitions assigned");
-        self.change(|placing| placing.ask(&partitions));
-        let settled = self.committed_offsets(consumer, &partitions).unwrap_or_else(|error| {
-            tracing::debug!(%error, "committed offsets are not to be had yet");
-            HashMap::new()
-        });
-        self.change(|placing| placing.answered(&settled));
-        let taken = partitions.iter().try_for_each(|partition| {
-            // Any offset for one that is not known, but none that the client would have to ask for: the answer could come
-            // after the true one.
-            let begin = settled.get(partition).copied().unwrap_or(Offset::Offset(0));
-            list.set_partition_offset(&self.topic, *partition, begin)
-        });
-        let taken = taken.and_then(|()| consumer.incremental_assign(list));
-        taken.inspect_err(|_| self.change(|placing| placing.give_up(&partitions)))?;
-        self.begin(&settled);
-        // A pause outlives the assignment it was made in: the client would never read these, and nobody would know.
-        // Where the budget is used up, the first record that comes has them paused again.
-        consumer.resume(list)?;
-        let unplaced: Vec<i32> =
-            partitions.into_iter().filter(|partition| !settled.contains_key(partition)).collect();
-        if unplaced.is_empty() { Ok(()) } else { consumer.pause(&self.list(&unplaced)) }
+        self.note_loss(consumer);
+        // The group's protocol goes on with this word, whatever it is about.
+        let spoken = consumer.incremental_assign(&TopicPartitionList::new());
+        self.change(|placing| placing.ask(&partitions, Instant::now()));
+        self.asked.notify_all();
+        spoken
     }
 
     fn revoked(&self, consumer: &DocumentsConsumer, list: &TopicPartitionList) -> KafkaResult<()> {
@@ -156,77 +140,153 @@ impl Assignment {
             && !self.health.is_aborted()
             && self.ledger.wait_drained(&partitions, self.drain);
         tracing::info!(?partitions, drained, "partitions revoked");
+        // The client knows nothing of the others.
+        let mut placed = self.placed();
+        placed.retain(|partition| partitions.contains(partition));
         self.change(|placing| placing.give_up(&partitions));
         self.ledger.revoke(partitions);
-        consumer.incremental_unassign(list)
+        consumer.incremental_unassign(&self.list(&placed))
     }
 
-    /// Goes on with partitions whose committed offset was not to be had when they were assigned, as far as it is now.
-    pub(super) fn place_held(&self, consumer: &DocumentsConsumer) -> KafkaResult<()> {
-        let unplaced = self.look(Placing::unplaced);
-        for (partition, offset) in self.committed_offsets(consumer, &unplaced)? {
-            consumer.seek(&self.topic, partition, offset, PLACE_TIMEOUT)?;
-            consumer.resume(&self.list(&[partition]))?;
-            self.begin(&HashMap::from([(partition, offset)]));
-            tracing::info!(partition, ?offset, "reading begins, now that its offset is settled");
+    /// Begins to read the partitions whose committed offset has come.
+    pub(super) fn place_known(&self, consumer: &DocumentsConsumer) -> KafkaResult<()> {
+        let known = self.look(Placing::known);
+        if known.is_empty() || self.note_loss(consumer) {
+            return Ok(());
         }
-        Ok(())
+        let mut list = TopicPartitionList::new();
+        for &(partition, offset) in &known {
+            list.add_partition_offset(&self.topic, partition, offset)?;
+        }
+        if let Err(error) = consumer.incremental_assign(&list) {
+            let partitions: Vec<i32> = known.iter().map(|(partition, _)| *partition).collect();
+            self.change(|placing| placing.ask(&partitions, Instant::now()));
+            return Err(error);
+        }
+        self.ledger.assign(known.iter().map(|(partition, _)| *partition));
+        self.change(|placing| {
+            for (partition, offset) in known {
+                if placing.place(partition, offset) {
+                    tracing::info!(partition, ?offset, "reading begins, now that its offset is settled");
+                }
+            }
+        });
+        // A pause outlives the assignment it was made in: the client would never read these, and nobody would know.
+        // Where the budget is used up, the first record that comes has them paused again.
+        consumer.resume(&list)
     }
 
-    /// Pauses, or resumes, the partitions that are read. The others are paused until they are placed.
+    /// Begins anew with every partition that is read, from where the group has committed: what is in flight is given up.
+    pub(super) fn place_anew(&self, consumer: &DocumentsConsumer) -> KafkaResult<()> {
+        let placed = self.placed();
+        self.ledger.revoke(placed.iter().copied());
+        let changed = consumer.incremental_unassign(&self.list(&placed));
+        self.change(|placing| placing.ask(&placed, Instant::now()));
+        self.asked.notify_all();
+        changed
+    }
+
+    /// Whether the group has gone on without this member. What is in flight is another's then, which the ledger has to
+    /// be told here: any change of its assignment has the client forget about the loss (librdkafka 2.12,
+    /// `rd_kafka_cgrp_incremental_assign`), though the revocation that says so is still to come.
+    fn note_loss(&self, consumer: &DocumentsConsumer) -> bool {
+        let lost = consumer.assignment_lost();
+        if lost {
+            self.ledger.revoke(self.placed());
+        }
+        lost
+    }
+
+    /// Asks for committed offsets, one partition after the other, until [`Self::stop_asking`]. On a thread of its own,
+    /// for the client does not answer as long as an open transaction holds the offset up.
+    pub(super) fn keep_asking(&self, consumer: &DocumentsConsumer, settings: &Kafka) {
+        let mut onlooker = Onlooker::new(settings);
+        let mut placing = self.lock();
+        while !placing.is_closed() {
+            let Some(question) = placing.next_question(Instant::now()) else {
+                placing = self.asked.wait(placing).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(placing);
+            let begun = Instant::now();
+            let answer = committed(consumer, &self.topic, question.partition, question.patience);
+            let failed = answer.is_err();
+            if let Err(error) = &answer {
+                tracing::debug!(%error, partition = question.partition, "its offset is not to be had yet");
+            }
+            self.change(|placing| placing.answered(question, answer.ok()));
+            if failed && question.again {
+                let behind = onlooker.behind(question.partition).ok();
+                self.change(|placing| placing.set_behind(question, behind));
+            }
+            placing = self.lock();
+            while let Some(overdue) = placing.overdue(Instant::now()) {
+                let reason = match overdue.behind {
+                    Some(_) => "an open transaction holds its offset up (kafka-transactions.sh names it)",
+                    None => "the group's coordinator does not tell its offset",
+                };
+                tracing::warn!(
+                    partition = overdue.partition,
+                    seconds = overdue.held.as_secs(),
+                    records = overdue.behind,
+                    "a partition is assigned and not read: {reason}"
+                );
+            }
+            // One that fails at once does not get the next question at once.
+            let rest = question.patience.saturating_sub(begun.elapsed());
+            if failed && !placing.is_closed() && !rest.is_zero() {
+                let waited = self.asked.wait_timeout(placing, rest);
+                placing = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+    }
+
+    /// Ends [`Self::keep_asking`].
+    pub(super) fn stop_asking(&self) {
+        self.lock().close();
+        self.asked.notify_all();
+    }
+
+    /// Whether a partition may be known at any moment.
+    pub(super) fn is_asking(&self) -> bool {
+        self.look(Placing::is_asking)
+    }
+
+    /// Pauses, or resumes, the partitions that are read.
     pub(super) fn set_paused(&self, consumer: &DocumentsConsumer, pause: bool) {
-        let placed = self.list(&self.look(Placing::placed));
+        let placed = self.list(&self.placed());
         let changed = if pause { consumer.pause(&placed) } else { consumer.resume(&placed) };
         if let Err(error) = changed {
             tracing::warn!(%error, pause, "cannot pause or resume; trying again with the next record");
         }
     }
 
-    /// Partitions that are not read yet, because their offset was asked for in vain.
-    pub(super) fn held(&self) -> Vec<i32> {
-        self.look(Placing::held)
+    /// The partitions that are read, and where each began.
+    pub(super) fn begun(&self) -> Vec<(i32, Offset)> {
+        self.look(Placing::placed)
     }
 
-    /// Notes that partitions are read, each from its offset on.
-    fn begin(&self, offsets: &HashMap<i32, Offset>) {
-        self.ledger.assign(offsets.keys().copied());
-        self.change(|placing| {
-            for (&partition, &offset) in offsets {
-                placing.place(partition, offset);
-            }
-        });
+    fn placed(&self) -> Vec<i32> {
+        self.begun().into_iter().map(|(partition, _)| partition).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Placing> {
+        self.placing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn look<T>(&self, at: impl FnOnce(&Placing) -> T) -> T {
-        at(&self.placing.lock().unwrap_or_else(PoisonError::into_inner))
+        at(&self.lock())
     }
 
-    /// Changes what is placed, and shows how many are.
+    /// Changes what is placed, and shows how much is and how much is not.
     fn change(&self, change: impl FnOnce(&mut Placing)) {
-        let mut placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut placing = self.lock();
         change(&mut placing);
-        let placed = placing.placed().len();
-        self.reading.set_down(placed == 0);
+        let (placed, unplaced) = (placing.placed().len(), placing.unplaced());
+        self.reading.set_down(placed + unplaced == 0);
+        self.settled.set_down(placed == 0 && unplaced > 0);
         self.metrics.assigned_partitions.set(placed as i64);
-    }
-
-    /// Where to begin reading each of `partitions`, less those whose offset an open transaction holds up.
-    fn committed_offsets(
-        &self,
-        consumer: &DocumentsConsumer,
-        partitions: &[i32],
-    ) -> KafkaResult<HashMap<i32, Offset>> {
-        if partitions.is_empty() {
-            return Ok(HashMap::new());
-        }
-        let committed = consumer.committed_offsets(self.list(partitions), PLACE_TIMEOUT)?;
-        let settled = committed.elements().into_iter().filter(|element| element.error().is_ok());
-        Ok(settled
-            .map(|element| match element.offset() {
-                Offset::Offset(offset) => (element.partition(), Offset::Offset(offset)),
-                _ => (element.partition(), Offset::Beginning),
-            })
-            .collect())
+        self.metrics.unplaced_partitions.set(unplaced as i64);
     }
 
     fn list(&self, partitions: &[i32]) -> TopicPartitionList {

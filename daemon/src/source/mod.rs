@@ -2,9 +2,12 @@
 
 mod assignment;
 mod broker;
+mod gap;
+mod offsets;
 mod placing;
 
 use std::sync::Arc;
+use std::thread::{Builder, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -16,7 +19,7 @@ use rdkafka::message::{BorrowedMessage, Message as _};
 use sluice_schemas::record::{RecordError, TokenizedDocument};
 
 use crate::config::Config;
-use crate::exit::{DATA, ExitCode as _, UNAVAILABLE, USAGE};
+use crate::exit::{ExitCode as _, UNAVAILABLE, USAGE};
 use crate::health::{Health, Loop};
 use crate::job::Job;
 use crate::kafka::{self, DocumentsConsumer, GroupHooks};
@@ -30,6 +33,8 @@ use assignment::Assignment;
 const POLL: Duration = Duration::from_millis(100);
 /// How long a paused consumer waits before it looks at the budget again.
 const POLL_PAUSED: Duration = Duration::from_millis(2);
+/// How long one waits that may hear at any moment where a partition begins.
+const POLL_ASKING: Duration = Duration::from_millis(10);
 
 /// How long the budget must stay used up before reading is paused.
 const PAUSE_AFTER: Duration = Duration::from_secs(1);
@@ -93,6 +98,23 @@ impl Source<'_> {
 
     /// Reads until asked to stop, then waits until everything read is published.
     pub fn run(&self, jobs: &Sender<Job>, model: ModelIdentity) -> anyhow::Result<()> {
+        let Self { assignment, consumer, config, .. } = self;
+        std::thread::scope(|scope| {
+            let _until_the_end = StopAsking(assignment);
+            let asking = Builder::new()
+                .name("placing".to_owned())
+                .spawn_scoped(scope, || assignment.keep_asking(consumer, &config.kafka))
+                .context("cannot start a thread")?;
+            self.read(jobs, model, &asking)
+        })
+    }
+
+    fn read(
+        &self,
+        jobs: &Sender<Job>,
+        model: ModelIdentity,
+        asking: &ScopedJoinHandle<'_, ()>,
+    ) -> anyhow::Result<()> {
         let Self { consumer, assignment, config, ledger, metrics, health, .. } = self;
         let budget = config.limits.in_flight_tokens;
         let mut paused = false;
@@ -142,10 +164,20 @@ impl Source<'_> {
                     Err(error) => assignment.broker().set_down(&error.to_string()),
                 }
             }
-            if let Err(error) = assignment.place_held(consumer) {
-                tracing::debug!(%error, held = ?assignment.held(), "offsets are not settled yet");
+            if asking.is_finished() {
+                bail!("nobody asks for offsets any more; this is a defect of Sluice");
             }
-            match consumer.poll(if paused { POLL_PAUSED } else { POLL }) {
+            if let Err(error) = assignment.place_known(consumer)
+                && let Some(others) = self.notices.due("placing")
+            {
+                tracing::warn!(%error, others_since_last_warning = others, "cannot begin to read a partition");
+            }
+            let patience = match (paused, assignment.is_asking()) {
+                (true, _) => POLL_PAUSED,
+                (false, true) => POLL_ASKING,
+                (false, false) => POLL,
+            };
+            match consumer.poll(patience) {
                 None => {}
                 Some(Err(error)) => self.consumer_error(&error)?,
                 // A record that was fetched before the drain began is left for the next reader.
@@ -167,12 +199,7 @@ impl Source<'_> {
     fn consumer_error(&self, error: &KafkaError) -> anyhow::Result<()> {
         self.metrics.kafka_errors.inc();
         match error.rdkafka_error_code() {
-            // Not for a service manager to try again: a person must decide.
-            Some(RDKafkaErrorCode::AutoOffsetReset) => Err(anyhow!(
-                "the documents topic has no record any more where this group would read on: retention has removed it, or the \
-                 topic was made anew; set the group's offsets with Kafka's kafka-consumer-groups.sh --reset-offsets ({error})"
-            ))
-            .exit_code(DATA)?,
+            Some(RDKafkaErrorCode::AutoOffsetReset) => self.gap(error)?,
             Some(RDKafkaErrorCode::Fatal) => bail!("the consumer failed for good: {error}"),
             Some(RDKafkaErrorCode::AllBrokersDown) => {
                 self.assignment.broker().set_down("all brokers are down");
@@ -214,6 +241,15 @@ impl Source<'_> {
                 self.ledger.complete(ticket, Outcome::DeadLetter(letter));
             }
         }
+    }
+}
+
+/// Ends the asking with the reading, however that ends.
+struct StopAsking<'a>(&'a Assignment);
+
+impl Drop for StopAsking<'_> {
+    fn drop(&mut self) {
+        self.0.stop_asking();
     }
 }
 

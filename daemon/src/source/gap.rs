@@ -1,0 +1,53 @@
+//! Records that are gone before they were read.
+
+use anyhow::anyhow;
+use rdkafka::consumer::Consumer as _;
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::topic_partition_list::Offset;
+
+use super::offsets::committed;
+use super::{PROBE_TIMEOUT, Source};
+use crate::exit::{DATA, ExitCode as _};
+
+impl Source<'_> {
+    /// Takes the client's word that some partition cannot be read on. It does not say which, nor does it read that one
+    /// again by itself. It is believed where the log of a partition that is read has lost the place: then a person must
+    /// decide, and not a service manager try again. Otherwise reading begins anew where the group stands.
+    pub(super) fn gap(&self, error: &KafkaError) -> anyhow::Result<()> {
+        match self.lost_place() {
+            Ok(None) => tracing::warn!(%error, "the client stopped reading a partition; it begins anew"),
+            Ok(Some(words)) => return Err(anyhow!("{words} ({error})")).exit_code(DATA),
+            Err(unknown) => {
+                tracing::warn!(%error, %unknown, "the client stopped reading a partition; all begin anew");
+            }
+        }
+        Ok(self.assignment.place_anew(&self.consumer)?)
+    }
+
+    /// The partition whose log has no record where it would be read on, in words.
+    fn lost_place(&self) -> KafkaResult<Option<String>> {
+        let topic = &self.config.kafka.documents_topic;
+        let positions = self.consumer.position()?;
+        for (partition, begun) in self.assignment.begun() {
+            let position = positions.find_partition(topic, partition).map(|element| element.offset());
+            let ((Some(Offset::Offset(next)), _) | (_, Offset::Offset(next))) = (position, begun) else {
+                continue;
+            };
+            let (begin, end) = self.consumer.fetch_watermarks(topic, partition, PROBE_TIMEOUT)?;
+            if (begin..=end).contains(&next) {
+                continue;
+            }
+            let committed = match committed(&self.consumer, topic, partition, PROBE_TIMEOUT)? {
+                Offset::Offset(offset) => offset.to_string(),
+                _ => "none".to_owned(),
+            };
+            return Ok(Some(format!(
+                "partition {partition} of the topic `{topic}` has no record any more at offset {next}, where it would be read on \
+                 (committed: {committed}): its log begins at {begin} and ends at {end}, because retention has removed records or \
+                 the topic was made anew; decide where to go on and set that partition alone, with all daemons of the group \
+                 stopped: kafka-consumer-groups.sh --reset-offsets --topic {topic}:{partition} --to-offset {begin}"
+            )));
+        }
+        Ok(None)
+    }
+}
