@@ -83,9 +83,15 @@ impl Assembler {
     /// Notes that the model has taken a window of `document`; its ticket where that was the last that waited.
     pub fn hand_over(&mut self, document: u64) -> Option<Ticket> {
         let assembly = self.documents.get_mut(&document)?;
-        // The windows of a batch that failed are taken again, in its halves.
         assembly.waiting = assembly.waiting.checked_sub(1)?;
         (assembly.waiting == 0).then_some(assembly.job.ticket)
+    }
+
+    /// Notes that the model is to take a window of `document` once more, for the batch that it was in has failed.
+    pub fn take_back(&mut self, document: u64) {
+        if let Some(assembly) = self.documents.get_mut(&document) {
+            assembly.waiting += 1;
+        }
     }
 
     /// Hands the scores of `batch` to the documents they belong to, and gives out those that are finished.

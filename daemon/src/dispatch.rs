@@ -171,6 +171,9 @@ impl<'a> Dispatcher<'a> {
                     );
                 }
                 self.metrics.batches_split.inc();
+                for window in &batch.windows {
+                    self.assembler.take_back(window.document);
+                }
                 let mut first = batch.windows;
                 let second = first.split_off(first.len() / 2);
                 self.retries.extend([second, first].map(|half| Batch::new(half, self.ladder)));
