@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, Cluster, Daemon, golden, produce_to};
+use sluice_tests::{Broker, Cluster, Daemon, golden, produce};
 
 /// Longer than an end without anything to wait for takes, and far shorter than the drain deadline.
 const PROMPT: Duration = Duration::from_secs(10);
@@ -65,25 +65,22 @@ fn a_coordinator_that_is_away_shows_and_holds_up_no_end() {
 const SLOW: [&str; 6] =
     ["--model-threads", "1", "--score-stride-tokens", "1", "--limits-drain-seconds", "25"];
 
-/// Publishes a document that takes minutes.
-fn send_long(broker: &Broker, partition: i32) {
-    let tokenizer = Fingerprint::of_bytes(&std::fs::read(golden("tiny-llama/tokenizer.json")).unwrap());
-    let document = TokenizedDocument {
-        id: "long".to_owned(),
-        tokens: TokenIds::new(&vec![7; 200_000]),
-        tokenizer,
-        source: String::new(),
-        attributes: BTreeMap::new(),
-    };
-    let records = [("long", Some(document.encode()))];
-    produce_to(&broker.bootstrap_servers, "sluice.documents", Some(partition), &records);
-}
+/// Tokens of a document that takes minutes.
+const LONG: usize = 200_000;
 
 /// What the model has of a long document when the daemon is asked to stop is a batch or two of thousands.
 #[test]
 fn a_stop_waits_for_the_batch_that_runs_and_not_for_a_long_document() {
     let broker = Broker::with_sluice_topics();
-    send_long(&broker, 0);
+    let tokenizer = Fingerprint::of_bytes(&std::fs::read(golden("tiny-llama/tokenizer.json")).unwrap());
+    let document = TokenizedDocument {
+        id: "long".to_owned(),
+        tokens: TokenIds::new(&vec![7; LONG]),
+        tokenizer,
+        source: String::new(),
+        attributes: BTreeMap::new(),
+    };
+    produce(&broker.bootstrap_servers, "sluice.documents", &[("long", Some(document.encode()))]);
     let daemon = Daemon::start(&broker.bootstrap_servers, &golden("tiny-llama"), &SLOW);
     daemon.wait("some of its windows", |daemon| daemon.metric("sluiced_batch_seconds_count") >= 3);
     let begun = Instant::now();
@@ -93,14 +90,14 @@ fn a_stop_waits_for_the_batch_that_runs_and_not_for_a_long_document() {
 
 #[test]
 fn a_rebalance_does_not_wait_for_a_long_document() {
-    let broker = Broker::with_sluice_topics();
-    for partition in 0..4 {
-        send_long(&broker, partition);
+    // The mock cluster takes its time over a rebalance, whatever its members do.
+    let cluster = Cluster::with_topics(4);
+    for partition in 0..4_usize {
+        cluster.send_to(Some(partition as i32), partition..partition + 1, LONG);
     }
-    let first = Daemon::start(&broker.bootstrap_servers, &golden("tiny-llama"), &SLOW);
+    let first = cluster.daemon(&[&SLOW[..], &["--kafka-instance", "first"]].concat());
     first.wait("some of their windows", |daemon| daemon.metric("sluiced_batch_seconds_count") >= 3);
-    let second = Daemon::start(&broker.bootstrap_servers, &golden("tiny-llama"), &SLOW);
-    second.wait("its start", |daemon| daemon.metric("sluiced_rebalances_total") >= 1);
+    let second = cluster.daemon(&[&SLOW[..], &["--kafka-instance", "second"]].concat());
     let begun = Instant::now();
     second.wait("its share", |daemon| daemon.metric("sluiced_assigned_partitions") == 2);
     assert!(begun.elapsed() < PROMPT, "it took {:?}", begun.elapsed());
