@@ -60,16 +60,38 @@ impl Assembler {
         (windows, None)
     }
 
-    /// Notes that a window of `document` is about to be scored, for the first of them by asking `begin`; false where
-    /// the document was given up, now or before.
-    pub fn begin(&mut self, document: u64, begin: impl FnOnce(Ticket) -> bool) -> bool {
-        let Some(assembly) = self.documents.get_mut(&document) else { return false };
-        if !assembly.begun && !begin(assembly.job.ticket) {
+    /// Whether the windows of `document` are still to be scored, as far as `is_wanted` says; one that is not is given up.
+    pub fn wants(&mut self, document: u64, is_wanted: impl FnOnce(Ticket) -> bool) -> bool {
+        let Some(assembly) = self.documents.get(&document) else { return false };
+        let wanted = is_wanted(assembly.job.ticket);
+        if !wanted {
             self.documents.remove(&document);
-            return false;
         }
-        assembly.begun = true;
-        true
+        wanted
+    }
+
+    /// Gives up every document that is not wanted any more.
+    pub fn retain(&mut self, is_wanted: impl Fn(Ticket) -> bool) {
+        self.documents.retain(|_, assembly| is_wanted(assembly.job.ticket));
+    }
+
+    /// Whether losses of `document` are still taken in.
+    pub fn has(&self, document: u64) -> bool {
+        self.documents.contains_key(&document)
+    }
+
+    /// Notes that the model has taken a window of `document`; its ticket where that was the last that waited.
+    pub fn hand_over(&mut self, document: u64) -> Option<Ticket> {
+        let assembly = self.documents.get_mut(&document)?;
+        assembly.waiting = assembly.waiting.checked_sub(1)?;
+        (assembly.waiting == 0).then_some(assembly.job.ticket)
+    }
+
+    /// Notes that the model is to take a window of `document` once more, for the batch that it was in has failed.
+    pub fn take_back(&mut self, document: u64) {
+        if let Some(assembly) = self.documents.get_mut(&document) {
+            assembly.waiting += 1;
+        }
     }
 
     /// Hands the scores of `batch` to the documents they belong to, and gives out those that are finished.
@@ -110,8 +132,8 @@ struct Assembly {
     losses: Vec<f32>,
     entropies: Vec<f32>,
     missing: usize,
-    /// Whether the first of its windows is on its way to the model.
-    begun: bool,
+    /// Windows that the model has not taken yet.
+    waiting: usize,
 }
 
 impl Assembly {
@@ -122,7 +144,7 @@ impl Assembly {
             losses: vec![f32::NAN; tokens],
             entropies: vec![f32::NAN; tokens],
             missing: windows.iter().map(|window| window.scored().len()).sum(),
-            begun: false,
+            waiting: windows.len(),
         }
     }
 

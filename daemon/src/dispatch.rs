@@ -101,19 +101,43 @@ impl<'a> Dispatcher<'a> {
     pub fn next_batch(&mut self) -> Option<Batch> {
         while let Some(batch) = self.retries.pop().or_else(|| self.lookahead.next_batch()) {
             let rows = batch.rows();
-            let wanted: Vec<Window> = batch
-                .windows
-                .iter()
-                .filter(|window| self.assembler.begin(window.document, |ticket| self.ledger.begin(ticket)))
-                .cloned()
-                .collect();
-            match wanted.len() {
-                0 => {}
-                kept if kept == rows => return Some(batch),
-                _ => return Some(Batch::new(wanted, self.ladder)),
+            let wanted = self.wanted(batch);
+            if wanted.as_ref().map_or(0, Batch::rows) < rows {
+                self.forget_unwanted();
+            }
+            if wanted.is_some() {
+                return wanted;
             }
         }
         None
+    }
+
+    /// Forgets every document that is not to be scored any more at once: a long one has more windows than can be passed
+    /// over batch by batch.
+    fn forget_unwanted(&mut self) {
+        let Self { assembler, ledger, lookahead, .. } = self;
+        assembler.retain(|ticket| ledger.is_wanted(ticket));
+        lookahead.retain(|window| assembler.has(window.document));
+    }
+
+    /// What of `batch` is still to be computed.
+    fn wanted(&mut self, batch: Batch) -> Option<Batch> {
+        let Self { assembler, ledger, ladder, .. } = self;
+        let is_wanted =
+            |window: &&Window| assembler.wants(window.document, |ticket| ledger.is_wanted(ticket));
+        let wanted: Vec<Window> = batch.windows.iter().filter(is_wanted).cloned().collect();
+        match wanted.len() {
+            0 => None,
+            kept if kept == batch.rows() => Some(batch),
+            _ => Some(Batch::new(wanted, *ladder)),
+        }
+    }
+
+    /// Notes that the model has taken a window of each of `documents`.
+    fn hand_over(&mut self, documents: &[u64]) {
+        for ticket in documents.iter().filter_map(|&document| self.assembler.hand_over(document)) {
+            self.ledger.hand_over(ticket);
+        }
     }
 
     /// Takes in what the model made of a batch. Halves of one that failed come back from [`Self::next_batch`]; a
@@ -147,6 +171,9 @@ impl<'a> Dispatcher<'a> {
                     );
                 }
                 self.metrics.batches_split.inc();
+                for window in &batch.windows {
+                    self.assembler.take_back(window.document);
+                }
                 let mut first = batch.windows;
                 let second = first.split_off(first.len() / 2);
                 self.retries.extend([second, first].map(|half| Batch::new(half, self.ladder)));
@@ -228,7 +255,12 @@ impl<'a> Dispatcher<'a> {
             let hurry = !source_is_open || health.is_stopping() || now >= self.deadline();
             if waiting.is_none() && (self.is_ready(running) || (running == 0 && hurry)) {
                 waiting = self.next_batch();
+            } else if health.is_stopping() {
+                // What the model has not taken by now is for the next reader.
+                waiting = waiting.and_then(|batch| self.wanted(batch));
             }
+            let documents: Vec<u64> =
+                waiting.iter().flat_map(|batch| &batch.windows).map(|window| window.document).collect();
             if !source_is_open && running == 0 && waiting.is_none() && self.is_idle() {
                 return Ok(());
             }
@@ -247,6 +279,7 @@ impl<'a> Dispatcher<'a> {
                         bail!("the model's thread has ended");
                     }
                     running += 1;
+                    self.hand_over(&documents);
                 }
                 recv(runs) -> run => {
                     let Ok(run) = run else { bail!("the model's thread has ended") };

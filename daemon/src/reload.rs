@@ -26,6 +26,8 @@ pub type Load = Box<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
 pub struct Reload {
     load: Load,
     state: Mutex<State>,
+    /// Held by the reload that is under way.
+    turn: Mutex<()>,
 }
 
 struct State {
@@ -37,7 +39,8 @@ struct State {
 impl Reload {
     /// For a daemon that serves `reference` as `config` says.
     pub fn new(load: Load, config: Config, reference: Reference) -> Self {
-        Self { load, state: Mutex::new(State { in_force: (config, reference), next: None }) }
+        let state = State { in_force: (config, reference), next: None };
+        Self { load, state: Mutex::new(state), turn: Mutex::default() }
     }
 
     /// Settings and model in force.
@@ -57,8 +60,13 @@ impl Reload {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does what SIGHUP asks for, and says how it went.
+    /// Does what SIGHUP asks for, and says how it went. One at a time: a second model beside the one that is loaded would
+    /// be a third in memory.
     pub fn run(&self, metrics: &Metrics, health: &Health) {
+        let Ok(_turn) = self.turn.try_lock() else {
+            tracing::warn!("SIGHUP has no effect: a reload is under way");
+            return;
+        };
         let outcome = systemd::during_reload(|| self.prepare(health));
         match outcome {
             Ok(changed) => {
@@ -94,6 +102,9 @@ impl Reload {
         }
         if health.waits_for(Wait::Broker) {
             bail!("no broker answers, so that the loops could not begin again");
+        }
+        if health.waits_for(Wait::Coordinator) {
+            bail!("the transactions coordinator does not answer, so that the loops could not come to an end");
         }
         self.lock().next = Some((config, next));
         health.switch();

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -171,16 +171,10 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
         kafka::reach(consumer.client(), &settings.bootstrap_servers, serve).exit_code(UNAVAILABLE)?;
     kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
     println!("broker: ok, {} at {}", metadata.brokers().len(), settings.bootstrap_servers);
+    kafka::check_topics(&metadata, settings).exit_code(UNAVAILABLE)?;
     for topic in [&settings.documents_topic, &settings.scored_topic, &settings.dead_letter_topic] {
-        match kafka::partitions(&metadata, topic) {
-            Some(partitions) => println!("topic {topic}: ok, {partitions} partitions"),
-            None => {
-                return Err(anyhow!(
-                    "the topic `{topic}` does not exist at {}; create it with `sluiced topics create`",
-                    settings.bootstrap_servers
-                ))
-                .exit_code(UNAVAILABLE);
-            }
+        if let Some(partitions) = kafka::partitions(&metadata, topic) {
+            println!("topic {topic}: ok, {partitions} partitions");
         }
     }
     Ok(())

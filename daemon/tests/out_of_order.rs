@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sluice_daemon::assemble::RecordPolicy;
+use sluice_daemon::assemble::{Assembler, RecordPolicy};
 use sluice_daemon::batch::Batch;
 use sluice_daemon::config::BatchSettings;
 use sluice_daemon::dispatch::Dispatcher;
@@ -176,4 +176,23 @@ fn batches_that_finish_out_of_order_mix_up_nothing() {
     let policies = [Bos::None, Bos::Document(BOS), Bos::Window(BOS)];
     let split: u64 = (0..40).map(|seed| stress(seed, policies[seed as usize % 3])).sum();
     assert!(split > 100, "{split} batches failed and were split, which is too few to tell");
+}
+
+#[test]
+fn a_document_is_handed_over_with_the_last_of_its_windows_whatever_is_tried_again() {
+    let ledger = Ledger::default();
+    ledger.assign([0]);
+    let context = ContextPolicy { window: 4, stride: 2, bos: Bos::None };
+    let record = RecordPolicy { model: identity(), context, loss_format: LossFormat::F32, entropies: false };
+    let mut assembler = Assembler::new(record);
+    let job = job(&ledger, 0, &[1, 2, 3, 4, 5, 6, 7, 8]);
+    let ticket = job.ticket;
+    let (windows, _) = assembler.add(job);
+    let document = windows[0].document;
+    assert_eq!(windows.len(), 3);
+    assert_eq!(assembler.hand_over(document), None);
+    // Its batch has failed, and each half comes in a batch of its own.
+    assembler.take_back(document);
+    let handed_over: Vec<_> = (0..3).map(|_| assembler.hand_over(document)).collect();
+    assert_eq!(handed_over, [None, None, Some(ticket)]);
 }

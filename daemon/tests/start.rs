@@ -23,7 +23,10 @@ fn a_start_is_over_when_the_group_has_spoken() {
     let mut config = Config::default();
     config.kafka.bootstrap_servers = cluster.bootstrap_servers();
     config.kafka.delivery = Delivery::AtLeastOnce;
-    cluster.create_topic(&config.kafka.documents_topic, 2, 1).unwrap();
+    let topics = &config.kafka;
+    for topic in [&topics.documents_topic, &topics.scored_topic, &topics.dead_letter_topic] {
+        cluster.create_topic(topic, 2, 1).unwrap();
+    }
     let (ledger, metrics, health) = (Arc::new(Ledger::default()), Metrics::new().unwrap(), Health::default());
     let source = subscribe(&config, Arc::clone(&ledger), metrics.clone(), health.clone()).unwrap();
     health.set_serving();

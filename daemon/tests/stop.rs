@@ -23,7 +23,8 @@ fn publishing_goes_on_until_nothing_can_come_any_more() {
     let mut config = Config::default();
     config.kafka.bootstrap_servers = cluster.bootstrap_servers();
     config.kafka.delivery = Delivery::AtLeastOnce;
-    for topic in [&config.kafka.documents_topic, &config.kafka.dead_letter_topic] {
+    let topics = &config.kafka;
+    for topic in [&topics.documents_topic, &topics.scored_topic, &topics.dead_letter_topic] {
         cluster.create_topic(topic, 1, 1).unwrap();
     }
     let (ledger, metrics, health) = (Arc::new(Ledger::default()), Metrics::new().unwrap(), Health::default());

@@ -214,3 +214,45 @@ fn what_cannot_be_used_leaves_the_old_settings_in_force() {
     let scored = read_all(servers, "sluice.scored");
     assert_eq!(scored.len(), 40);
 }
+
+/// Loading takes as long as somebody keeps the pipe closed that stands for a file of the model.
+#[test]
+fn one_reload_is_under_way_at_a_time() {
+    let broker = Broker::with_sluice_topics();
+    let settings = Settings::new(&golden("tiny-llama"), "");
+    let daemon = settings.daemon(&broker.bootstrap_servers, &["--kafka-delivery", "at-least-once"]);
+    daemon.wait("the start", |daemon| daemon.get("/ready").0 == 200);
+    settings.write("other", &golden("tiny-llama-mask"), "");
+    let pipe = settings.folder.path().join("other/config.json");
+    let config = std::fs::read(&pipe).unwrap();
+    std::fs::remove_file(&pipe).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    daemon.signal("HUP");
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    daemon.signal("HUP");
+    daemon.wait("a word on the second", |daemon| daemon.log().contains("a reload is under way"));
+    std::fs::write(&pipe, config).unwrap();
+    daemon.wait("the first", |daemon| daemon.metric(APPLIED) == 1);
+    assert_eq!(daemon.metric(REFUSED), 0);
+    assert_eq!(daemon.stop().code(), Some(0));
+}
+
+#[test]
+fn a_reload_does_not_wait_for_a_long_document_nor_end_the_daemon() {
+    let broker = Broker::with_sluice_topics();
+    let servers = &broker.bootstrap_servers;
+    let slow = "[score]\nstride_tokens = 1\n[limits]\ndrain_seconds = 5";
+    let settings = Settings::new(&golden("tiny-llama"), slow);
+    let flags = ["--kafka-delivery", "at-least-once", "--model-threads", "1"];
+    let daemon = settings.daemon(servers, &flags);
+    daemon.wait("the start", |daemon| daemon.get("/ready").0 == 200);
+    send_tokens(servers, [(0, vec![7; 100_000])].into_iter());
+    daemon.wait("some of its windows", |daemon| daemon.metric("sluiced_batch_seconds_count") >= 3);
+    let quick = "[score]\nstride_tokens = 32";
+    settings.write("model", &golden("tiny-llama"), quick);
+    daemon.signal("HUP");
+    daemon.wait("the document, by the new settings", |daemon| daemon.finished() == 1);
+    assert_eq!(daemon.metric(APPLIED), 1);
+    assert_eq!(daemon.stop().code(), Some(0));
+    assert_eq!(read_all(servers, "sluice.scored").len(), 1);
+}

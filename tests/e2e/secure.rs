@@ -98,7 +98,10 @@ fn the_whole_line_runs_over_tls_with_each_mechanism() {
     let secure = Secure::start();
     let password_file = PathBuf::from(&secure.variables["SLUICE_KAFKA_PASSWORD_FILE"]);
     let scram = secure.password_properties("SCRAM-SHA-512", &password_file);
-    succeeded(&secure.sluiced(&["topics", "create", "sluice.documents:2"], &scram));
+    succeeded(&secure.sluiced(
+        &["topics", "create", "sluice.documents:2", "sluice.scored:2", "sluice.dead-letters:1"],
+        &scram,
+    ));
     let refused = secure.sluiced(&["topics", "create", "another:1"], &secure.token_properties());
     assert_eq!(refused.status.code(), Some(64), "the admin client has no tokens, and says so");
     let plain = secure.password_properties("PLAIN", &password_file);

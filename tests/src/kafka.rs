@@ -113,6 +113,18 @@ impl Kafka {
         assert_eq!(first, Offset::Offset(before), "the partition begins there now");
     }
 
+    /// Creates a topic of which one broker alone has all partitions.
+    pub fn create_topic_on(&self, node: i32, name: &str, partitions: usize, settings: &[(&str, &str)]) {
+        let replicas: Vec<&[i32]> = vec![std::slice::from_ref(&node); partitions];
+        let mut topic = NewTopic::new(name, partitions as i32, TopicReplication::Variable(&replicas));
+        for (key, value) in settings {
+            topic = topic.set(key, value);
+        }
+        let admin = self.admin();
+        let created = rdkafka_wait(admin.create_topics(&[topic], &AdminOptions::new()));
+        created.unwrap()[0].as_ref().unwrap();
+    }
+
     fn admin(&self) -> AdminClient<DefaultClientContext> {
         ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap()
     }

@@ -55,6 +55,12 @@ impl LookAhead {
         self.waiting.insert(at, Waiting { arrival, window });
     }
 
+    /// Takes out what is not to be `kept`.
+    pub fn retain(&mut self, kept: impl Fn(&Window) -> bool) {
+        self.waiting.retain(|waiting| kept(&waiting.window));
+        self.tokens = self.waiting.iter().map(|waiting| waiting.window.len()).sum();
+    }
+
     /// Tokens that wait, without padding.
     pub fn tokens(&self) -> usize {
         self.tokens

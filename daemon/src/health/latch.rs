@@ -14,10 +14,12 @@ pub enum Wait {
     Partition,
     /// A partition whose committed offset is known.
     Offset,
+    /// A coordinator that takes this daemon's transactions.
+    Coordinator,
 }
 
 /// In the order in which they are named.
-const WAITS: [Wait; 4] = [Wait::Broker, Wait::Group, Wait::Partition, Wait::Offset];
+const WAITS: [Wait; 5] = [Wait::Broker, Wait::Group, Wait::Partition, Wait::Offset, Wait::Coordinator];
 
 impl Wait {
     /// What is waited for, in words.
@@ -26,6 +28,7 @@ impl Wait {
             Self::Broker => "no broker answers",
             Self::Group | Self::Partition => "no partition is assigned yet",
             Self::Offset => "no assigned partition can be read yet: their offsets are not settled",
+            Self::Coordinator => "the transactions coordinator does not answer",
         }
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context as _, anyhow, bail};
 use rdkafka::client::{Client, ClientContext};
 use rdkafka::metadata::Metadata;
 
-use crate::config::Delivery;
+use crate::config::{Delivery, Kafka};
 
 /// How long a broker may take to answer the first question, and how often it is asked.
 const REACH: Duration = Duration::from_secs(10);
@@ -54,6 +54,25 @@ pub fn check_delivery<C: ClientContext>(client: &Client<C>, delivery: Delivery) 
             "this is librdkafka's mock cluster (sluiced dev-broker), which keeps no transactions; set kafka.delivery to \
              at-least-once"
         );
+    }
+    Ok(())
+}
+
+/// Refuses to begin where a topic of `settings` does not exist: records would be read that could go nowhere.
+pub fn check_topics(metadata: &Metadata, settings: &Kafka) -> anyhow::Result<()> {
+    let topics = [
+        ("documents_topic", &settings.documents_topic),
+        ("scored_topic", &settings.scored_topic),
+        ("dead_letter_topic", &settings.dead_letter_topic),
+    ];
+    for (key, topic) in topics {
+        if partitions(metadata, topic).is_none() {
+            bail!(
+                "the topic `{topic}` does not exist at {}, or this user may not see it; create it with `sluiced topics \
+                 create`, or set kafka.{key}",
+                settings.bootstrap_servers
+            );
+        }
     }
     Ok(())
 }

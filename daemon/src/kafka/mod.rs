@@ -4,7 +4,7 @@ mod cluster;
 mod context;
 mod settings;
 
-pub use cluster::{check_delivery, is_mock, partitions, reach, shape};
+pub use cluster::{check_delivery, check_topics, is_mock, partitions, reach, shape};
 pub use context::{Context, DocumentsConsumer, GroupHooks, Hooks, PlainContext};
 pub use settings::{
     check_properties, client_config, consumer_config, producer_config, setting_error, sink_config,

@@ -66,8 +66,16 @@ pub enum Failure {
     Aborted(anyhow::Error),
     /// The producer answers no more; its outcomes can be published by another, which aborts this transaction.
     Stuck,
+    /// Nobody waits for the answer any more: the daemon ends.
+    GivenUp,
     /// The process must end.
     Fatal(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Fatal(error)
+    }
 }
 
 impl Failure {
@@ -76,6 +84,7 @@ impl Failure {
         match self {
             Self::Aborted(error) | Self::Fatal(error) => error,
             Self::Stuck => anyhow!("the Kafka client does not return from a call"),
+            Self::GivenUp => anyhow!("nobody waits for the brokers' answer any more"),
         }
     }
 }

@@ -7,38 +7,32 @@
 mod error;
 mod headers;
 mod producer;
+mod transaction;
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, bail};
 use rdkafka::consumer::{CommitMode, Consumer as _};
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::KafkaResult;
 use rdkafka::producer::Producer as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::config::{Config, Delivery};
-use crate::exit::{ExitError, FENCED};
-use crate::health::{Health, Loop};
+use crate::health::{Condition, Health, Loop, Wait};
 use crate::kafka::{self, DocumentsConsumer};
 use crate::ledger::{Group, Ledger, Ticket};
-use crate::metrics::{FENCED_BY_GROUP, FENCED_BY_PRODUCER, Metrics};
+use crate::metrics::Metrics;
 use crate::notice::Notices;
 use crate::outcome::{DeadLetter, Outcome};
-use error::{Failure, Verdict, classify, is_fenced_by_group, is_too_large};
+use error::{Failure, is_too_large};
 use headers::headers;
-use producer::{RecordProducer, Stuck};
+use producer::{RecordProducer, wait_delivered};
 
 const IDLE: Duration = Duration::from_millis(100);
 /// How long one call to the broker may take before the loop shows a sign of life and makes it again.
 const CALL: Duration = Duration::from_secs(1);
-/// The same for calls of a transaction, which wait for the broker's word: each resumed call is a chance for the client
-/// to lose its place.
-const TRANSACTION_CALL: Duration = Duration::from_secs(30);
-/// Wait between an aborted transaction and the next try.
-const ABORT_WAIT: Duration = Duration::from_millis(200);
 
 /// Records that were in a batch which the broker refused as too large.
 type Suspects = HashSet<Ticket>;
@@ -57,13 +51,14 @@ pub struct Sink<'a> {
     metrics: &'a Metrics,
     health: &'a Health,
     notices: Notices,
+    /// Down while the transactions coordinator does not answer.
+    coordinator: Condition,
     /// When the open transaction began, by the clock that goes on while a machine sleeps.
     begun: Cell<Option<SystemTime>>,
 }
 
 impl<'a> Sink<'a> {
-    /// A producer for `config`'s brokers; where delivery is exactly once, whatever an earlier daemon with the same
-    /// transactional id left open is resolved first.
+    /// A producer for `config`'s brokers.
     pub fn new(
         config: &'a Config,
         consumer: &'a DocumentsConsumer,
@@ -74,22 +69,37 @@ impl<'a> Sink<'a> {
         let producer = new_producer(config)?;
         let notices = Notices::default();
         let delivery = config.kafka.delivery;
+        let coordinator = health.condition(Wait::Coordinator);
+        coordinator.set_down(delivery == Delivery::ExactlyOnce);
         let begun = Cell::new(None);
-        let sink = Self { producer, delivery, config, consumer, ledger, metrics, health, notices, begun };
-        if sink.delivery == Delivery::ExactlyOnce {
-            sink.resolve_open_transaction()?;
-        }
-        Ok(sink)
+        Ok(Self {
+            producer,
+            delivery,
+            config,
+            consumer,
+            ledger,
+            metrics,
+            health,
+            notices,
+            coordinator,
+            begun,
+        })
     }
 
-    /// Takes over the transactional id: what an earlier producer with the same one left open is aborted.
-    fn resolve_open_transaction(&self) -> anyhow::Result<()> {
-        self.insist(|| self.producer.client.init_transactions(TRANSACTION_CALL))
-            .map_err(|failure| failure.into_error().context("cannot begin with transactions"))
-    }
-
-    /// Publishes and commits until asked to stop and nothing is in flight any more.
+    /// Publishes and commits until asked to stop and nothing is in flight any more. Where delivery is exactly once,
+    /// whatever an earlier daemon with the same transactional id left open is resolved first.
     pub fn run(&mut self) -> anyhow::Result<()> {
+        match self.publish() {
+            // The daemon ends, and another loop says why, or there is nothing to publish.
+            Ok(()) | Err(Failure::GivenUp) => Ok(()),
+            Err(failure) => Err(failure.into_error()),
+        }
+    }
+
+    fn publish(&mut self) -> Result<(), Failure> {
+        if self.delivery == Delivery::ExactlyOnce {
+            self.resolve_open_transaction()?;
+        }
         loop {
             self.health.beat(Loop::Sink);
             let limits = &self.config.limits;
@@ -149,122 +159,8 @@ impl<'a> Sink<'a> {
         }
     }
 
-    /// Records and offsets in one transaction, begun only now that everything is scored. After an abort the same
-    /// outcomes go into another, less those whose partition was taken away meanwhile.
-    fn deliver_exactly_once(&mut self, group: &mut Group<Outcome>) -> anyhow::Result<()> {
-        let mut suspects = HashSet::new();
-        loop {
-            self.ledger.drop_revoked(group);
-            if group.is_empty() {
-                return Ok(());
-            }
-            match self.transaction(group, &suspects) {
-                Ok(()) => {
-                    self.metrics.commits.inc();
-                    return Ok(());
-                }
-                Err(Failure::Fatal(error)) => return Err(error),
-                Err(Failure::Aborted(error)) => {
-                    tracing::info!(error = format!("{error:#}"), "transaction aborted; trying again");
-                    self.metrics.aborts.inc();
-                    self.insist(|| self.producer.client.abort_transaction(TRANSACTION_CALL))
-                        .map_err(Failure::into_error)?;
-                    self.sort_out_refused(group, &mut suspects)?;
-                    std::thread::sleep(ABORT_WAIT);
-                }
-                Err(Failure::Stuck) => {
-                    tracing::warn!(
-                        "the Kafka client does not return from a call; going on with a new producer"
-                    );
-                    self.metrics.producers_replaced.inc();
-                    self.producer = new_producer(self.config)?;
-                    self.resolve_open_transaction()?;
-                }
-            }
-        }
-    }
-
-    fn transaction(&self, group: &mut Group<Outcome>, suspects: &Suspects) -> Result<(), Failure> {
-        let client = &self.producer.client;
-        self.begun.set(Some(SystemTime::now()));
-        client.begin_transaction().map_err(|error| self.judge(error))?;
-        for index in 0..group.len() {
-            self.send(group, index, suspects)?;
-        }
-        let offsets = self.offsets(&Ledger::commit_points(group));
-        let Some(membership) = self.consumer.group_metadata() else {
-            return Err(Failure::Fatal(anyhow!("the consumer is not a member of a group")));
-        };
-        // In this order: a membership that was taken before its loss is refused by the broker, and one that was taken
-        // after it, which may be a new one without these partitions, is found here.
-        if self.consumer.assignment_lost() || !self.ledger.is_current(group) {
-            self.metrics.fences.with_label_values(&[FENCED_BY_GROUP]).inc();
-            return Err(Failure::Aborted(anyhow!("partitions have moved to another daemon meanwhile")));
-        }
-        let membership = Arc::new(membership);
-        self.insist_unless_stuck(|| {
-            let sign_of_life = || self.health.beat(Loop::Sink);
-            self.producer.send_offsets(&offsets, &membership, TRANSACTION_CALL, sign_of_life)
-        })?;
-        self.insist(|| {
-            self.producer.wait_delivered(CALL);
-            client.commit_transaction(TRANSACTION_CALL)
-        })
-    }
-
-    /// Makes one call again and again while its error is one that passes.
-    fn insist(&self, call: impl Fn() -> KafkaResult<()>) -> Result<(), Failure> {
-        self.insist_unless_stuck(|| Ok(call()))
-    }
-
-    /// [`Self::insist`] on a call that may never return.
-    fn insist_unless_stuck(&self, call: impl Fn() -> Result<KafkaResult<()>, Stuck>) -> Result<(), Failure> {
-        loop {
-            self.health.beat(Loop::Sink);
-            let Err(error) = call().map_err(|Stuck| Failure::Stuck)? else { return Ok(()) };
-            if classify(&error) != Verdict::Retry {
-                return Err(self.judge(error));
-            }
-            if self.health.is_aborted() {
-                return Err(Failure::Fatal(anyhow!("gave up; the next start resolves the open transaction")));
-            }
-        }
-    }
-
-    fn judge(&self, error: KafkaError) -> Failure {
-        if is_fenced_by_group(&error) {
-            self.metrics.fences.with_label_values(&[FENCED_BY_GROUP]).inc();
-        }
-        match classify(&error) {
-            Verdict::Abort | Verdict::Retry => Failure::Aborted(error.into()),
-            Verdict::Fatal => Failure::Fatal(anyhow!(error).context("the producer failed for good")),
-            Verdict::Fenced => {
-                self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
-                Failure::Fatal(self.fenced(error))
-            }
-        }
-    }
-
-    /// Brokers fence a producer off when another one has its transactional id, and when it left a transaction open for
-    /// too long: a daemon that was suspended does, and a new start helps it. Against the other nothing helps but a person.
-    fn fenced(&self, error: KafkaError) -> anyhow::Error {
-        let timeout = kafka::transaction_timeout(&self.config.kafka).unwrap_or_default();
-        let open = self.begun.get().and_then(|begun| begun.elapsed().ok()).unwrap_or_default();
-        if open >= timeout {
-            return anyhow!(error).context(format!(
-                "the brokers have given up a transaction that was open for {} s; the next start reads its records again",
-                open.as_secs()
-            ));
-        }
-        let id = kafka::transactional_id(&self.config.kafka);
-        let error = anyhow!(error).context(format!(
-            "another daemon has taken over the transactional id `{id}`; give every daemon its own kafka.instance"
-        ));
-        ExitError { code: FENCED, error }.into()
-    }
-
     /// Records first, and once the broker has confirmed them all, the offsets.
-    fn deliver_at_least_once(&self, group: &mut Group<Outcome>) -> anyhow::Result<()> {
+    fn deliver_at_least_once(&self, group: &mut Group<Outcome>) -> Result<(), Failure> {
         self.ledger.drop_revoked(group);
         let mut suspects = HashSet::new();
         let mut unsent: Vec<usize> = (0..group.len()).collect();
@@ -273,7 +169,10 @@ impl<'a> Sink<'a> {
                 .iter()
                 .try_for_each(|&index| self.send(group, index, &suspects))
                 .and_then(|()| self.flush());
-            sent.map_err(|failure| failure.into_error().context("cannot publish"))?;
+            sent.map_err(|failure| match failure {
+                Failure::GivenUp => failure,
+                failure => Failure::Fatal(failure.into_error().context("cannot publish")),
+            })?;
             unsent = self.sort_out_refused(group, &mut suspects)?;
         }
         self.ledger.drop_revoked(group);
@@ -320,8 +219,8 @@ impl<'a> Sink<'a> {
     /// Waits for the broker's word on every record that was handed over.
     fn flush(&self) -> Result<(), Failure> {
         self.insist(|| {
-            self.producer.wait_delivered(CALL);
-            self.producer.client.flush(CALL)
+            wait_delivered(&self.producer.client, CALL);
+            Ok(self.producer.client.flush(CALL))
         })
     }
 

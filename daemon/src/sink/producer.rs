@@ -19,12 +19,20 @@ const QUEUE_FULL_WAIT: Duration = Duration::from_millis(10);
 const DELIVERY_TURN: Duration = Duration::from_millis(1);
 /// How long after its timeout a call into librdkafka is taken never to return.
 const OVERDUE: Duration = Duration::from_secs(5);
-/// How often the caller of a call that takes long hears that it is still waited for.
+/// How often the caller of a call that takes long is asked whether it is still waited for.
 const TURN: Duration = Duration::from_secs(1);
 
-/// A call into librdkafka that has not returned long after its timeout; its producer is of no more use.
-#[derive(Debug)]
-pub struct Stuck;
+/// Why a call into librdkafka is waited for no more; its producer is of no more use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unanswered {
+    /// It has not returned long after its timeout.
+    Stuck,
+    /// Whoever made it does not want the answer any more.
+    GivenUp,
+}
+
+/// librdkafka's producer.
+pub type Client = ThreadedProducer<Context>;
 
 /// Collects the records that the broker did not take, each by its index in the group.
 #[derive(Debug, Default)]
@@ -49,7 +57,7 @@ impl ProducerContext for Context {
 /// A producer with a thread of its own that serves its callbacks.
 pub struct RecordProducer {
     /// librdkafka's producer.
-    pub client: ThreadedProducer<Context>,
+    pub client: Client,
 }
 
 impl RecordProducer {
@@ -82,48 +90,67 @@ impl RecordProducer {
         }
     }
 
-    /// Waits until the broker's word on every record has come.
+    /// Makes a call of a transaction, which should take no longer than `timeout`. Every second meanwhile, `goes_on` hears
+    /// for how long it has been waited for, and says whether to wait on.
     ///
-    /// Before [`Producer::flush`] and a commit, which wait in steps of a tenth of a second where the client's own thread
-    /// serves the deliveries: as long as all the rest of a transaction takes.
-    pub fn wait_delivered(&self, timeout: Duration) {
-        let deadline = Instant::now() + timeout;
-        while self.client.in_flight_count() > 0 && Instant::now() < deadline {
-            std::thread::sleep(DELIVERY_TURN);
+    /// On a thread of its own, because librdkafka may wait without end for a group coordinator that was restarted,
+    /// whatever the timeout (confluentinc/librdkafka issues 5456 and 5511), and because a stop is not to wait for a
+    /// coordinator that is gone. The producer can be left alone then: the next one of its transactional id fences it.
+    pub fn call(
+        &self,
+        timeout: Duration,
+        goes_on: impl Fn(Duration) -> bool,
+        call: impl FnOnce(&Client, Duration) -> KafkaResult<()> + Send + 'static,
+    ) -> Result<KafkaResult<()>, Unanswered> {
+        let (answer, answered) = bounded(1);
+        let client = self.client.clone();
+        std::thread::spawn(move || {
+            // Nobody listens any more where the answer came too late.
+            let _ = answer.send(call(&client, timeout));
+        });
+        let begun = Instant::now();
+        let deadline = begun + timeout + OVERDUE;
+        loop {
+            match answered.recv_deadline(deadline.min(Instant::now() + TURN)) {
+                Ok(result) => return Ok(result),
+                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => {
+                    if !goes_on(begun.elapsed()) {
+                        return Err(Unanswered::GivenUp);
+                    }
+                }
+                Err(_) => return Err(Unanswered::Stuck),
+            }
         }
     }
 
-    /// Enters offsets into the open transaction, and calls `waiting` every second meanwhile.
-    ///
-    /// On a thread of its own, because librdkafka may wait without end for a group coordinator that was restarted,
-    /// whatever the timeout (confluentinc/librdkafka issues 5456 and 5511). A producer that is stuck there can be
-    /// left alone: it has not been asked to commit, and the next producer of its transactional id fences it.
+    /// Enters offsets into the open transaction; see [`Self::call`].
     pub fn send_offsets(
         &self,
         offsets: &TopicPartitionList,
         membership: &Arc<ConsumerGroupMetadata>,
         timeout: Duration,
-        waiting: impl Fn(),
-    ) -> Result<KafkaResult<()>, Stuck> {
-        let (answer, answered) = bounded(1);
-        let (client, offsets, membership) = (self.client.clone(), offsets.clone(), Arc::clone(membership));
-        std::thread::spawn(move || {
-            // Nobody listens any more where the answer came too late.
-            let _ = answer.send(client.send_offsets_to_transaction(&offsets, &membership, timeout));
-        });
-        let deadline = Instant::now() + timeout + OVERDUE;
-        loop {
-            match answered.recv_deadline(deadline.min(Instant::now() + TURN)) {
-                Ok(result) => return Ok(result),
-                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => waiting(),
-                Err(_) => return Err(Stuck),
-            }
-        }
+        goes_on: impl Fn(Duration) -> bool,
+    ) -> Result<KafkaResult<()>, Unanswered> {
+        let (offsets, membership) = (offsets.clone(), Arc::clone(membership));
+        self.call(timeout, goes_on, move |client, timeout| {
+            client.send_offsets_to_transaction(&offsets, &membership, timeout)
+        })
     }
 
     /// The records refused since the last call.
     pub fn refused(&self) -> Vec<(usize, KafkaError)> {
         std::mem::take(&mut *self.client.context().hooks().0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Waits until the broker's word on every record has come.
+///
+/// Before [`Producer::flush`] and a commit, which wait in steps of a tenth of a second where the client's own thread serves
+/// the deliveries: as long as all the rest of a transaction takes.
+pub fn wait_delivered(client: &Client, timeout: Duration) {
+    let deadline = Instant::now() + timeout;
+    while client.in_flight_count() > 0 && Instant::now() < deadline {
+        std::thread::sleep(DELIVERY_TURN);
     }
 }
 
@@ -161,8 +188,11 @@ mod tests {
         first.client.begin_transaction().unwrap();
         cluster.broker_down(2).unwrap();
         let turns = Cell::new(0);
-        let outcome = first.send_offsets(&offsets, &membership, CALL, || turns.set(turns.get() + 1));
-        assert!(matches!(outcome, Err(Stuck) | Ok(Err(_))), "{outcome:?}");
+        let outcome = first.send_offsets(&offsets, &membership, CALL, |_| {
+            turns.set(turns.get() + 1);
+            true
+        });
+        assert!(matches!(outcome, Err(Unanswered::Stuck) | Ok(Err(_))), "{outcome:?}");
         assert!(turns.get() > 0, "its caller shows signs of life meanwhile");
         drop(first);
 
@@ -170,7 +200,7 @@ mod tests {
         second.client.init_transactions(PATIENCE).unwrap();
         second.client.begin_transaction().unwrap();
         cluster.broker_up(2).unwrap();
-        second.send_offsets(&offsets, &membership, PATIENCE, || {}).unwrap().unwrap();
+        second.send_offsets(&offsets, &membership, PATIENCE, |_| true).unwrap().unwrap();
         second.client.commit_transaction(PATIENCE).unwrap();
     }
 }

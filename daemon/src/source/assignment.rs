@@ -133,9 +133,9 @@ impl Assignment {
 
     fn revoked(&self, consumer: &DocumentsConsumer, list: &TopicPartitionList) -> KafkaResult<()> {
         let partitions = numbers(list);
-        // What is being scored can still be committed, unless the group has already given it to another, or nobody is
+        // What the model has can still be committed, unless the group has already given it to another, or nobody is
         // left to commit it.
-        self.ledger.forget_unbegun(&partitions);
+        self.ledger.forget_waiting(&partitions);
         let drained = !consumer.assignment_lost()
             && !self.health.is_aborted()
             && self.ledger.wait_drained(&partitions, self.drain);

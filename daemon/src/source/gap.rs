@@ -14,12 +14,18 @@ impl Source<'_> {
     /// again by itself. It is believed where the log of a partition that is read has lost the place: then a person must
     /// decide, and not a service manager try again. Otherwise reading begins anew where the group stands.
     pub(super) fn gap(&self, error: &KafkaError) -> anyhow::Result<()> {
-        match self.lost_place() {
-            Ok(None) => tracing::warn!(%error, "the client stopped reading a partition; it begins anew"),
+        let unknown = match self.lost_place() {
             Ok(Some(words)) => return Err(anyhow!("{words} ({error})")).exit_code(DATA),
-            Err(unknown) => {
-                tracing::warn!(%error, %unknown, "the client stopped reading a partition; all begin anew");
-            }
+            Ok(None) => None,
+            Err(unknown) => Some(unknown),
+        };
+        if let Some(others) = self.notices.due("gap") {
+            tracing::warn!(
+                %error,
+                unknown = unknown.map(tracing::field::display),
+                others_since_last_warning = others,
+                "the client has stopped reading a partition, and none is known to have lost its place; reading begins anew"
+            );
         }
         Ok(self.assignment.place_anew(&self.consumer)?)
     }
@@ -37,9 +43,10 @@ impl Source<'_> {
             if (begin..=end).contains(&next) {
                 continue;
             }
-            let committed = match committed(&self.consumer, topic, partition, PROBE_TIMEOUT)? {
-                Offset::Offset(offset) => offset.to_string(),
-                _ => "none".to_owned(),
+            let committed = match committed(&self.consumer, topic, partition, PROBE_TIMEOUT) {
+                Ok(Offset::Offset(offset)) => offset.to_string(),
+                Ok(_) => "nothing".to_owned(),
+                Err(_) => "held up by an open transaction".to_owned(),
             };
             return Ok(Some(format!(
                 "partition {partition} of the topic `{topic}` has no record any more at offset {next}, where it would be read on \

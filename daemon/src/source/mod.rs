@@ -19,7 +19,7 @@ use rdkafka::message::{BorrowedMessage, Message as _};
 use sluice_schemas::record::{RecordError, TokenizedDocument};
 
 use crate::config::Config;
-use crate::exit::{ExitCode as _, UNAVAILABLE, USAGE};
+use crate::exit::{ExitCode as _, ExitError, FENCED, UNAVAILABLE, USAGE};
 use crate::health::{Health, Loop};
 use crate::job::Job;
 use crate::kafka::{self, DocumentsConsumer, GroupHooks};
@@ -76,15 +76,7 @@ pub fn subscribe(
     let metadata =
         kafka::reach(consumer.client(), &settings.bootstrap_servers, serve).exit_code(UNAVAILABLE)?;
     kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
-    if kafka::partitions(&metadata, &settings.documents_topic).is_none() {
-        return Err(anyhow!(
-            "the topic `{}` does not exist at {}; create it with `sluiced topics create`, or set \
-             kafka.documents_topic",
-            settings.documents_topic,
-            settings.bootstrap_servers
-        ))
-        .exit_code(UNAVAILABLE);
-    }
+    kafka::check_topics(&metadata, settings).exit_code(UNAVAILABLE)?;
     consumer.subscribe(&[&settings.documents_topic]).context("cannot subscribe")?;
     let notices = Notices::default();
     Ok(Source { consumer, assignment, config, ledger, metrics, health, notices })
@@ -198,9 +190,12 @@ impl Source<'_> {
     /// Errors that the client recovers from are counted; the others end the daemon.
     fn consumer_error(&self, error: &KafkaError) -> anyhow::Result<()> {
         self.metrics.kafka_errors.inc();
+        if let KafkaError::MessageConsumptionFatal(code) = error {
+            return Err(self.fatal(*code));
+        }
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::AutoOffsetReset) => self.gap(error)?,
-            Some(RDKafkaErrorCode::Fatal) => bail!("the consumer failed for good: {error}"),
+            Some(RDKafkaErrorCode::Fatal) => return Err(self.fatal(RDKafkaErrorCode::Fatal)),
             Some(RDKafkaErrorCode::AllBrokersDown) => {
                 self.assignment.broker().set_down("all brokers are down");
             }
@@ -217,6 +212,20 @@ impl Source<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The client has given up, and reads nothing ever again. A service manager starts it anew, but not where another
+    /// daemon has the same name in the group: each would throw the other out.
+    fn fatal(&self, code: RDKafkaErrorCode) -> anyhow::Error {
+        let reason = self.consumer.client().fatal_error().map(|(_, reason)| reason).unwrap_or_default();
+        let error = anyhow!("the consumer has failed for good: {code}; {reason}");
+        if code != RDKafkaErrorCode::FencedInstanceId {
+            return error;
+        }
+        let error = error.context(
+            "another member of the group has the same group.instance.id; give every daemon its own in kafka.properties",
+        );
+        ExitError { code: FENCED, error }.into()
     }
 
     fn accept(&self, message: &BorrowedMessage<'_>, jobs: &Sender<Job>, model: ModelIdentity) {

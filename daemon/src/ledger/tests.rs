@@ -111,21 +111,22 @@ fn groups_are_cut_at_about_the_size_asked_for() {
 }
 
 #[test]
-fn what_is_not_begun_is_left_for_the_next_reader() {
+fn what_the_model_has_not_all_of_is_left_for_the_next_reader() {
     let ledger = Ledger::default();
     ledger.assign([0, 1]);
     let tickets: Vec<_> = [5, 6, 7].map(|offset| ledger.open(0, offset, 10).unwrap()).into();
     let other = ledger.open(1, 1, 10).unwrap();
-    assert!(ledger.begin(tickets[0]) && ledger.begin(tickets[2]));
+    ledger.hand_over(tickets[0]);
+    ledger.hand_over(tickets[2]);
     ledger.complete(tickets[2], "cannot be committed before what lies between");
-    ledger.forget_unbegun(&[0]);
+    ledger.forget_waiting(&[0]);
     assert_eq!(ledger.tokens(), 20);
-    assert!(!ledger.begin(tickets[1]), "it was forgotten");
+    assert!(ledger.is_wanted(tickets[0]) && !ledger.is_wanted(tickets[1]), "one was forgotten");
     ledger.complete(tickets[2], "stale");
     assert!(ledger.take(1000, NOW, NOW).is_empty());
     ledger.complete(tickets[0], "first");
     assert_eq!(offsets(&ledger.take(1000, NOW, NOW)), [(0, 5)]);
-    assert!(ledger.begin(other), "the other partition is as it was");
+    assert!(ledger.is_wanted(other), "the other partition is as it was");
     assert_eq!(ledger.lag(0, 5, NOTHING, 8), Some(2), "what was forgotten is still to be done");
 }
 
@@ -158,18 +159,18 @@ fn the_oldest_record_ages_until_it_is_released() {
 }
 
 #[test]
-fn nothing_is_opened_in_a_closed_ledger_and_what_is_begun_is_finished() {
+fn nothing_is_opened_in_a_closed_ledger_and_what_the_model_has_is_finished() {
     let ledger = Ledger::default();
     ledger.assign([0]);
     assert!(!ledger.is_finished(), "a record may still come");
-    let begun = ledger.open(0, 5, 10).unwrap();
-    assert!(ledger.begin(begun));
-    let unbegun = ledger.open(0, 6, 10).unwrap();
+    let handed_over = ledger.open(0, 5, 10).unwrap();
+    ledger.hand_over(handed_over);
+    let waiting = ledger.open(0, 6, 10).unwrap();
     ledger.close();
     assert!(ledger.open(0, 7, 10).is_none());
-    assert!(!ledger.begin(unbegun));
+    assert!(!ledger.is_wanted(waiting));
     assert!(!ledger.is_finished());
-    ledger.complete(begun, "begun");
+    ledger.complete(handed_over, "the model has it");
     let group = ledger.take(1000, NOW, NOW);
     assert_eq!(offsets(&group), [(0, 5)]);
     ledger.release(&group);

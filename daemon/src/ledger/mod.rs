@@ -1,127 +1,21 @@
 //! What is in flight, in the order it was read: the only place that knows which offsets may be committed.
 //!
-//! A record is *opened* when it is read, *begun* when the scorer takes it up, *completed* when its outcome is known,
-//! *taken* once everything before it in its partition is complete, and *released* when it is published and its offset
-//! committed. Its tokens count against the budget from open to release, which bounds every queue of the daemon at once.
+//! A record is *opened* when it is read, *handed over* once the model has all of it, *completed* when its outcome is
+//! known, *taken* once everything before it in its partition is complete, and *released* when it is published and its
+//! offset committed. Its tokens count against the budget from open to release, which bounds every queue of the daemon at
+//! once.
 //!
 //! Records are told apart by the epoch of their partition's assignment, so that an outcome which arrives after the
 //! partition was taken away is dropped and never committed.
+
+mod books;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A record in flight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Ticket {
-    /// Partition of the documents topic.
-    pub partition: i32,
-    /// Offset in that partition.
-    pub offset: i64,
-    epoch: u64,
-}
-
-#[derive(Debug)]
-enum Stage<T> {
-    Opened,
-    Begun,
-    /// What became of it, and when that was known.
-    Complete(T, Instant),
-}
-
-#[derive(Debug)]
-struct Entry<T> {
-    ticket: Ticket,
-    tokens: usize,
-    opened: Instant,
-    stage: Stage<T>,
-}
-
-impl<T> Entry<T> {
-    fn is_complete(&self) -> bool {
-        matches!(self.stage, Stage::Complete(..))
-    }
-}
-
-#[derive(Debug)]
-struct Partition<T> {
-    epoch: u64,
-    /// Records not yet taken, in the order they were read.
-    waiting: VecDeque<Entry<T>>,
-    /// Records taken and not yet released.
-    publishing: usize,
-    /// Offset after the last record read.
-    next: Option<i64>,
-}
-
-#[derive(Debug)]
-struct State<T> {
-    partitions: HashMap<i32, Partition<T>>,
-    epochs: u64,
-    /// Tokens in flight.
-    tokens: usize,
-    /// Of these, tokens of records that are complete and not yet taken.
-    complete_tokens: usize,
-    /// Records in flight that are not complete.
-    incomplete: usize,
-    /// When the oldest record was opened that is taken and not yet released.
-    oldest_taken: Option<Instant>,
-    /// Nothing is opened any more.
-    closed: bool,
-}
-
-impl<T> State<T> {
-    fn new() -> Self {
-        Self {
-            partitions: HashMap::new(),
-            epochs: 0,
-            tokens: 0,
-            complete_tokens: 0,
-            incomplete: 0,
-            oldest_taken: None,
-            closed: false,
-        }
-    }
-
-    /// Takes `entries`, which are in no partition any more, off the books.
-    fn forget(&mut self, entries: impl IntoIterator<Item = Entry<T>>) {
-        for entry in entries {
-            self.tokens -= entry.tokens;
-            if entry.is_complete() {
-                self.complete_tokens -= entry.tokens;
-            } else {
-                self.incomplete -= 1;
-            }
-        }
-    }
-
-    /// Forgets everything in `partition` from the first record on that the scorer has not begun.
-    fn forget_unbegun(&mut self, partition: i32) {
-        let Some(books) = self.partitions.get_mut(&partition) else { return };
-        let Some(first) = books.waiting.iter().position(|entry| matches!(entry.stage, Stage::Opened)) else {
-            return;
-        };
-        let forgotten = books.waiting.split_off(first);
-        books.next = forgotten.front().map(|entry| entry.ticket.offset);
-        self.forget(forgotten);
-    }
-
-    fn is_drained(&self) -> bool {
-        self.tokens == 0 && self.partitions.values().all(|p| p.waiting.is_empty() && p.publishing == 0)
-    }
-
-    /// Whether the partition of `ticket` is assigned as it was when the record was read.
-    fn is_current(&self, ticket: Ticket) -> bool {
-        self.partitions.get(&ticket.partition).is_some_and(|books| books.epoch == ticket.epoch)
-    }
-
-    /// The entry of `ticket`, unless it was forgotten.
-    fn entry(&mut self, ticket: Ticket) -> Option<&mut Entry<T>> {
-        let books = self.partitions.get_mut(&ticket.partition)?;
-        let index = books.waiting.binary_search_by_key(&ticket.offset, |entry| entry.ticket.offset).ok()?;
-        Some(&mut books.waiting[index]).filter(|entry| entry.ticket == ticket)
-    }
-}
+pub use books::Ticket;
+use books::{Entry, Partition, Stage, State};
 
 /// An outcome on its way out.
 #[derive(Debug)]
@@ -192,23 +86,24 @@ impl<T> Ledger<T> {
         self.changed.notify_all();
     }
 
-    /// Forgets, of each of `partitions`, everything from the first record on that the scorer has not begun: it is
-    /// left for whoever reads the partition next, so that a daemon that gives one up need not score a long queue.
-    pub fn forget_unbegun(&self, partitions: &[i32]) {
+    /// Forgets, of each of `partitions`, everything from the first record on of which something still waits for the
+    /// model: it is left for whoever reads the partition next, so that a daemon that gives one up need not score a long
+    /// queue, or a long document.
+    pub fn forget_waiting(&self, partitions: &[i32]) {
         let mut state = self.lock();
         for &partition in partitions {
-            state.forget_unbegun(partition);
+            state.forget_waiting(partition);
         }
         self.changed.notify_all();
     }
 
-    /// Opens nothing more, and forgets what the scorer has not begun: what is left is to be finished.
+    /// Opens nothing more, and forgets what still waits for the model: what is left is to be finished.
     pub fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
         let assigned: Vec<i32> = state.partitions.keys().copied().collect();
         for partition in assigned {
-            state.forget_unbegun(partition);
+            state.forget_waiting(partition);
         }
         self.changed.notify_all();
     }
@@ -238,12 +133,16 @@ impl<T> Ledger<T> {
         Some(ticket)
     }
 
-    /// Notes that a record is being scored; false where it was forgotten and need not be.
-    pub fn begin(&self, ticket: Ticket) -> bool {
-        let mut state = self.lock();
-        let Some(entry) = state.entry(ticket) else { return false };
-        entry.stage = Stage::Begun;
-        true
+    /// Whether a record is still to be scored, because it was not forgotten.
+    pub fn is_wanted(&self, ticket: Ticket) -> bool {
+        self.lock().entry(ticket).is_some()
+    }
+
+    /// Notes that the model has all of a record, whose outcome is worth waiting for from here on.
+    pub fn hand_over(&self, ticket: Ticket) {
+        if let Some(entry) = self.lock().entry(ticket) {
+            entry.stage = Stage::HandedOver;
+        }
     }
 
     /// Notes the outcome of a record; that of one that was forgotten is dropped.
@@ -393,5 +292,4 @@ impl<T> Ledger<T> {
 }
 
 #[cfg(test)]
-#[path = "ledger_tests.rs"]
 mod tests;

@@ -1,0 +1,200 @@
+//! Exactly once: records and offsets in one transaction, and what becomes of one that does not come to its end.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::anyhow;
+use rdkafka::consumer::Consumer as _;
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::producer::Producer as _;
+
+use super::error::{Failure, Verdict, classify, is_fenced_by_group};
+use super::producer::{Client, Unanswered, wait_delivered};
+use super::{CALL, Sink, Suspects, new_producer};
+use crate::exit::{ExitError, FENCED};
+use crate::health::Loop;
+use crate::kafka;
+use crate::ledger::{Group, Ledger};
+use crate::metrics::{FENCED_BY_GROUP, FENCED_BY_PRODUCER};
+use crate::outcome::Outcome;
+
+/// How long a call may take that waits for the broker's word: each resumed one is a chance for the client to lose its
+/// place.
+const TRANSACTION_CALL: Duration = Duration::from_secs(30);
+/// How long it may take before its silence is worth a word.
+const SILENCE: Duration = Duration::from_secs(10);
+/// Wait between an aborted transaction and the next try.
+const ABORT_WAIT: Duration = Duration::from_millis(200);
+
+impl Sink<'_> {
+    /// Takes over the transactional id: what an earlier producer with the same one left open is aborted.
+    pub(super) fn resolve_open_transaction(&self) -> Result<(), Failure> {
+        self.ask_coordinator(Client::init_transactions).map_err(|failure| match failure {
+            Failure::GivenUp => failure,
+            failure => Failure::Fatal(failure.into_error().context("cannot begin with transactions")),
+        })
+    }
+
+    /// Leaves a producer alone that does not return from a call. Its transaction is aborted.
+    fn replace_producer(&mut self) -> Result<(), Failure> {
+        tracing::warn!("the Kafka client does not return from a call; going on with a new producer");
+        self.metrics.producers_replaced.inc();
+        self.producer = new_producer(self.config)?;
+        self.resolve_open_transaction()
+    }
+
+    /// Records and offsets in one transaction, begun only now that everything is scored. After an abort the same
+    /// outcomes go into another, less those whose partition was taken away meanwhile.
+    pub(super) fn deliver_exactly_once(&mut self, group: &mut Group<Outcome>) -> Result<(), Failure> {
+        let mut suspects = HashSet::new();
+        loop {
+            self.ledger.drop_revoked(group);
+            if group.is_empty() {
+                return Ok(());
+            }
+            match self.transaction(group, &suspects) {
+                Ok(()) => {
+                    self.metrics.commits.inc();
+                    return Ok(());
+                }
+                Err(Failure::Aborted(error)) => {
+                    tracing::info!(error = format!("{error:#}"), "transaction aborted; trying again");
+                    self.metrics.aborts.inc();
+                    match self.ask_coordinator(Client::abort_transaction) {
+                        Err(Failure::Stuck) => self.replace_producer()?,
+                        aborted => aborted?,
+                    }
+                    self.sort_out_refused(group, &mut suspects)?;
+                    std::thread::sleep(ABORT_WAIT);
+                }
+                Err(Failure::Stuck) => self.replace_producer()?,
+                Err(failure) => return Err(failure),
+            }
+        }
+    }
+
+    fn transaction(&self, group: &mut Group<Outcome>, suspects: &Suspects) -> Result<(), Failure> {
+        let client = &self.producer.client;
+        self.begun.set(Some(SystemTime::now()));
+        client.begin_transaction().map_err(|error| self.judge(error))?;
+        for index in 0..group.len() {
+            self.send(group, index, suspects)?;
+        }
+        let offsets = self.offsets(&Ledger::commit_points(group));
+        let Some(membership) = self.consumer.group_metadata() else {
+            return Err(Failure::Fatal(anyhow!("the consumer is not a member of a group")));
+        };
+        // In this order: a membership that was taken before its loss is refused by the broker, and one that was taken
+        // after it, which may be a new one without these partitions, is found here.
+        if self.consumer.assignment_lost() || !self.ledger.is_current(group) {
+            self.metrics.fences.with_label_values(&[FENCED_BY_GROUP]).inc();
+            return Err(Failure::Aborted(anyhow!("partitions have moved to another daemon meanwhile")));
+        }
+        let membership = Arc::new(membership);
+        let goes_on = |waited| self.waits_on(waited);
+        self.insist(|| self.producer.send_offsets(&offsets, &membership, TRANSACTION_CALL, goes_on))?;
+        let committed = self.ask_coordinator(|client, timeout| {
+            wait_delivered(client, CALL);
+            client.commit_transaction(timeout)
+        });
+        committed.map_err(|failure| match failure {
+            // Nobody knows whether it was committed, but for the group's offsets after the next start.
+            Failure::Stuck => Failure::Fatal(failure.into_error().context("a commit has no answer")),
+            failure => failure,
+        })
+    }
+
+    /// Makes a call that the transactions coordinator must answer, until it does.
+    fn ask_coordinator(
+        &self,
+        call: impl FnOnce(&Client, Duration) -> KafkaResult<()> + Copy + Send + 'static,
+    ) -> Result<(), Failure> {
+        let goes_on = |waited| self.waits_on(waited);
+        self.insist(|| self.producer.call(TRANSACTION_CALL, goes_on, call))?;
+        if self.coordinator.set_down(false) {
+            tracing::info!("the transactions coordinator answers");
+        }
+        Ok(())
+    }
+
+    /// Makes one call again and again while its error is one that passes, and somebody waits for its outcome.
+    pub(super) fn insist(
+        &self,
+        call: impl Fn() -> Result<KafkaResult<()>, Unanswered>,
+    ) -> Result<(), Failure> {
+        loop {
+            self.health.beat(Loop::Sink);
+            let answer = call().map_err(|unanswered| match unanswered {
+                Unanswered::Stuck => Failure::Stuck,
+                Unanswered::GivenUp => Failure::GivenUp,
+            })?;
+            let Err(error) = answer else { return Ok(()) };
+            if classify(&error) != Verdict::Retry {
+                return Err(self.judge(error));
+            }
+            if self.is_futile() {
+                return Err(Failure::GivenUp);
+            }
+            if let Some(others) = self.notices.due("publishing") {
+                tracing::warn!(
+                    %error,
+                    others_since_last_warning = others,
+                    "the brokers do not confirm what is published; trying again"
+                );
+            }
+        }
+    }
+
+    /// Whether a call is waited for any longer that has had no answer for so long.
+    fn waits_on(&self, waited: Duration) -> bool {
+        self.health.beat(Loop::Sink);
+        if waited >= SILENCE {
+            self.coordinator.set_down(true);
+            if let Some(others) = self.notices.due("coordinator") {
+                tracing::warn!(
+                    others_since_last_warning = others,
+                    "the transactions coordinator does not answer; waiting for it"
+                );
+            }
+        }
+        !self.is_futile()
+    }
+
+    /// Whether nothing that is published now would be of use.
+    fn is_futile(&self) -> bool {
+        self.health.is_aborted() || self.ledger.is_finished()
+    }
+
+    pub(super) fn judge(&self, error: KafkaError) -> Failure {
+        if is_fenced_by_group(&error) {
+            self.metrics.fences.with_label_values(&[FENCED_BY_GROUP]).inc();
+        }
+        match classify(&error) {
+            Verdict::Abort | Verdict::Retry => Failure::Aborted(error.into()),
+            Verdict::Fatal => Failure::Fatal(anyhow!(error).context("the producer failed for good")),
+            Verdict::Fenced => {
+                self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
+                Failure::Fatal(self.fenced(error))
+            }
+        }
+    }
+
+    /// Brokers fence a producer off when another one has its transactional id, and when it left a transaction open for
+    /// too long: a daemon that was suspended does, and a new start helps it. Against the other nothing helps but a person.
+    fn fenced(&self, error: KafkaError) -> anyhow::Error {
+        let timeout = kafka::transaction_timeout(&self.config.kafka).unwrap_or_default();
+        let open = self.begun.get().and_then(|begun| begun.elapsed().ok()).unwrap_or_default();
+        if open >= timeout {
+            return anyhow!(error).context(format!(
+                "the brokers have given up a transaction that was open for {} s; the next start reads its records again",
+                open.as_secs()
+            ));
+        }
+        let id = kafka::transactional_id(&self.config.kafka);
+        let error = anyhow!(error).context(format!(
+            "another daemon has taken over the transactional id `{id}`; give every daemon its own kafka.instance"
+        ));
+        ExitError { code: FENCED, error }.into()
+    }
+}
