@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 use rdkafka::types::RDKafkaRespErr;
 use sluice_feed::stream::{
     Broker, Decoder, DocumentStream, Extent, KafkaStream, Next, PROPERTIES_OWNED, Position, Shard, Start,
-    StreamError, TopicKind,
+    StreamError, TopicKind, first_context,
 };
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names::{SCORED_DOCUMENT, TOKENIZED_DOCUMENT};
+use sluice_schemas::record::{Bos, ContextPolicy};
 use sluice_trainer::failure::exit_code;
 use support::{
     Cluster, cluster, produce, produce_as, produce_scored, produce_with_tombstones, scored, tokenized,
@@ -196,12 +197,26 @@ fn a_refused_record_is_named_with_its_place() {
     elsewhere.context.stride = 64;
     let mut cut = document("d");
     cut.truncate(cut.len() - 1);
+    // Contexts that cannot be, or that nobody means, for a document that is longer than a window.
+    let within = |window, stride, bos| {
+        let mut record = scored(tokenized("d", "s", &[1; 200], tokenizer()), 1.0, model());
+        record.context = ContextPolicy { window, stride, bos };
+        record.encode().to_vec()
+    };
+    // The first of its lane is refused for itself, whatever others have shown.
+    let mut with_bos = scored(tokenized("d", "s", &[1, 2], tokenizer()), 1.0, model());
+    with_bos.context.bos = Bos::Document(10);
     let both = format!("by tokenizer {}, and this one is {}", Fingerprint::of_bytes(b"other"), tokenizer());
     for (payload, expected) in [
         (foreign.encode().to_vec(), both.as_str()),
         (beyond.encode().to_vec(), "token id 10 at position 1 is beyond the vocabulary of 10"),
         (other_model.encode().to_vec(), "was scored by reference model"),
         (elsewhere.encode().to_vec(), "in windows of 128 tokens every 64"),
+        (within(128, 0, Bos::None), "in windows of 128 every 0, which would leave some out"),
+        (within(128, 128, Bos::None), "in windows of 128 every 128, which would leave some out"),
+        (within(128, 127, Bos::Window(1)), "in windows of 128 every 127, which would leave some out"),
+        (within(128, 1, Bos::None), "each of its tokens would be read 128 times over"),
+        (with_bos.encode().to_vec(), "BOS token 10 before it, which is beyond the vocabulary of 10"),
         (cut, "not a valid record"),
         (vec![], "no payload"),
     ] {
@@ -213,6 +228,85 @@ fn a_refused_record_is_named_with_its_place() {
         assert!(shown.contains(expected), "{shown}");
         assert_eq!(exit_code(&error.into()), 65);
     }
+}
+
+#[test]
+fn a_document_that_sequences_cannot_hold_in_its_contexts_is_refused_where_that_is_asked_for() {
+    let record = |length: usize| {
+        let mut record =
+            scored(tokenized(&length.to_string(), "s", &vec![1; length], tokenizer()), 1.0, model());
+        record.context = ContextPolicy { window: 64, stride: 32, bos: Bos::None };
+        record.encode().to_vec()
+    };
+    let cluster = cluster(TOPIC, 1);
+    // The last is longer than a sequence of 32, the others fit one, or are cut as the reference cut them in one of 64.
+    produce(&cluster.bootstrap_servers(), TOPIC, [32, 31, 200].map(|length| (0, record(length))));
+    let read = |sequence| {
+        let broker = Broker::new(cluster.bootstrap_servers(), vec![]).unwrap();
+        let decoder = Decoder::new(TopicKind::Scored, tokenizer(), 10).refusing_unequal_contexts(sequence);
+        drain(&mut open_with(broker, Extent::UntilEnd { epochs: 1 }, decoder, Arc::default()).unwrap())
+    };
+    assert_eq!(read(64).unwrap(), ["32", "31", "200"]);
+    let error = read(32).unwrap_err();
+    let shown = error.to_string();
+    assert!(shown.contains("offset 2") && shown.contains("give sequences of 64"), "{shown}");
+    assert_eq!(exit_code(&error.into()), 64);
+}
+
+#[test]
+fn the_first_context_is_that_of_the_first_partition_that_has_a_document() {
+    let within = |window: u32| {
+        let mut record = scored(tokenized("d", "s", &[1, 2, 3], tokenizer()), 1.0, model());
+        record.context.window = window;
+        record.encode().to_vec()
+    };
+    let cluster = cluster(TOPIC, 4);
+    let servers = cluster.bootstrap_servers();
+    let decoder = Decoder::new(TopicKind::Scored, tokenizer(), 10);
+    let stop = Arc::new(AtomicBool::new(false));
+    let first = |extent| {
+        let broker = Broker::new(servers.clone(), vec![]).unwrap();
+        first_context(&broker, TOPIC, extent, &decoder, &stop)
+            .map(|context| context.map(|context| context.window))
+    };
+    let bounded = Extent::UntilEnd { epochs: 1 };
+    assert_eq!(first(bounded).unwrap(), None, "there is none");
+    // A tombstone is no document, and an empty partition holds up no answer.
+    produce_with_tombstones(&servers, TOPIC, None, [(1, None)]);
+    assert_eq!(first(bounded).unwrap(), None);
+    let late = std::thread::spawn({
+        let (servers, record) = (servers.clone(), within(64));
+        move || {
+            std::thread::sleep(Duration::from_millis(500));
+            produce(&servers, TOPIC, [(3, record)]);
+        }
+    });
+    assert_eq!(first(Extent::Follow).unwrap(), Some(64), "it waits where the topic is followed");
+    late.join().unwrap();
+    produce(&servers, TOPIC, [(2, within(128))]);
+    for extent in [bounded, Extent::Follow] {
+        assert_eq!(first(extent).unwrap(), Some(128), "of partition 2, whichever answers first");
+    }
+    produce(&servers, TOPIC, [(1, vec![1, 2, 3])]);
+    let error = first(bounded).unwrap_err().to_string();
+    assert!(error.contains("partition 1, offset 1"), "{error}");
+}
+
+#[test]
+fn a_request_to_stop_ends_the_wait_for_the_first_context() {
+    let cluster = cluster(TOPIC, 2);
+    let broker = Broker::new(cluster.bootstrap_servers(), vec![]).unwrap();
+    let decoder = Decoder::new(TopicKind::Scored, tokenizer(), 10);
+    let stop = Arc::new(AtomicBool::new(false));
+    let later = std::thread::spawn({
+        let stop = Arc::clone(&stop);
+        move || {
+            std::thread::sleep(Duration::from_millis(300));
+            stop.store(true, Ordering::Relaxed);
+        }
+    });
+    assert_eq!(first_context(&broker, TOPIC, Extent::Follow, &decoder, &stop).unwrap(), None);
+    later.join().unwrap();
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::cut::UnequalContexts;
 use crate::pack::{BatchShape, Packing};
 use crate::plan::{Identity, Plan};
 use crate::snapshot::Snapshot;
-use crate::stream::{Broker, Contexts, Decoder, DocumentStream, KafkaStream, Shard, Start, StreamError};
+use crate::stream::{Broker, Decoder, DocumentStream, KafkaStream, Shard, Start, StreamError};
 use crate::supply::{Agreed, Buffered, Supply};
 use crate::turns::Outlook;
 
@@ -188,11 +188,6 @@ impl Feed {
     /// Shape of its micro-batches.
     pub fn shape(&self) -> BatchShape {
         self.supply.plan().shape
-    }
-
-    /// How each reference model saw the documents read so far.
-    pub fn contexts(&self) -> Contexts {
-        self.stream.contexts()
     }
 
     /// What people should know of how this plan meets the contexts that the reference model saw so far, a sentence each.

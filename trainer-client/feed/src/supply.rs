@@ -180,11 +180,6 @@ impl Supply {
         &self.plan
     }
 
-    /// The lanes that it reads.
-    pub fn shard(&self) -> Shard {
-        self.shard
-    }
-
     /// Steps whose micro-batches were given out since the start of the run.
     pub fn step(&self) -> u64 {
         self.step

@@ -31,6 +31,9 @@ pub const SMALL: [&str; 14] = [
     "5",
 ];
 
+/// Where the length of sequences stands among them.
+const LENGTH_AT: usize = 10;
+
 pub struct Place {
     folder: tempfile::TempDir,
     pub cluster: Cluster,
@@ -57,10 +60,18 @@ impl Place {
 
     /// A command on a topic of this place, writing to `out`.
     pub fn training(&self, command: &str, topic: &str, out: &str) -> Command {
+        let mut training = self.training_of_any_length(command, topic, out);
+        training.args(&SMALL[LENGTH_AT..LENGTH_AT + 2]);
+        training
+    }
+
+    /// The same without a length of its sequences.
+    pub fn training_of_any_length(&self, command: &str, topic: &str, out: &str) -> Command {
         let mut training = sluice_train();
         training.args([command, "--bootstrap-servers", &self.cluster.bootstrap_servers(), "--topic", topic]);
         training.args(["--tokenizer", &self.path("tokenizer.json"), "--out", &self.path(out)]);
-        training.args(["--eval", &format!("words={}", self.path("held-out.jsonl"))]).args(SMALL);
+        training.args(["--eval", &format!("words={}", self.path("held-out.jsonl"))]);
+        training.args(&SMALL[..LENGTH_AT]).args(&SMALL[LENGTH_AT + 2..]);
         training
     }
 }
