@@ -3,11 +3,13 @@ build of our own programs.
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import venv
 from pathlib import Path
 from typing import Callable, NoReturn
 
@@ -66,6 +68,30 @@ def _publish_alone(target: Path, fill: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def python_environment(name: str, requirements: Path, *, whole_list: bool = False) -> Path:
+    """The interpreter of a virtual environment in the cache with what `requirements` (a hash for each wheel) names.
+
+    With `whole_list` the requirements are taken as they are, although what they say of each other may disagree.
+    """
+    pins = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
+    folder = cache_root() / name / f"{sys.version_info.major}.{sys.version_info.minor}-{pins}"
+    python, whole = folder / "bin/python", folder / "whole"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # A virtual environment knows its own path, so it is made in place and marked when it is whole.
+        if not whole.exists():
+            say(f"{name}: installing {requirements.name}")
+            venv.create(folder, clear=True, with_pip=True)
+            install = [str(python), *"-m pip install -q --disable-pip-version-check".split()]
+            install += ["--only-binary=:all:", "--require-hashes", *(["--no-deps"] if whole_list else [])]
+            done = subprocess.run([*install, "-r", str(requirements)], stdout=sys.stderr, check=False)
+            if done.returncode != 0:
+                fail(f"pip could not install {requirements}; see its message above")
+            whole.touch()
+    return python
 
 
 def build(root: Path, program: str) -> Path:
