@@ -203,6 +203,11 @@ impl Feed {
         self.supply.lanes()
     }
 
+    /// Steps whose micro-batches were given out since the start of the run.
+    pub fn step(&self) -> u64 {
+        self.supply.step()
+    }
+
     /// Documents taken from the rank's lanes since the start of the run.
     pub fn documents(&self) -> u64 {
         self.supply.documents(&*self.stream)

@@ -85,9 +85,17 @@ impl Snapshot {
     /// The whole of the parts of all ranks, however many there were. Parts of different runs or steps are refused, and so
     /// are too few and too many.
     pub fn merged(parts: Vec<Self>) -> Result<Self, SnapshotError> {
+        let whole = Self::joined(parts)?;
+        match (0..whole.lanes).find(|lane| !whole.held.contains_key(lane)) {
+            Some(lane) => Err(SnapshotError::Lane(lane, 0)),
+            None => Ok(whole),
+        }
+    }
+
+    /// Some parts as one. Parts of different runs or steps are refused, and so is a lane that two of them hold.
+    pub fn joined(parts: Vec<Self>) -> Result<Self, SnapshotError> {
         let mut parts = parts.into_iter();
         let Some(mut whole) = parts.next() else { return Err(SnapshotError::Lane(0, 0)) };
-        let mut held_by: BTreeMap<usize, usize> = whole.held.keys().map(|&lane| (lane, 1)).collect();
         for part in parts {
             if let Some(difference) = whole.identity.difference(&part.identity) {
                 return Err(SnapshotError::Parts(difference));
@@ -105,15 +113,12 @@ impl Snapshot {
                 }
             }
             for (lane, held) in part.held {
-                *held_by.entry(lane).or_default() += 1;
-                whole.held.insert(lane, held);
+                if whole.held.insert(lane, held).is_some() {
+                    return Err(SnapshotError::Lane(lane, 2));
+                }
             }
         }
-        let count = |lane| held_by.get(&lane).copied().unwrap_or(0);
-        match (0..whole.lanes).find(|&lane| count(lane) != 1) {
-            Some(lane) => Err(SnapshotError::Lane(lane, count(lane))),
-            None => Ok(whole),
-        }
+        Ok(whole)
     }
 
     /// Places of the lanes.

@@ -1,0 +1,1 @@
+from sluice_feed._core import Batch
