@@ -180,7 +180,7 @@ def test_what_is_no_state_is_refused(make: Make) -> None:
         next(iter(stream))
 
 
-def test_wrong_settings_are_refused_in_words(make: Make, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_wrong_settings_are_refused_in_words(make: Make, tmp_path: Path) -> None:
     for changes, message in [
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"rank": 1, "world_size": None}, "give rank and world_size"),
@@ -201,7 +201,7 @@ def test_wrong_settings_are_refused_in_words(make: Make, settings: dict[str, Any
         assert "secret" not in str(caught.value)
     with pytest.raises(StreamError, match="does not exist"):
         next(iter(make(topic="no-such-topic")))
-    with pytest.raises(StreamError, match="no broker answers|Connection refused|within 10 s"):
+    with pytest.raises(StreamError, match="no broker answers"):
         next(iter(make(bootstrap_servers="127.0.0.1:9")))
     with pytest.raises(StreamError, match="tokenizer"):
         next(iter(make(tokenizer="0" * 64)))
@@ -255,7 +255,7 @@ def test_a_forked_child_is_refused(make: Make) -> None:
     assert stream.state_dict()["lanes"], "the parent's goes on"
 
 
-def test_ctrl_c_ends_the_wait_for_more_and_the_stream_can_be_read_on(settings: dict[str, Any]) -> None:
+def test_ctrl_c_ends_the_wait_for_more_and_the_stream_can_be_read_on() -> None:
     """In a process of its own, which follows the topic beyond its end."""
     script = """
 import json, os, signal, sys, threading
@@ -269,9 +269,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted", stream.metrics()["steps_total"], len(stream.state_dict()["lanes"]), flush=True)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ}
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ})
     assert process.stdout is not None
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stdout.readline, "")))
@@ -298,7 +296,7 @@ def test_another_thread_ends_it(make: Make, wanted: list[str]) -> None:
     assert given == wanted[:24], "after the step that was given, and before the next"
 
 
-def test_metrics_count(make: Make, wanted: list[str]) -> None:
+def test_metrics_count(make: Make) -> None:
     stream = make()
     assert stream.metrics() == {}
     given = list(stream)
