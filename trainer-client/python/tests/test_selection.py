@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from sluice_feed import ConfigurationError, Selection, StateError, select
 
-GOLDEN: dict[str, Any] = json.loads(
-    (Path(__file__).parents[3] / "tests/golden/selection.json").read_text(encoding="utf-8")
-)
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[3] / "tests/golden/selection.json").read_text(encoding="utf-8"))
 ROW = GOLDEN["row_len"]
 # The golden values are of a step after the warm-up.
 STEP = 50
