@@ -166,7 +166,7 @@ pub(crate) fn step(
     learner.accumulate(batch, Needs::default(), &mut |measured| {
         let started = Instant::now();
         let mut choices =
-            objective.select(&[measured.signals(batch)], batch.len, turn, &mut Thresholds::default());
+            objective.select(&[measured.signals(batch)], batch.len, turn, &Thresholds::default());
         selecting = started.elapsed().as_secs_f64();
         choices.pop().unwrap_or_default().kept
     });

@@ -1,4 +1,4 @@
-//! PyTorch ranks under torchrun and FSDP2 on a real Kafka (`trainer-client/python/examples/fsdp2.py`): what they learn from is
+//! `PyTorch` ranks under torchrun and FSDP2 on a real Kafka (`trainer-client/python/examples/fsdp2.py`): what they learn from is
 //! what the Rust feed gives, on any number of ranks and after any kill.
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -19,7 +19,7 @@ mod topic;
 
 use topic::{EPOCHS, Fixture, LONG, ROW, ROWS, SHORT, TOPIC, VOCABULARY, scored, tokenizer};
 
-/// Ample time for processes that import PyTorch on a machine that is busy with other things.
+/// Ample time for processes that import `PyTorch` on a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_mins(5);
 const POLL: Duration = Duration::from_millis(5);
 const CHECKPOINT_EVERY: u64 = 3;

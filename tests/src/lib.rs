@@ -45,7 +45,7 @@ pub fn python() -> PathBuf {
     environment("SLUICE_TEST_PYTHON")
 }
 
-/// A Python with PyTorch and the wheel `sluice-feed`, as `ops/feed-python` prints it.
+/// A Python with `PyTorch` and the wheel `sluice-feed`, as `ops/feed-python` prints it.
 pub fn torch_python() -> PathBuf {
     environment("SLUICE_TEST_TORCH_PYTHON")
 }
