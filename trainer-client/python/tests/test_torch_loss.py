@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from sluice_feed._core import Selection
-from sluice_feed.torch import masked_mean, masked_sum, select, selective_loss, token_losses
+from sluice_feed.torch import SelectiveModel, masked_mean, masked_sum, select, selective_loss, token_losses
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,6 +140,27 @@ def test_a_tied_head_adds_both_gradients() -> None:
     (gradient,) = torch.autograd.grad(selective_loss(weight[tokens], weight, labels, kept=kept).loss, weight)
     (expected,) = torch.autograd.grad(plain_losses(weight[tokens], weight, labels)[kept].mean(), weight)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_of_transformers_has_its_own_loss_when_all_is_kept(tied: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=tied, **sizes)
+    llama = transformers.LlamaForCausalLM(config)
+    tokens = torch.randint(VOCABULARY, (2, 9))
+    expected = llama(input_ids=tokens, labels=tokens).loss
+    expected.backward()
+    gradients = {name: weight.grad.clone() for name, weight in llama.named_parameters()}
+    llama.zero_grad()
+
+    labels = functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    model = SelectiveModel(llama.model, llama.lm_head)
+    result = model(labels, torch.zeros(labels.shape), inputs={"input_ids": tokens}, keep=1.0)
+    result.loss.backward()
+    torch.testing.assert_close(result.loss, expected)
+    for name, weight in llama.named_parameters():
+        torch.testing.assert_close(weight.grad, gradients[name])
 
 
 def test_losses_and_entropies_of_every_token() -> None:

@@ -192,6 +192,14 @@ def check_groups(rank: int) -> None:
         select([signals], Selection(keep=0.5), row_len=2, step=1, group=groups[1 - rank])
 
 
+def check_ties(rank: int) -> None:
+    """Of equal losses those of the lower number win, which is the rank unless another is given."""
+    hidden, weight, labels = torch.zeros(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64)
+    for number, winner in ((None, 0), (1 - rank, 1)):
+        result = selective_loss(hidden, weight, labels, torch.zeros(4), keep=0.5, number=number)
+        assert result.kept.tolist() == [rank == winner] * 4
+
+
 def on_each_rank(rank: int, size: int) -> None:
     assert size == 2
     for wrap in ENGINES.values():
@@ -203,6 +211,7 @@ def on_each_rank(rank: int, size: int) -> None:
     check_half_precision(rank)
     check_sharded_head(rank)
     check_masked_mean(rank)
+    check_ties(rank)
     check_groups(rank)
 
 
