@@ -1,0 +1,46 @@
+"""The choice among tokens over numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice_feed._core import ConfigurationError, Selection
+
+Signals = Mapping[str, NDArray[np.float32]]
+NAMES = ("loss", "reference_loss", "entropy", "history_loss", "reference_entropy")
+
+
+def select(
+    signals: Signals | Sequence[Signals], selection: Selection, *, step: int = 1, micro_batch: int = 0
+) -> list[NDArray[np.bool_]]:
+    """Chooses tokens of micro-batches, as the Rust trainer does: it is the same function.
+
+    Args:
+        signals: for each micro-batch (or for the only one) arrays `[rows, length]` in nats by name: `loss` (of the model in
+            training), `reference_loss`, and what the score needs of `entropy`, `history_loss` and `reference_entropy`. NaN
+            where there is none; a token without a loss or without what the score needs is never kept.
+        selection: how tokens are chosen.
+        step: the step of the run, from 1, which schedules and draws depend on.
+        micro_batch: number within the step of the first micro-batch given.
+
+    Returns:
+        For each micro-batch a bool array `[rows, length]`: True where a token is kept.
+
+    Raises:
+        ConfigurationError: arrays do not fit one another, or are not those that the score needs.
+    """
+    batches = [signals] if isinstance(signals, Mapping) else list(signals)
+    if not batches:
+        return []
+    shapes = [np.shape(batch["loss"]) if "loss" in batch else () for batch in batches]
+    if any(len(shape) != 2 for shape in shapes) or len({shape[-1] for shape in shapes}) != 1:
+        raise ConfigurationError("loss must be an array [rows, length] in each micro-batch, of one length in all of them")
+    flat = [
+        {name: np.ascontiguousarray(batch[name], dtype=np.float32).reshape(-1) for name in NAMES if name in batch}
+        for batch in batches
+    ]
+    masks = selection.select(flat, shapes[0][1], step, micro_batch)
+    return [mask.reshape(shape) for mask, shape in zip(masks, shapes)]
