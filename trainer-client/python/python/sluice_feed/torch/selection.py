@@ -32,7 +32,7 @@ DIGIT = 1 << 16
 
 
 # A compiler may drop the addition of zero and fuse a product with a sum, and so choose otherwise.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def select(
     signals: Sequence[Signals],
