@@ -84,7 +84,7 @@ def token_losses(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss of every token in nats, without gradient; with ``return_entropy`` also the entropy of each prediction.
 
-    Logits are made in blocks of rows and forgotten. See :func:`selective_loss` for the arguments.
+    Logits are made in blocks and forgotten. See :func:`selective_loss` for the arguments.
 
     Returns:
         Tensors of the shape of ``labels``, float32 (float64 for hidden states in float64), NaN where there is no label.
@@ -94,7 +94,7 @@ def token_losses(
     """
     logits = Logits(logit_scale, logit_softcap, block_logits)
     flat, flat_labels = _checked(hidden, head_weight, bias, labels)
-    rows = (flat_labels != ignore_index).nonzero().view(-1)
+    rows = _rows(flat_labels != ignore_index, flat_labels, head_weight)
     losses, _, entropies = row_losses(
         flat, head_weight, bias, flat_labels, rows=rows, logits=logits, with_entropy=return_entropy
     )
@@ -187,7 +187,7 @@ def selective_loss(
     is_labelled = flat_labels != ignore_index
     if kept is None:
         chosen = _selection(selection, keep)
-        rows = is_labelled.nonzero().view(-1)
+        rows = _rows(is_labelled, flat_labels, head_weight)
         with_entropy = chosen.score == "entropy"
         losses, log_sums, entropies = row_losses(
             flat, head_weight, bias, flat_labels, rows=rows, logits=logits, with_entropy=with_entropy
@@ -211,7 +211,7 @@ def selective_loss(
                 f"kept must be a bool for each label, {tuple(labels.shape)}, not {kept.dtype} {tuple(kept.shape)}"
             )
         kept = kept.to(labels.device) & is_labelled.view(labels.shape)
-        rows = kept.reshape(-1).nonzero().view(-1)
+        rows = _rows(kept.reshape(-1), flat_labels, head_weight)
         losses, log_sums, _ = row_losses(flat, head_weight, bias, flat_labels, rows=rows, logits=logits)
         every_loss = _spread(losses, rows, labels)
         is_labelled = kept.reshape(-1)
@@ -265,6 +265,19 @@ def _selection(selection: Selection | None, keep: float | str | None) -> Selecti
     if selection is not None:
         return selection
     return Selection(keep=keep)
+
+
+def _rows(mask: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Indices of the positions in ``mask``, whose labels are all tokens."""
+    rows = mask.nonzero().view(-1)
+    if len(rows) > 0:
+        lowest, highest = (int(end) for end in torch.stack(labels[rows].aminmax()).tolist())
+        if lowest < 0 or highest >= len(weight):
+            raise ConfigurationError(
+                f"labels go from {lowest} to {highest}, but the head has {len(weight)} tokens, numbered from 0; is the"
+                " topic of another tokenizer than the model, or ignore_index another than the labels'?"
+            )
+    return rows
 
 
 def _spread(values: Tensor, rows: Tensor, like: Tensor) -> Tensor:
