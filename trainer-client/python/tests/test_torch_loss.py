@@ -103,9 +103,9 @@ def test_gradients_by_finite_differences(head: str) -> None:
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-@pytest.mark.parametrize("block", [1, BLOCK, 1 << 25])
+@pytest.mark.parametrize("block", [1, BLOCK, None])
 @pytest.mark.parametrize("head", HEADS)
-def test_any_head_agrees_with_whole_logits(head: str, block: int) -> None:
+def test_any_head_agrees_with_whole_logits(head: str, block: int | None) -> None:
     options = dict(HEADS[head])
     ours = drawn(bias=options.pop("bias", False))
     theirs = {

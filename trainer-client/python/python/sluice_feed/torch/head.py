@@ -13,8 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from sluice_feed._core import ConfigurationError
 
-#: Logits held at a time, unless told otherwise: 64 MiB in float32.
-BLOCK_LOGITS = 1 << 24
+#: Logits of a block on a CPU, unless told otherwise: 4 MiB in float32, which caches hold.
+CPU_BLOCK = 1 << 20
+#: Logits of a block elsewhere: 64 MiB in float32, so that products fill a GPU.
+GPU_BLOCK = 1 << 24
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -26,19 +28,20 @@ class Logits:
     scale: float = 1.0
     #: ``c`` of ``c * tanh(logits / c)`` (Gemma 2's ``final_logit_softcapping``, arXiv 2408.00118, section 2).
     softcap: float | None = None
-    #: Most logits that are held at a time.
-    block: int = BLOCK_LOGITS
+    #: Logits of a block, three of which are held at a time; ``None`` for what suits the device.
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0.0:
             raise ConfigurationError(f"logit_softcap must be above 0, not {self.softcap}; leave it out for no soft-cap")
-        if self.block < 1:
+        if self.block is not None and self.block < 1:
             raise ConfigurationError(f"block_logits must be at least 1, not {self.block}")
 
-    def block_of(self, rows: int) -> tuple[int, int]:
+    def block_of(self, rows: Tensor) -> tuple[int, int]:
         """Rows and columns of a block: a square, as products are fastest, or wider where there are fewer rows."""
-        height = max(1, min(rows, math.isqrt(self.block)))
-        return height, max(1, self.block // height)
+        block = self.block or (CPU_BLOCK if rows.device.type == "cpu" else GPU_BLOCK)
+        height = max(1, min(len(rows), math.isqrt(block)))
+        return height, max(1, block // height)
 
     def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``[rows, columns]``, in float32, or in float64 for operands in float64."""
@@ -119,7 +122,7 @@ def row_losses(
     losses = torch.empty(len(rows), dtype=wide, device=hidden.device)
     log_sums = torch.empty_like(losses)
     entropies = torch.empty_like(losses) if with_entropy else losses.new_empty(0)
-    height, width = logits.block_of(len(rows))
+    height, width = logits.block_of(rows)
     for top in range(0, len(rows), height):
         block = slice(top, top + height)
         states, targets = hidden[rows[block]].to(operand), labels[rows[block]]
@@ -199,7 +202,7 @@ def _backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *
     of_kept = torch.zeros(kept.shape, dtype=wide, device=kept.device)
     # Half precision could lose gradients that are scaled down before they are added up, so `upstream` comes last.
     upstream = upstream.to(wide)
-    height, width = rows.logits.block_of(len(kept))
+    height, width = rows.logits.block_of(rows.indices)
     for left, part, part_bias in _columns(weight, bias, width, operand, wide):
         columns = slice(left, left + width)
         of_part = torch.zeros(part.shape, dtype=wide, device=kept.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sluice_feed._core import ConfigurationError, Selection
 from sluice_feed.torch.distributed import Ranks
-from sluice_feed.torch.head import BLOCK_LOGITS, HALF, Logits, Rows, SumOfRows, row_losses
+from sluice_feed.torch.head import HALF, Logits, Rows, SumOfRows, row_losses
 from sluice_feed.torch.selection import select
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def token_losses(
     logit_scale: float = ...,
     logit_softcap: float | None = ...,
     ignore_index: int = ...,
-    block_logits: int = ...,
+    block_logits: int | None = ...,
     return_entropy: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -65,7 +65,7 @@ def token_losses(
     logit_scale: float = ...,
     logit_softcap: float | None = ...,
     ignore_index: int = ...,
-    block_logits: int = ...,
+    block_logits: int | None = ...,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -79,7 +79,7 @@ def token_losses(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
-    block_logits: int = BLOCK_LOGITS,
+    block_logits: int | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss of every token in nats, without gradient; with ``return_entropy`` also the entropy of each prediction.
@@ -123,12 +123,12 @@ def selective_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
-    block_logits: int = BLOCK_LOGITS,
+    block_logits: int | None = None,
 ) -> SelectiveLoss:
     """The mean loss of the tokens of a micro-batch that are worth learning from, to call ``backward()`` on.
 
     The head is run for every label without a graph, and tokens are chosen; then it is run again, in the backward pass,
-    for the kept ones alone. Logits are in memory ``block_logits`` at a time. A label of the position ``i`` is the token
+    for the kept ones alone. Logits are in memory a few blocks at a time. A label of the position ``i`` is the token
     that position ``i`` predicts: labels are already shifted.
 
     This is a collective: every rank of ``group`` calls it, also one whose micro-batch has no label. Its loss is then 0,
@@ -172,7 +172,8 @@ def selective_loss(
         logit_scale: Factor of the logits.
         logit_softcap: ``c`` of ``c * tanh(logits / c)``, after the scale.
         ignore_index: The label of positions that predict nothing.
-        block_logits: Most logits in memory at a time (4 bytes each, three times over).
+        block_logits: Logits of a block, of which three are in memory at a time, 4 bytes a logit. By default 2^20 on a
+            CPU, and 2^24 elsewhere.
 
     Raises:
         ConfigurationError: Not one of ``selection``, ``keep`` and ``kept`` was given; shapes, types or devices do not
