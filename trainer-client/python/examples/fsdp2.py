@@ -12,21 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from sluice_feed import Selection
+from sluice_feed.torch import ScoredStream, SelectiveModel, select
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from sluice_feed import Selection
-from sluice_feed.torch import ScoredStream, SelectiveModel, select
 
 
 def main() -> None:
@@ -84,9 +82,15 @@ def sharded(arguments: argparse.Namespace, device: torch.device) -> SelectiveMod
     if arguments.model is not None:
         llama = LlamaForCausalLM.from_pretrained(arguments.model)
     else:
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        vocab_size = arguments.vocab_size or 512
-        llama = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_key_value_heads=2, **sizes))
+        config = LlamaConfig(
+            vocab_size=arguments.vocab_size or 512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        llama = LlamaForCausalLM(config)
     llama.to(device)
     model = SelectiveModel(llama.model, llama.lm_head)
     for layer in llama.model.layers:
@@ -115,13 +119,11 @@ def take_step(
         # The tokens of all micro-batches compete, so the losses of all come first.
         with torch.no_grad():
             losses = [model(batch["labels"], inputs=inputs(batch), only_token_losses=True) for batch in batches]
-        signals = [
-            {"loss": loss, "reference_loss": batch["reference_loss"]} for loss, batch in zip(losses, batches)
-        ]
+        signals = [{"loss": loss, "reference_loss": batch["reference_loss"]} for loss, batch in zip(losses, batches)]
         numbers = [batch["number"] for batch in batches]
         row_len = batches[0]["labels"].shape[1]
         masks = select(signals, selection, row_len=row_len, step=step, numbers=numbers)
-        divisor = sum(mask.sum() for mask in masks)
+        divisor = torch.stack([mask.sum() for mask in masks]).sum()
         dist.all_reduce(divisor)
     mean = torch.zeros((), device=device)
     for index, batch in enumerate(batches):
@@ -156,14 +158,12 @@ class Run:
         return {"model": model, "optimizer": optimizer, "stream": self.stream.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.stream.load_state_dict(state["stream"])
         self.step = state["step"]
 
 
-def last_checkpoint(folder: Path) -> Optional[Path]:
+def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that is whole: its list of contents is written last."""
     whole = [path.parent for path in folder.glob("step-*/.metadata")]
     return max(whole, default=None)
@@ -206,4 +206,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
