@@ -108,7 +108,7 @@ def test_gradients_by_finite_differences(head: str) -> None:
 def test_any_head_agrees_with_whole_logits(head: str, block: int | None) -> None:
     options = dict(HEADS[head])
     ours = drawn(bias=options.pop("bias", False))
-    theirs = {
+    theirs: dict[str, Any] = {
         name: None if x is None else x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in ours.items()
     }
     reference = torch.linspace(0, 3, POSITIONS)
@@ -176,7 +176,7 @@ def test_scores_are_of_the_signals_that_were_given(score: str) -> None:
     given = drawn(torch.float32)
     generator = torch.Generator().manual_seed(3)
     names = ("reference_loss", "reference_entropy", "history_loss")
-    signals = {name: torch.rand(POSITIONS, generator=generator) * 4 for name in names}
+    signals: dict[str, Any] = {name: torch.rand(POSITIONS, generator=generator) * 4 for name in names}
     selection = Selection(score=score, keep=0.4, seed=5)
     result = selective_loss(**given, **signals, selection=selection, step=9)
     losses, entropies = token_losses(**given, return_entropy=True)
@@ -189,7 +189,9 @@ def test_scores_are_of_the_signals_that_were_given(score: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_added_up_in_single(dtype: torch.dtype) -> None:
     half = drawn(dtype)
-    single = {name: None if x is None else (x.float() if x.is_floating_point() else x).detach() for name, x in half.items()}
+    single: dict[str, Any] = {
+        name: None if x is None else (x.float() if x.is_floating_point() else x).detach() for name, x in half.items()
+    }
     for name in ("hidden", "head_weight"):
         single[name].requires_grad_()
     kept = a_mask(half["labels"])
@@ -265,7 +267,7 @@ class LargestTensor(TorchDispatchMode):
     """The most elements of any tensor that an operation returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), options: Any = None) -> Any:

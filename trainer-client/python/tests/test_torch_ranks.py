@@ -24,9 +24,11 @@ def ddp(model: SelectiveModel) -> nn.Module:
 
 def fsdp(reshards: bool, **options: Any) -> Callable[[SelectiveModel], nn.Module]:
     def shard(model: SelectiveModel) -> nn.Module:
-        for layer in model.backbone.layers:
+        layers: Any = model.backbone.layers
+        for layer in layers:
             fully_shard(layer, **options)
-        return fully_shard(model, reshard_after_forward=reshards, **options)
+        fully_shard(model, reshard_after_forward=reshards, **options)
+        return model
 
     return shard
 
@@ -182,7 +184,7 @@ def check_masked_mean(rank: int) -> None:
 
 def check_groups(rank: int) -> None:
     """A group of one rank chooses and divides by itself; a group of others is refused."""
-    groups = [dist.new_group([member]) for member in range(2)]
+    groups: list[Any] = [dist.new_group([member]) for member in range(2)]
     losses, kept = torch.tensor([1.0, 3.0]), torch.tensor([True, rank == 1])
     assert masked_mean(losses, kept, group=groups[rank]).item() == 1.0 + rank
     signals = {"loss": torch.tensor([1.0, 2.0]) * (rank + 1), "reference_loss": torch.zeros(2)}

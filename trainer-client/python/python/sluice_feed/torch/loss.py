@@ -29,8 +29,8 @@ class SelectiveLoss(NamedTuple):
         kept_count: Tokens kept by all ranks in this call: scalar, int64.
         token_losses: Loss of each token in nats, shape of the labels, without gradient: float32, or float64 for hidden
             states in float64. NaN where there is no label, and where a given mask made it unnecessary.
-        lost_count: Labelled tokens of this rank whose loss is not a number, so that they cannot be kept: scalar,
-            int64. A model that has broken down shows here, where its loss may not show it.
+        lost_count: Labelled tokens of this rank (of a given mask, if there is one) whose loss is not a number: scalar,
+            int64. They cannot be chosen, so a model that has broken down shows here where its loss may not show it.
     """
 
     loss: Tensor
@@ -263,9 +263,7 @@ def _mean(
 
 
 def _selection(selection: Selection | None, keep: float | str | None) -> Selection:
-    if selection is not None:
-        return selection
-    return Selection(keep=keep)
+    return Selection(keep=keep) if selection is None else selection
 
 
 def _rows(mask: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
@@ -318,6 +316,6 @@ def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
         raise ConfigurationError(
             f"hidden is on {device}, head_weight on {weight.device} and labels on {labels.device}; move them"
         )
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     return hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
