@@ -1,0 +1,149 @@
+"""Selection on tensors against the golden selections, and against the Rust function, on one rank and on three."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sluice_feed._core import Selection
+from sluice_feed.torch import select
+from torch_support import as_tensors, drawn_signals, golden_selections, in_processes
+
+SCORES = [
+    "excess",
+    "reference-loss",
+    "reference-entropy",
+    "intersection",
+    "union",
+    "loss",
+    "entropy",
+    "improvement",
+    "random",
+]
+SCOPES = ("sequence", "micro-batch", "batch")
+ROW_LEN = 7
+
+
+def indices(masks: list[torch.Tensor]) -> list[list[int]]:
+    return [mask.nonzero().view(-1).tolist() for mask in masks]
+
+
+def second_share(score: str, trial: int) -> dict[str, float]:
+    """Two rankings have a share each, or one for both."""
+    return {"entropy_keep": 0.7} if score in ("intersection", "union") and trial % 3 > 0 else {}
+
+
+def test_every_golden_selection() -> None:
+    golden = golden_selections()
+    signals = [as_tensors(given) for given in golden["batch"]]
+    found, refused = 0, 0
+    for case in golden["cases"]:
+        settings = {"score": case["score"]["name"], "entropy_keep": case["score"].get("entropy_keep")}
+        settings["keep"] = case.get("keep")
+        selection = Selection(threshold=case.get("threshold"), scope=case.get("scope", "batch"), **settings)
+        if selection.scope == "running-quantile":
+            with pytest.raises(NotImplementedError, match="running-quantile"):
+                select(signals, selection, row_len=golden["row_len"], step=1)
+            refused += 1
+        else:
+            masks = select(signals, selection, row_len=golden["row_len"], step=1)
+            assert indices(masks) == case["kept"], case["score"]
+            found += 1
+    assert (found, refused) == (132, 40)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("score", SCORES)
+def test_any_numbers_are_chosen_from_as_by_the_rust_function(score: str, scope: str) -> None:
+    generator = np.random.default_rng(1)
+    for trial in range(24):
+        sizes = generator.integers(0, 40, int(generator.integers(1, 5)))
+        batch = [drawn_signals(generator, int(size), coarse=trial % 2 == 0) for size in sizes]
+        keep = float(generator.choice([0.01, 0.3, 0.5, 0.77, 1.0]))
+        selection = Selection(
+            score=score, keep=keep, scope=scope, warmup_steps=1, seed=trial, **second_share(score, trial)
+        )
+        for step in (1, 2):
+            expected = selection.select(batch, ROW_LEN, step)
+            found = select([as_tensors(given) for given in batch], selection, row_len=ROW_LEN, step=step)
+            assert [mask.tolist() for mask in found] == [mask.tolist() for mask in expected], (trial, step)
+
+
+@pytest.mark.parametrize("score", ["excess", "entropy", "reference-loss"])
+def test_a_threshold_keeps_what_reaches_it(score: str) -> None:
+    generator = np.random.default_rng(2)
+    batch = [drawn_signals(generator, 200, coarse=trial % 2 == 0) for trial in range(2)]
+    # A tenth is not a number of float32, so it must be rounded as the scores are.
+    for threshold in (0.0, 0.5, 0.1, -1e9):
+        batch[0]["entropy"][0] = np.float32(threshold)
+        selection = Selection(score=score, threshold=threshold)
+        expected = selection.select(batch, ROW_LEN, 1)
+        found = select([as_tensors(given) for given in batch], selection, row_len=ROW_LEN, step=1)
+        assert [mask.tolist() for mask in found] == [mask.tolist() for mask in expected]
+
+
+def test_masks_have_the_shape_of_the_losses_and_ties_go_by_number() -> None:
+    signals = [{"loss": torch.ones(2, 3), "reference_loss": torch.zeros(2, 3)} for _ in range(3)]
+    masks = select(signals, Selection(keep=0.5), row_len=3, step=1, numbers=[2, None, 0])
+    # Six of the twelve that are numbered: all of number 0, none of number 2.
+    assert [mask.tolist() for mask in masks] == [[[False] * 3] * 2, [[False] * 3] * 2, [[True] * 3] * 2]
+
+
+def test_losses_of_float64_are_compared_in_float32() -> None:
+    loss = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    signals = {"loss": loss, "reference_loss": torch.zeros(2, dtype=torch.float64)}
+    (mask,) = select([signals], Selection(keep=0.5), row_len=2, step=1)
+    assert mask.tolist() == [True, False]
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    loss = torch.zeros(4)
+    plain = Selection()
+    given: Any
+    for given, settings, message in [
+        ({}, {}, "'loss'"),
+        ({"loss": loss}, {}, "needs the signal 'reference_loss'"),
+        ({"loss": loss, "reference_loss": torch.zeros(3)}, {}, r"shape \(3,\)"),
+        ({"loss": loss, "reference_loss": loss.bfloat16()}, {}, "cast_forward_inputs=False"),
+        ({"loss": loss, "reference_loss": loss}, {"row_len": 0}, "row_len"),
+        ({"loss": loss, "reference_loss": loss}, {"numbers": [0, 1]}, "1 micro-batches, but 2 numbers"),
+        ({"loss": loss, "reference_loss": loss}, {"numbers": [-1]}, "numbered from 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            select([given], plain, **{"row_len": 4, "step": 1, **settings})
+    with pytest.raises(ValueError, match="not initialised"):
+        select([{"loss": loss, "reference_loss": loss}], plain, row_len=4, step=1, group="a group")  # type: ignore
+
+
+def ranks_choose_as_one(rank: int, size: int) -> None:
+    for score in SCORES:
+        for scope in SCOPES:
+            # All ranks draw the same batch, and each takes its part.
+            generator = np.random.default_rng(3)
+            for trial in range(6):
+                count = int(generator.integers(0, 7))
+                sizes = generator.integers(0, 30, count)
+                batch = [drawn_signals(generator, int(length), coarse=trial % 2 == 0) for length in sizes]
+                owners, order = generator.integers(0, size, count), generator.permutation(count)
+                selection = Selection(score=score, keep=0.4, scope=scope, seed=trial, **second_share(score, trial))
+                expected = selection.select(batch, ROW_LEN, 1)
+                # Not in the order of their numbers, and some ranks may have none.
+                own = [int(number) for number in order if owners[number] == rank]
+                signals = [as_tensors(batch[number]) for number in own]
+                found = select(signals, selection, row_len=ROW_LEN, step=1, numbers=own)
+                assert [mask.tolist() for mask in found] == [expected[number].tolist() for number in own]
+
+    ones: dict[str, torch.Tensor] = {"loss": torch.ones(4), "reference_loss": torch.zeros(4)}
+    # By default numbers go round the ranks: 3 of 3 * 2 * 4 equal scores are of the first micro-batch of rank 0.
+    masks = select([ones, ones], Selection(keep=0.125), row_len=4, step=1)
+    assert [int(mask.sum()) for mask in masks] == [[3, 0], [0, 0], [0, 0]][rank]
+    masks = select([ones, ones], Selection(keep=0.75), row_len=4, step=1)
+    assert [int(mask.sum()) for mask in masks] == [[4, 4], [4, 2], [4, 0]][rank]
+    with pytest.raises(ValueError, match="several ranks have a micro-batch of the same number"):
+        select([ones], Selection(keep=0.5), row_len=4, step=1, numbers=[0])
+
+
+def test_three_ranks_choose_as_one() -> None:
+    in_processes(3, ranks_choose_as_one)
