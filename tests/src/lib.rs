@@ -45,6 +45,11 @@ pub fn python() -> PathBuf {
     environment("SLUICE_TEST_PYTHON")
 }
 
+/// A Python with PyTorch and the wheel `sluice-feed`, as `ops/feed-python` prints it.
+pub fn torch_python() -> PathBuf {
+    environment("SLUICE_TEST_TORCH_PYTHON")
+}
+
 fn environment(name: &str) -> PathBuf {
     let value = std::env::var_os(name).unwrap_or_else(|| {
         panic!("{name} is not set; `ops/test` sets up what the tests need, and `eval \"$(ops/test --env)\"` exports it")

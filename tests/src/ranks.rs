@@ -174,7 +174,11 @@ pub struct Line {
 }
 
 impl Line {
-    fn parse(line: &str) -> Self {
+    /// Reads a line of a rank's.
+    ///
+    /// # Panics
+    /// When it is none.
+    pub fn parse(line: &str) -> Self {
         let fields: serde_json::Value = serde_json::from_str(line).unwrap();
         let documents = fields["documents"].as_array().unwrap();
         Self {

@@ -66,9 +66,7 @@ def test_the_golden_step(dtype: torch.dtype, tolerance: float) -> None:
     assert torch.equal(result.kept, golden.kept)
     assert result.kept_count == golden.kept.sum()
     assert result.loss.item() == pytest.approx(golden.record["loss"], abs=tolerance)
-    torch.testing.assert_close(
-        result.token_losses, golden.losses.to(dtype), rtol=tolerance, atol=tolerance, equal_nan=True
-    )
+    torch.testing.assert_close(result.token_losses, golden.losses.to(dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
     golden.assert_gradients({name: weight.grad for name, weight in model.named_parameters()}, tolerance)
 
 
@@ -111,8 +109,7 @@ def test_any_head_agrees_with_whole_logits(head: str, block: int) -> None:
     options = dict(HEADS[head])
     ours = drawn(bias=options.pop("bias", False))
     theirs = {
-        name: None if x is None else x.detach().clone().requires_grad_(x.is_floating_point())
-        for name, x in ours.items()
+        name: None if x is None else x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in ours.items()
     }
     reference = torch.linspace(0, 3, POSITIONS)
     losses = plain_losses(**theirs, **options)
@@ -171,9 +168,7 @@ def test_scores_are_of_the_signals_that_were_given(score: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_added_up_in_single(dtype: torch.dtype) -> None:
     half = drawn(dtype)
-    single = {
-        name: None if x is None else (x.float() if x.is_floating_point() else x).detach() for name, x in half.items()
-    }
+    single = {name: None if x is None else (x.float() if x.is_floating_point() else x).detach() for name, x in half.items()}
     for name in ("hidden", "head_weight"):
         single[name].requires_grad_()
     kept = a_mask(half["labels"])

@@ -62,9 +62,7 @@ def test_any_numbers_are_chosen_from_as_by_the_rust_function(score: str, scope: 
         sizes = generator.integers(0, 40, int(generator.integers(1, 5)))
         batch = [drawn_signals(generator, int(size), coarse=trial % 2 == 0) for size in sizes]
         keep = float(generator.choice([0.01, 0.3, 0.5, 0.77, 1.0]))
-        selection = Selection(
-            score=score, keep=keep, scope=scope, warmup_steps=1, seed=trial, **second_share(score, trial)
-        )
+        selection = Selection(score=score, keep=keep, scope=scope, warmup_steps=1, seed=trial, **second_share(score, trial))
         for step in (1, 2):
             expected = selection.select(batch, ROW_LEN, step)
             found = select([as_tensors(given) for given in batch], selection, row_len=ROW_LEN, step=step)

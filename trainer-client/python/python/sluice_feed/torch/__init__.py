@@ -1,6 +1,6 @@
-"""Selective language modeling in PyTorch: the stream as tensors, which tokens a step learns from, and their loss alone.
+"""Selective Language Modeling in PyTorch: micro-batches, which tokens a step learns from, and the loss of those alone.
 
-* :class:`ScoredStream`: a scored topic as micro-batches of tensors; :func:`tensors` and :class:`ProcessGroup` are its parts.
+* :class:`ScoredStream`: a scored topic as micro-batches of tensors; :class:`ProcessGroup`: how its ranks agree.
 * :func:`select`: the choice of tokens, on tensors on their device, equal, bit by bit, to ``sluice_feed.select``,
   over all micro-batches of a step and all ranks of a process group.
 * :func:`selective_loss`: the loss of one micro-batch and its gradients, with no tensor of all logits.

@@ -36,9 +36,7 @@ class Ranks:
                     " that it is a member of, such as its data-parallel group"
                 )
         elif group is not None:
-            raise ConfigurationError(
-                "a process group was given, but torch.distributed is not initialised in this process"
-            )
+            raise ConfigurationError("a process group was given, but torch.distributed is not initialised in this process")
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over the ranks. The tensor that was given may be changed."""

@@ -159,9 +159,7 @@ class SumOfRows(torch.autograd.Function):
         return (*gradients, None)
 
 
-def _backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *, into: Gradients, upstream: Tensor
-) -> None:
+def _backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *, into: Gradients, upstream: Tensor) -> None:
     """Fills gradients: columns of the vocabulary one block after the other, so that those of the weight are whole.
 
     The gradient of a loss by its logits is the softmax less one at the label.

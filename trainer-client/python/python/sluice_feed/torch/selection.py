@@ -102,9 +102,7 @@ def select(
         entropies = [_scores(given, "reference-entropy", index) for index, given in enumerate(signals)]
         # Positions that lack a reference loss cannot be chosen for their entropy either.
         entropies = [_only_where(score, entropy) for score, entropy in zip(scores, entropies)]
-        combine: Callable[[Tensor, Tensor], Tensor] = (
-            torch.logical_or if selection.score == "union" else torch.logical_and
-        )
+        combine: Callable[[Tensor, Tensor], Tensor] = torch.logical_or if selection.score == "union" else torch.logical_and
         kept = [combine(one, other) for one, other in zip(kept, rank(entropies, entropy_keep))]
     return [mask.view(_loss(given, index).shape) for index, (mask, given) in enumerate(zip(kept, signals))]
 
@@ -113,9 +111,7 @@ def _checked_numbers(numbers: Sequence[int | None] | None, micro_batches: int, r
     if numbers is None:
         return [ranks.rank + index * ranks.size for index in range(micro_batches)]
     if len(numbers) != micro_batches:
-        raise ConfigurationError(
-            f"there are {micro_batches} micro-batches, but {len(numbers)} numbers of micro-batches"
-        )
+        raise ConfigurationError(f"there are {micro_batches} micro-batches, but {len(numbers)} numbers of micro-batches")
     given = [number for number in numbers if number is not None]
     if any(number < 0 for number in given) or len(set(given)) < len(given):
         raise ConfigurationError(f"micro-batches are numbered from 0, each by a number of its own, not {list(numbers)}")
@@ -139,9 +135,7 @@ def _scores(signals: Signals, score: str, index: int) -> Tensor:
     def signal(name: str) -> Tensor:
         values = signals.get(name)
         if values is None:
-            raise ConfigurationError(
-                f"score {score!r} needs the signal {name!r}, which micro-batch {index} does not have"
-            )
+            raise ConfigurationError(f"score {score!r} needs the signal {name!r}, which micro-batch {index} does not have")
         if values.shape != loss.shape:
             raise ConfigurationError(
                 f"{name!r} of micro-batch {index} has the shape {tuple(values.shape)}, but 'loss' has"

@@ -12,7 +12,7 @@ import sluice_feed
 from sluice_feed import Batch, ConfigurationError, merge_state_dicts
 
 _ARRAYS = ("input_ids", "labels", "position_ids", "segment_ids", "cu_seqlens", "reference_loss", "reference_entropy")
-_REST = ("max_seqlen", "document_ids", "sources", "step", "number", "digest")
+_REST = ("max_seqlen", "document_ids", "sources", "document_starts", "step", "number", "lane", "digest")
 
 
 def tensors(batch: Batch) -> dict[str, Any]:

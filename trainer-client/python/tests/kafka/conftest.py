@@ -1,0 +1,36 @@
+"""A topic on a real Kafka, which `tests/e2e/torch.rs` fills before it runs these tests.
+
+SLUICE_TEST_STREAM holds the settings of a stream over it as JSON: 8 partitions (one of them empty), some 400 documents, two
+reference models, two epochs, 8 micro-batches a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import pytest
+from sluice_feed import ScoredStream
+
+Make = Callable[..., ScoredStream]
+
+
+@pytest.fixture(scope="session")
+def settings() -> dict[str, Any]:
+    return dict(json.loads(os.environ["SLUICE_TEST_STREAM"]))
+
+
+@pytest.fixture
+def make(settings: dict[str, Any]) -> Iterator[Make]:
+    """Makes streams, and closes them after the test."""
+    made: list[ScoredStream] = []
+
+    def stream(kind: type[ScoredStream] = ScoredStream, **changes: Any) -> ScoredStream:
+        made.append(kind(**{"rank": 0, "world_size": 1, **settings, **changes}))
+        return made[-1]
+
+    yield stream
+    for stream_made in made:
+        stream_made.close()
