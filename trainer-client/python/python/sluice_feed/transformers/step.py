@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sluice_feed._core import Selection
+from sluice_feed.per_token import multiply_gradients
 from sluice_feed.torch import SelectiveLoss
 from sluice_feed.torch.distributed import Ranks
 from sluice_feed.torch.selection import TWO_RANKINGS, Signals, select
@@ -71,12 +72,7 @@ class SelectiveStep:
             return torch.zeros_like(loss)
         assert self.kept is not None
         factor = self.labelled.clamp(min=1).to(loss.dtype) / self.kept.clamp(min=1)
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                gradient: Any = parameter.grad
-                # FSDP2's are sharded, and each rank has its own part.
-                gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-                gradient.mul_(factor)
+        multiply_gradients(model.parameters(), factor)
         return self.loss * factor
 
     @torch.no_grad()
