@@ -9,19 +9,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use sluice_schemas::fingerprint::Fingerprint;
+use sluice_tests::produce;
 use sluice_tests::ranks::{Line, run};
 
 #[path = "ranks/topic.rs"]
 #[allow(dead_code, reason = "the tests of ranks use the rest")]
 mod topic;
 
-use topic::{EPOCHS, Fixture, ROW, ROWS, SHORT, LONG, TOPIC, VOCABULARY, tokenizer};
-use sluice_schemas::fingerprint::Fingerprint;
+use topic::{EPOCHS, Fixture, LONG, ROW, ROWS, SHORT, TOPIC, VOCABULARY, scored, tokenizer};
 
 /// Ample time for processes that import PyTorch on a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_mins(5);
 const POLL: Duration = Duration::from_millis(5);
 const CHECKPOINT_EVERY: u64 = 3;
+const LONG_TOPIC: &str = "long";
 
 /// Micro-batches by step and number.
 type Steps = BTreeMap<(u64, u64), Line>;
@@ -43,6 +45,58 @@ fn ranks_killed_under_torchrun_go_on_as_another_number_of_ranks() {
     for seed in 0..seeds {
         killed(&fixture, seed);
     }
+}
+
+/// `trainer-client/python/tests/kafka`, over this topic.
+#[test]
+fn the_stream_in_python_keeps_its_promises() {
+    let fixture = Fixture::shared();
+    write_long_topic(&fixture);
+    let settings = serde_json::json!({
+        "topic": TOPIC,
+        "bootstrap_servers": fixture.kafka.bootstrap_servers,
+        "tokenizer": tokenizer().to_string(),
+        "vocab_size": VOCABULARY,
+        "batch_size": ROWS,
+        "sequence_length": ROW,
+        "micro_batches": 8,
+        "shuffle_buffer": 40,
+        "epochs": EPOCHS,
+        "reference_models": models(),
+        "digests": true,
+    });
+    let tests = sluice_tests::root().join("trainer-client/python/tests/kafka");
+    let output = Command::new(sluice_tests::torch_python())
+        .args(["-B", "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"])
+        .arg(tests)
+        .env("SLUICE_TEST_STREAM", settings.to_string())
+        .env("OMP_NUM_THREADS", "1")
+        .output()
+        .unwrap();
+    let [stdout, stderr] =
+        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    assert!(output.status.success(), "{stdout}{stderr}");
+}
+
+/// A topic of some 12,000 micro-batches in one pass.
+fn write_long_topic(fixture: &Fixture) {
+    fixture.kafka.create_topic(LONG_TOPIC, 8);
+    let mut random = fastrand::Rng::with_seed(1);
+    let documents: Vec<_> = (0..36_000)
+        .map(|number| {
+            let length = random.usize(40..=48);
+            let document = scored(&mut random, format!("long/{number}"), length, SHORT.0, SHORT.1);
+            (document.document.id.clone(), document.encode())
+        })
+        .collect();
+    let records: Vec<_> =
+        documents.iter().map(|(id, payload)| (id.as_str(), Some(payload.clone()))).collect();
+    produce(&fixture.kafka.bootstrap_servers, LONG_TOPIC, &records);
+}
+
+/// Fingerprints of the topic's reference models.
+fn models() -> [String; 2] {
+    [SHORT, LONG].map(|(model, _)| Fingerprint::of_bytes(model.as_bytes()).to_string())
 }
 
 /// One run on two ranks that is killed, gone on with as one, killed again, and gone on with as four.
@@ -99,7 +153,6 @@ fn torchrun(
     let root = sluice_tests::root();
     let log = out.join("torchrun.log");
     let stderr = fs::File::create(&log).unwrap();
-    let models = [SHORT, LONG].map(|(model, _)| Fingerprint::of_bytes(model.as_bytes()).to_string());
     let mut command = Command::new(python);
     command
         .args(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", &world_size.to_string()])
@@ -109,7 +162,7 @@ fn torchrun(
         .args(["--batch-size", &ROWS.to_string(), "--sequence-length", &ROW.to_string()])
         .args(["--micro-batches", "8", "--shuffle-buffer", "40", "--seed", &seed.to_string()])
         .args(["--epochs", &EPOCHS.to_string(), "--checkpoint-every", &CHECKPOINT_EVERY.to_string()])
-        .args(models.iter().flat_map(|model| ["--reference-model", model]))
+        .args(models().iter().flat_map(|model| ["--reference-model", model]))
         .args(["--log-documents", "--out"])
         .arg(out)
         // Ranks on one machine share its two cores, and talk over loopback alone.

@@ -80,7 +80,8 @@ impl Columns {
         let digest = with_digest.then(|| packed.digest().to_string());
         let batch = std::mem::take(&mut packed.batch);
         let (cu_seqlens, max_seqlen) = boundaries(&batch);
-        let FeedBatch { rows, len, tokens, segments, positions, targets, reference, reference_entropy } = batch;
+        let FeedBatch { rows, len, tokens, segments, positions, targets, reference, reference_entropy } =
+            batch;
         let widened = |words: Vec<u32>| words.into_iter().map(i64::from).collect::<Vec<_>>();
         let label = |target| if target == NO_TARGET { IGNORE_INDEX } else { i64::from(target) };
         Self {
@@ -101,7 +102,11 @@ impl Columns {
 impl Batch {
     /// Hands the vectors of a micro-batch of `step` to Python, without a copy.
     pub(crate) fn new(py: Python<'_>, step: u64, packed: &PackedBatch, columns: Columns) -> PyResult<Self> {
-        fn array<T: numpy::Element>(py: Python<'_>, values: Vec<T>, shape: [usize; 2]) -> PyResult<Py<PyArray2<T>>> {
+        fn array<T: numpy::Element>(
+            py: Python<'_>,
+            values: Vec<T>,
+            shape: [usize; 2],
+        ) -> PyResult<Py<PyArray2<T>>> {
             Ok(PyArray1::from_vec(py, values).reshape(shape)?.unbind())
         }
         let of_pieces = |of: fn(&Piece) -> String| {
@@ -119,7 +124,11 @@ impl Batch {
             reference_entropy: array(py, columns.reference_entropy, shape)?,
             document_ids: of_pieces(|piece| piece.document.id().to_owned()),
             sources: of_pieces(|piece| piece.document.source().to_owned()),
-            document_starts: packed.rows.iter().map(|row| row.iter().map(|piece| piece.start).collect()).collect(),
+            document_starts: packed
+                .rows
+                .iter()
+                .map(|row| row.iter().map(|piece| piece.start).collect())
+                .collect(),
             step,
             number: packed.number,
             lane: packed.lane,
@@ -130,7 +139,8 @@ impl Batch {
 
 /// Where segments begin, in the row-major order of tokens, with the end of the last; and the longest of them.
 fn boundaries(batch: &FeedBatch) -> (Vec<i32>, usize) {
-    let begins = |index: usize| index.is_multiple_of(batch.len) || batch.segments[index] != batch.segments[index - 1];
+    let begins =
+        |index: usize| index.is_multiple_of(batch.len) || batch.segments[index] != batch.segments[index - 1];
     let mut starts: Vec<i32> =
         (0..batch.segments.len()).filter(|&index| begins(index)).map(|index| index as i32).collect();
     starts.push(batch.segments.len() as i32);

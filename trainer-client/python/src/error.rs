@@ -5,11 +5,31 @@ use pyo3::exceptions::{PyException, PyValueError};
 use pyo3::prelude::*;
 use sluice_feed::stream::StreamError as FeedError;
 
-create_exception!(sluice_feed, SluiceError, PyException, "What sluice_feed raises beside ValueError for a wrong setting.");
-create_exception!(sluice_feed, ConfigurationError, PyValueError, "A setting that cannot be used; nothing has been read.");
-create_exception!(sluice_feed, StreamError, SluiceError, "The topic cannot be read on, or holds what this run cannot use.");
+create_exception!(
+    sluice_feed,
+    SluiceError,
+    PyException,
+    "What sluice_feed raises beside ValueError for a wrong setting."
+);
+create_exception!(
+    sluice_feed,
+    ConfigurationError,
+    PyValueError,
+    "A setting that cannot be used; nothing has been read."
+);
+create_exception!(
+    sluice_feed,
+    StreamError,
+    SluiceError,
+    "The topic cannot be read on, or holds what this run cannot use."
+);
 create_exception!(sluice_feed, StateError, SluiceError, "A state that this stream cannot go on from.");
-create_exception!(sluice_feed, RankError, SluiceError, "Another rank has failed, or ranks differ in what they read.");
+create_exception!(
+    sluice_feed,
+    RankError,
+    SluiceError,
+    "Another rank has failed, or ranks differ in what they read."
+);
 
 /// The exception for an error of the feed.
 pub(crate) fn raised(error: FeedError) -> PyErr {

@@ -14,7 +14,9 @@ use sluice_feed::feed::Feed as Inner;
 use sluice_feed::pack::{BatchShape, Packing};
 use sluice_feed::plan::Plan;
 use sluice_feed::snapshot::Snapshot;
-use sluice_feed::stream::{Broker, Decoder, Extent, Shard, StreamError as FeedError, TopicKind, first_context};
+use sluice_feed::stream::{
+    Broker, Decoder, Extent, Shard, StreamError as FeedError, TopicKind, first_context,
+};
 use sluice_feed::supply::Agreed;
 use sluice_feed::turns::Outlook;
 use sluice_schemas::fingerprint::Fingerprint;
@@ -107,7 +109,8 @@ impl Feed {
             };
             let shape = BatchShape { rows, len };
             let plan = Plan { topic, extent, shape, packing, micro_batches, shuffle_buffer, seed };
-            Inner::open(broker, plan, shard, snapshot.as_ref(), decoder, Arc::clone(&stop)).map_err(Failure::Feed)
+            Inner::open(broker, plan, shard, snapshot.as_ref(), decoder, Arc::clone(&stop))
+                .map_err(Failure::Feed)
         })?
         .map_err(PyErr::from)?;
         let (lanes, shape) = (feed.lanes(), feed.shape());
@@ -230,9 +233,8 @@ impl Feed {
 
     /// Counts of the stream by name.
     fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (documents, buffered, step) = self.with(py, |state| {
-            (state.feed.documents(), state.feed.buffered(), state.feed.step())
-        })?;
+        let (documents, buffered, step) =
+            self.with(py, |state| (state.feed.documents(), state.feed.buffered(), state.feed.step()))?;
         let dictionary = PyDict::new(py);
         dictionary.set_item("steps_total", step)?;
         dictionary.set_item("documents_total", documents)?;
@@ -291,7 +293,9 @@ impl Drop for Feed {
 }
 
 fn closed() -> PyErr {
-    PyRuntimeError::new_err("the stream is closed; make a new one, with the state of this one if it is to go on")
+    PyRuntimeError::new_err(
+        "the stream is closed; make a new one, with the state of this one if it is to go on",
+    )
 }
 
 /// Why a feed was not opened.
@@ -321,7 +325,8 @@ fn joined(parts: &[Vec<u8>], vocab_size: u32) -> Result<Snapshot, Failure> {
 
 /// A choice by its name, as the feed's settings are written down.
 fn named<T: serde::de::DeserializeOwned>(setting: &str, name: &str) -> PyResult<T> {
-    serde_json::from_value(serde_json::Value::from(name)).map_err(|error| refused(format!("{setting}: {error}")))
+    serde_json::from_value(serde_json::Value::from(name))
+        .map_err(|error| refused(format!("{setting}: {error}")))
 }
 
 /// Runs what may wait for long, on a thread of its own and without the GIL, while this one looks for Ctrl-C; then `stop` is
@@ -350,7 +355,9 @@ fn interruptible<T: Send>(py: Python<'_>, stop: &AtomicBool, run: impl FnOnce() 
                 stop.store(asked_before, Ordering::Relaxed);
                 return Err(exception);
             }
-            outcome.map_err(|_| PyRuntimeError::new_err("the feed panicked: this is a fault of sluice_feed; see its message"))
+            outcome.map_err(|_| {
+                PyRuntimeError::new_err("the feed panicked: this is a fault of sluice_feed; see its message")
+            })
         })
     })
 }

@@ -7,7 +7,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use sluice_feed::random::SplitMix64;
 use sluice_feed::select::{
-    Choice, KeepRatio, KeepSchedule, Objective, Rule, Scope, Score, Selection as Rules, Signals, Thresholds, Turn,
+    Choice, KeepRatio, KeepSchedule, Objective, Rule, Scope, Score, Selection as Rules, Signals, Thresholds,
+    Turn,
 };
 
 use crate::error::{StateError, refused};
@@ -54,14 +55,17 @@ impl Selection {
         seed: u64,
     ) -> PyResult<Self> {
         let score = score_of(score, entropy_keep)?;
-        let scope: Scope = serde_json::from_value(scope.into()).map_err(|error| refused(format!("scope: {error}")))?;
+        let scope: Scope =
+            serde_json::from_value(scope.into()).map_err(|error| refused(format!("scope: {error}")))?;
         let rule = match (threshold, keep) {
             (Some(_), Some(_)) => return Err(refused("give keep or threshold, not both")),
             (Some(threshold), None) if !threshold.is_finite() => {
                 return Err(refused("threshold must be a finite number of nats"));
             }
             (Some(_), None) if !score.has_threshold() => {
-                return Err(refused("intersection, union and random have no single score for a threshold: give keep"));
+                return Err(refused(
+                    "intersection, union and random have no single score for a threshold: give keep",
+                ));
             }
             (Some(threshold), None) => Rule::Threshold(threshold),
             (None, keep) => Rule::Keep(keep.map_or_else(paper_share, Share::schedule)?),
@@ -69,13 +73,16 @@ impl Selection {
         if score == Score::Random && scope == Scope::RunningQuantile {
             return Err(refused("running-quantile follows scores, and random has none: give another scope"));
         }
-        let is_sloped =
-            matches!(rule, Rule::Keep(KeepSchedule::Linear { .. } | KeepSchedule::Cosine { .. }));
+        let is_sloped = matches!(rule, Rule::Keep(KeepSchedule::Linear { .. } | KeepSchedule::Cosine { .. }));
         let Some(steps) = steps.or((!is_sloped).then_some(u64::MAX)) else {
-            return Err(refused("a linear or cosine schedule of keep needs steps, the steps of the whole run"));
+            return Err(refused(
+                "a linear or cosine schedule of keep needs steps, the steps of the whole run",
+            ));
         };
         if warmup_steps >= steps {
-            return Err(refused("warmup_steps reaches the last of the steps, so nothing would ever be left out"));
+            return Err(refused(
+                "warmup_steps reaches the last of the steps, so nothing would ever be left out",
+            ));
         }
         let rules = Rules { score, rule, scope, warmup_steps };
         let objective = Objective::Slm(rules.clone());
@@ -109,7 +116,9 @@ impl Selection {
     #[getter]
     fn entropy_keep(&self) -> Option<f64> {
         match self.rules.score {
-            Score::Intersection { entropy_keep } | Score::Union { entropy_keep } => entropy_keep.map(KeepRatio::get),
+            Score::Intersection { entropy_keep } | Score::Union { entropy_keep } => {
+                entropy_keep.map(KeepRatio::get)
+            }
             _ => None,
         }
     }
@@ -225,7 +234,11 @@ impl Selection {
         };
         let needs_reference = matches!(
             self.rules.score,
-            Score::Excess | Score::Random | Score::ReferenceLoss | Score::Intersection { .. } | Score::Union { .. }
+            Score::Excess
+                | Score::Random
+                | Score::ReferenceLoss
+                | Score::Intersection { .. }
+                | Score::Union { .. }
         );
         let expected = lists.loss.len();
         for (name, list, is_needed) in [
@@ -291,7 +304,9 @@ fn score_of(name: &str, entropy_keep: Option<f64>) -> PyResult<Score> {
     let mut fields = serde_json::json!({ "name": name });
     if let Some(keep) = entropy_keep {
         if !matches!(name, "intersection" | "union") {
-            return Err(refused("entropy_keep is the second share of intersection and union: leave it out, or give one of them"));
+            return Err(refused(
+                "entropy_keep is the second share of intersection and union: leave it out, or give one of them",
+            ));
         }
         fields["entropy_keep"] = keep.into();
     }

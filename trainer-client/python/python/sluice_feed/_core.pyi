@@ -1,10 +1,21 @@
 """Types of the compiled half; see its own docstrings."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
+
+__all__ = [
+    "Batch",
+    "ConfigurationError",
+    "Feed",
+    "RankError",
+    "Selection",
+    "SluiceError",
+    "StateError",
+    "StreamError",
+]
 
 class SluiceError(Exception): ...
 class StreamError(SluiceError): ...
@@ -12,35 +23,61 @@ class StateError(SluiceError): ...
 class RankError(SluiceError): ...
 class ConfigurationError(ValueError): ...
 
+@final
 class Batch:
-    input_ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
-    segment_ids: NDArray[np.int64]
-    cu_seqlens: NDArray[np.int32]
-    max_seqlen: int
-    reference_loss: NDArray[np.float32]
-    reference_entropy: NDArray[np.float32]
-    document_ids: list[list[str]]
-    sources: list[list[str]]
-    document_starts: list[list[int]]
-    step: int
-    number: int | None
-    lane: int
-    digest: str | None
+    @property
+    def input_ids(self) -> NDArray[np.int64]: ...
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def position_ids(self) -> NDArray[np.int64]: ...
+    @property
+    def segment_ids(self) -> NDArray[np.int64]: ...
+    @property
+    def cu_seqlens(self) -> NDArray[np.int32]: ...
+    @property
+    def max_seqlen(self) -> int: ...
+    @property
+    def reference_loss(self) -> NDArray[np.float32]: ...
+    @property
+    def reference_entropy(self) -> NDArray[np.float32]: ...
+    @property
+    def document_ids(self) -> list[list[str]]: ...
+    @property
+    def sources(self) -> list[list[str]]: ...
+    @property
+    def document_starts(self) -> list[list[int]]: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def number(self) -> int | None: ...
+    @property
+    def lane(self) -> int: ...
+    @property
+    def digest(self) -> str | None: ...
 
+@final
 class Selection:
-    score: str
-    scope: str
-    threshold: float | None
-    entropy_keep: float | None
-    warmup_steps: int
-    seed: int
-    needs_entropy: bool
-    needs_history_loss: bool
-    needs_reference_entropy: bool
-    def __init__(
-        self,
+    @property
+    def score(self) -> str: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def threshold(self) -> float | None: ...
+    @property
+    def entropy_keep(self) -> float | None: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def needs_entropy(self) -> bool: ...
+    @property
+    def needs_history_loss(self) -> bool: ...
+    @property
+    def needs_reference_entropy(self) -> bool: ...
+    def __new__(
+        cls,
         *,
         score: str = "excess",
         keep: float | str | None = None,
@@ -50,7 +87,7 @@ class Selection:
         entropy_keep: float | None = None,
         steps: int | None = None,
         seed: int = 0,
-    ) -> None: ...
+    ) -> Selection: ...
     def keep_at(self, step: int) -> float | None: ...
     def select(
         self, signals: Sequence[Mapping[str, NDArray[np.float32]]], row_len: int, step: int, micro_batch: int = 0
@@ -59,13 +96,18 @@ class Selection:
     def state_dict(self) -> str: ...
     def load_state_dict(self, state: str) -> None: ...
 
+@final
 class Feed:
-    lanes: int
-    own_lanes: list[int]
-    shape: tuple[int, int]
-    reference_model: str | None
-    def __init__(
-        self,
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def own_lanes(self) -> list[int]: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def reference_model(self) -> str | None: ...
+    def __new__(
+        cls,
         *,
         bootstrap_servers: str,
         properties: dict[str, str],
@@ -86,7 +128,7 @@ class Feed:
         needs_entropies: bool,
         reference_models: list[str],
         state: list[bytes] | None,
-    ) -> None: ...
+    ) -> Feed: ...
     def identity(self) -> list[int]: ...
     def fill(self) -> list[int]: ...
     def failed(self) -> list[int]: ...
