@@ -21,7 +21,7 @@ from sluice_feed.transformers import SelectiveTrainer, collate_rows
 from sluice_feed.transformers.forward import ARGUMENT, install
 from sluice_feed.transformers.micro_batch import MicroBatch
 from sluice_feed.transformers.step import SelectiveStep
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch_support import in_processes
 from trainer_run import arguments, logged, run
 from transformers import Trainer
@@ -224,6 +224,24 @@ def _sharded_step(rank: int, size: int, name: str) -> None:
 @pytest.mark.parametrize("name", ["batch", "sequence"])
 def test_gradients_under_fsdp2_are_those_of_a_plain_loop(name: str) -> None:
     in_processes(2, _sharded_step, name)
+
+
+def _half_precision_step(rank: int, size: int) -> None:
+    """With inputs cast to bfloat16, as FSDP2 does unless told otherwise; `select` refuses reference losses in it."""
+    model = tiny_llama(dtype=torch.float32)
+    install(model)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=True))
+    batches = LaneStream([4, 4], 2, rank, size).next_step()
+    assert batches is not None
+    batch = MicroBatch(batches[0], number=rank, step=1)
+    batch.selection = selection("batch")
+    output = model(**{ARGUMENT: batch})
+    assert Ranks().sum(output.loss.detach()).item() / size == pytest.approx(3.7, abs=0.2)
+    assert batch.signals["reference_loss"].dtype == torch.float32
+
+
+def test_reference_losses_are_not_rounded_by_fsdp2() -> None:
+    in_processes(2, _half_precision_step)
 
 
 # Checkpoints.

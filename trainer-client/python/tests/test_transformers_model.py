@@ -14,7 +14,7 @@ import torch
 from adapter_support import LaneStream, Rows, micro_batch, tiny_llama, token_losses
 from sluice_feed import ConfigurationError, RankError, Selection
 from sluice_feed.transformers import SelectiveTrainer, collate_rows
-from sluice_feed.transformers.forward import ARGUMENT, SelectiveForward, install
+from sluice_feed.transformers.forward import ARGUMENT, install
 from sluice_feed.transformers.micro_batch import MicroBatch
 from torch import nn
 from trainer_run import arguments, logged, run
@@ -110,18 +110,17 @@ def test_rows_become_one_for_flash_attention(has_boundaries: bool) -> None:
     assert "attention_mask" not in called
 
 
-def test_reference_losses_are_not_rounded_by_mixed_precision(tmp_path: Path) -> None:
-    """Whatever casts a forward's arguments does not find them."""
-    seen = []
-
-    def record(_module: nn.Module, _args: Any, given: dict[str, Any]) -> None:
-        seen.append(given[ARGUMENT].signals["reference_loss"].dtype)
-
-    model = tiny_llama(dtype=torch.float32)
-    model.register_forward_pre_hook(record, with_kwargs=True)
-    run(tmp_path, Selection(keep=0.5), LaneStream([2, 2], 1), model=model, max_steps=1, bf16=True)
-    assert seen == [torch.float32]
-    assert isinstance(model.forward, SelectiveForward) or hasattr(model.forward, "__wrapped__")
+def test_tokens_whose_loss_is_not_a_number_are_told_of(tmp_path: Path) -> None:
+    """None is kept, and the loss of no token is 0: a model that has broken down looks like a perfect one."""
+    model = granite()
+    batch = micro_batch(0, 0)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[batch["input_ids"][0, 0]] = torch.nan
+    trainer = run(tmp_path, Selection(keep=1.0), LaneStream([2, 2], 1), model=model, max_steps=1)
+    (line,) = logged(trainer)
+    assert line["loss"] == 0.0
+    assert line["lost_tokens"] == int((batch["labels"] != -100).sum())
+    assert line["kept_share"] == 0.0
 
 
 # What would be wrong without a sound is refused.
