@@ -16,6 +16,9 @@ pub trait Hooks: Send + Sync {
     /// Takes the client's figures, where `statistics.interval.ms` asks for them.
     fn statistics(&self, _statistics: &Statistics) {}
 
+    /// Takes a line of the client's log, of whichever level; most clients have nothing to look for in it.
+    fn log(&self, _facility: &str, _message: &str) {}
+
     /// Takes an error first; true where there is nothing more to say about it.
     fn error(&self, _error: &KafkaError, _reason: &str) -> bool {
         false
@@ -28,6 +31,10 @@ impl Hooks for () {}
 impl<H: Hooks + ?Sized> Hooks for Arc<H> {
     fn statistics(&self, statistics: &Statistics) {
         (**self).statistics(statistics);
+    }
+
+    fn log(&self, facility: &str, message: &str) {
+        (**self).log(facility, message);
     }
 
     fn error(&self, error: &KafkaError, reason: &str) -> bool {
@@ -74,6 +81,7 @@ impl<H: Hooks> ClientContext for Context<H> {
     }
 
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.hooks.log(facility, message);
         log(level, facility, message);
     }
 

@@ -7,6 +7,6 @@ mod settings;
 pub use cluster::{check_delivery, check_topics, is_mock, partitions, reach, shape};
 pub use context::{Context, DocumentsConsumer, GroupHooks, Hooks, PlainContext};
 pub use settings::{
-    check_properties, client_config, consumer_config, producer_config, setting_error, sink_config,
-    transaction_timeout, transactional_id,
+    check_properties, client_config, consumer_config, producer_config, request_timeout, setting_error,
+    sink_config, transaction_timeout, transactional_id,
 };

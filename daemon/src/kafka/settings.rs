@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use rdkafka::ClientConfig;
+use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaConfRes;
 
@@ -120,8 +121,27 @@ pub fn sink_config(settings: &Kafka) -> anyhow::Result<ClientConfig> {
         // it minutes, and must not end the daemon.
         let timeout_ms = transaction_timeout(settings)?.as_millis().to_string();
         config.set("message.timeout.ms", &timeout_ms).set("transaction.timeout.ms", timeout_ms);
+        // Where it says that a connection was lost, and no other callback does.
+        listen(&mut config, "broker");
     }
     Ok(config)
+}
+
+/// Has the client log what belongs to `context`, one of those of its property `debug`, beside what the user asks for.
+fn listen(config: &mut ClientConfig, context: &str) {
+    let contexts = match config.get("debug") {
+        Some(others) if !others.is_empty() => format!("{others},{context}"),
+        _ => context.to_owned(),
+    };
+    config.set("debug", contexts).set_log_level(RDKafkaLogLevel::Debug);
+}
+
+/// How long the client waits for an answer before it asks again.
+pub fn request_timeout(settings: &Kafka) -> Duration {
+    /// Unless the user sets another.
+    const DEFAULT: Duration = Duration::from_mins(1);
+    let set = settings.properties.get("socket.timeout.ms");
+    set.and_then(|millis| millis.parse().ok()).map_or(DEFAULT, Duration::from_millis)
 }
 
 /// How long the brokers leave a transaction open.

@@ -55,6 +55,8 @@ pub struct Sink<'a> {
     coordinator: Condition,
     /// When the open transaction began, by the clock that goes on while a machine sleeps.
     begun: Cell<Option<SystemTime>>,
+    /// The producer's own request for its transactional id may arrive once more, and fence it off.
+    fences_itself: Cell<bool>,
 }
 
 impl<'a> Sink<'a> {
@@ -71,7 +73,7 @@ impl<'a> Sink<'a> {
         let delivery = config.kafka.delivery;
         let coordinator = health.condition(Wait::Coordinator);
         coordinator.set_down(delivery == Delivery::ExactlyOnce);
-        let begun = Cell::new(None);
+        let (begun, fences_itself) = (Cell::new(None), Cell::new(false));
         Ok(Self {
             producer,
             delivery,
@@ -83,6 +85,7 @@ impl<'a> Sink<'a> {
             notices,
             coordinator,
             begun,
+            fences_itself,
         })
     }
 

@@ -2,14 +2,14 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::anyhow;
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::producer::Producer as _;
 
-use super::error::{Failure, Verdict, classify, is_fenced_by_group};
+use super::error::{Failure, Verdict, classify, is_fenced, is_fenced_by_group};
 use super::producer::{Client, Unanswered, wait_delivered};
 use super::{CALL, Sink, Suspects, new_producer};
 use crate::exit::{ExitError, FENCED};
@@ -24,24 +24,39 @@ use crate::outcome::Outcome;
 const TRANSACTION_CALL: Duration = Duration::from_secs(30);
 /// How long it may take before its silence is worth a word.
 const SILENCE: Duration = Duration::from_secs(10);
+const STUCK: &str = "the Kafka client does not return from a call";
 /// Wait between an aborted transaction and the next try.
 const ABORT_WAIT: Duration = Duration::from_millis(200);
 
 impl Sink<'_> {
-    /// Takes over the transactional id: what an earlier producer with the same one left open is aborted.
+    /// Takes over the transactional id: what an earlier producer with the same one left open is aborted, and what it has
+    /// sent and nobody has heard of since is refused.
     pub(super) fn resolve_open_transaction(&self) -> Result<(), Failure> {
         self.ask_coordinator(Client::init_transactions).map_err(|failure| match failure {
             Failure::GivenUp => failure,
             failure => Failure::Fatal(failure.into_error().context("cannot begin with transactions")),
-        })
+        })?;
+        self.fences_itself.set(self.producer.take_doubt());
+        Ok(())
     }
 
-    /// Leaves a producer alone that does not return from a call. Its transaction is aborted.
-    fn replace_producer(&mut self) -> Result<(), Failure> {
-        tracing::warn!("the Kafka client does not return from a call; going on with a new producer");
+    /// Goes on with a new producer. What the old one has left open is aborted.
+    fn replace_producer(&mut self, reason: &str) -> Result<(), Failure> {
+        if let Some(others) = self.notices.due("producer") {
+            tracing::warn!(others_since_last_warning = others, "{reason}; going on with a new producer");
+        }
         self.metrics.producers_replaced.inc();
         self.producer = new_producer(self.config)?;
         self.resolve_open_transaction()
+    }
+
+    /// Begins no transaction under the epoch of one of which a request may still be under way: a commit that arrives so
+    /// late would be taken for that of the new one (ADR 25).
+    fn settle_doubts(&mut self) -> Result<(), Failure> {
+        if self.producer.take_doubt() {
+            self.replace_producer("a request of an earlier transaction may still be under way")?;
+        }
+        Ok(())
     }
 
     /// Records and offsets in one transaction, begun only now that everything is scored. After an abort the same
@@ -53,6 +68,7 @@ impl Sink<'_> {
             if group.is_empty() {
                 return Ok(());
             }
+            self.settle_doubts()?;
             match self.transaction(group, &suspects) {
                 Ok(()) => {
                     self.metrics.commits.inc();
@@ -62,22 +78,20 @@ impl Sink<'_> {
                     tracing::info!(error = format!("{error:#}"), "transaction aborted; trying again");
                     self.metrics.aborts.inc();
                     match self.ask_coordinator(Client::abort_transaction) {
-                        Err(Failure::Stuck) => self.replace_producer()?,
+                        Err(Failure::Stuck) => self.replace_producer(STUCK)?,
                         aborted => aborted?,
                     }
                     self.sort_out_refused(group, &mut suspects)?;
                     std::thread::sleep(ABORT_WAIT);
                 }
-                Err(Failure::Stuck) => self.replace_producer()?,
+                Err(Failure::Stuck) => self.replace_producer(STUCK)?,
                 Err(failure) => return Err(failure),
             }
         }
     }
 
     fn transaction(&self, group: &mut Group<Outcome>, suspects: &Suspects) -> Result<(), Failure> {
-        let client = &self.producer.client;
-        self.begun.set(Some(SystemTime::now()));
-        client.begin_transaction().map_err(|error| self.judge(error))?;
+        self.begin()?;
         for index in 0..group.len() {
             self.send(group, index, suspects)?;
         }
@@ -105,13 +119,27 @@ impl Sink<'_> {
         })
     }
 
+    /// Begins a transaction. No broker is asked, and yet it has been seen never to return after the client had failed for
+    /// good (confluentinc/librdkafka issue 4420).
+    fn begin(&self) -> Result<(), Failure> {
+        if let Some((code, reason)) = self.producer.client.client().fatal_error() {
+            return Err(self.judge_fatal(is_fenced(code), anyhow!("{code}; {reason}")));
+        }
+        self.begun.set(Some(SystemTime::now()));
+        self.insist(|| self.producer.call(CALL, |_| self.goes_on(), |client, _| client.begin_transaction()))
+    }
+
     /// Makes a call that the transactions coordinator must answer, until it does.
     fn ask_coordinator(
         &self,
         call: impl FnOnce(&Client, Duration) -> KafkaResult<()> + Copy + Send + 'static,
     ) -> Result<(), Failure> {
         let goes_on = |waited| self.waits_on(waited);
+        let begun = Instant::now();
         self.insist(|| self.producer.call(TRANSACTION_CALL, goes_on, call))?;
+        if begun.elapsed() > kafka::request_timeout(&self.config.kafka) {
+            self.producer.doubt();
+        }
         if self.coordinator.set_down(false) {
             tracing::info!("the transactions coordinator answers");
         }
@@ -136,6 +164,7 @@ impl Sink<'_> {
             if self.is_futile() {
                 return Err(Failure::GivenUp);
             }
+            self.producer.doubt();
             if let Some(others) = self.notices.due("publishing") {
                 tracing::warn!(
                     %error,
@@ -146,9 +175,14 @@ impl Sink<'_> {
         }
     }
 
-    /// Whether a call is waited for any longer that has had no answer for so long.
-    fn waits_on(&self, waited: Duration) -> bool {
+    /// Whether a call is waited for any longer.
+    fn goes_on(&self) -> bool {
         self.health.beat(Loop::Sink);
+        !self.is_futile()
+    }
+
+    /// The same of one that has had no answer of the coordinator for so long.
+    fn waits_on(&self, waited: Duration) -> bool {
         if waited >= SILENCE {
             self.coordinator.set_down(true);
             if let Some(others) = self.notices.due("coordinator") {
@@ -158,7 +192,7 @@ impl Sink<'_> {
                 );
             }
         }
-        !self.is_futile()
+        self.goes_on()
     }
 
     /// Whether nothing that is published now would be of use.
@@ -172,27 +206,39 @@ impl Sink<'_> {
         }
         match classify(&error) {
             Verdict::Abort | Verdict::Retry => Failure::Aborted(error.into()),
-            Verdict::Fatal => Failure::Fatal(anyhow!(error).context("the producer failed for good")),
-            Verdict::Fenced => {
-                self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
-                Failure::Fatal(self.fenced(error))
-            }
+            Verdict::Fatal => self.judge_fatal(false, error.into()),
+            Verdict::Fenced => self.judge_fatal(true, error.into()),
         }
     }
 
+    fn judge_fatal(&self, fenced: bool, error: anyhow::Error) -> Failure {
+        if !fenced {
+            return Failure::Fatal(error.context("the producer failed for good"));
+        }
+        self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
+        Failure::Fatal(self.fenced(error))
+    }
+
     /// Brokers fence a producer off when another one has its transactional id, and when it left a transaction open for
-    /// too long: a daemon that was suspended does, and a new start helps it. Against the other nothing helps but a person.
-    fn fenced(&self, error: KafkaError) -> anyhow::Error {
+    /// too long: a daemon that was suspended does, and a new start helps it. So it does where this daemon's own request for
+    /// its transactional id was made twice and arrived a second time. Against the other nothing helps but a person.
+    fn fenced(&self, error: anyhow::Error) -> anyhow::Error {
         let timeout = kafka::transaction_timeout(&self.config.kafka).unwrap_or_default();
         let open = self.begun.get().and_then(|begun| begun.elapsed().ok()).unwrap_or_default();
         if open >= timeout {
-            return anyhow!(error).context(format!(
+            return error.context(format!(
                 "the brokers have given up a transaction that was open for {} s; the next start reads its records again",
                 open.as_secs()
             ));
         }
         let id = kafka::transactional_id(&self.config.kafka);
-        let error = anyhow!(error).context(format!(
+        if self.fences_itself.get() {
+            return error.context(format!(
+                "the brokers take this daemon's producer for an older one: its request for the transactional id `{id}` was \
+                 repeated, and may have arrived once more; the next start reads again what was not committed"
+            ));
+        }
+        let error = error.context(format!(
             "another daemon has taken over the transactional id `{id}`; give every daemon its own kafka.instance"
         ));
         ExitError { code: FENCED, error }.into()
