@@ -23,7 +23,7 @@ pub use kafka::{Kafka, Shape};
 pub use machine::Machine;
 pub use prometheus::{Prometheus, promtool};
 pub use proxy::{Proxy, Request};
-pub use topic::{Record, produce, produce_to, read_all};
+pub use topic::{Record, produce, produce_keyless, produce_to, read_all};
 pub use trainer::Trainer;
 pub use trapped_model::{TRAP, write_greedy_model, write_hanging_model};
 

@@ -53,6 +53,8 @@ pub struct Sink<'a> {
     notices: Notices,
     /// Down while the transactions coordinator does not answer.
     coordinator: Condition,
+    /// Down while every transaction is aborted for the same reason.
+    publishing: Condition,
     /// When the open transaction began, by the clock that goes on while a machine sleeps.
     begun: Cell<Option<SystemTime>>,
     /// The producer's own request for its transactional id may arrive once more, and fence it off.
@@ -73,6 +75,7 @@ impl<'a> Sink<'a> {
         let delivery = config.kafka.delivery;
         let coordinator = health.condition(Wait::Coordinator);
         coordinator.set_down(delivery == Delivery::ExactlyOnce);
+        let publishing = health.condition(Wait::Publishing);
         let (begun, fences_itself) = (Cell::new(None), Cell::new(false));
         Ok(Self {
             producer,
@@ -84,6 +87,7 @@ impl<'a> Sink<'a> {
             health,
             notices,
             coordinator,
+            publishing,
             begun,
             fences_itself,
         })

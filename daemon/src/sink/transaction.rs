@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::anyhow;
 use rdkafka::consumer::Consumer as _;
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::producer::Producer as _;
 
 use super::error::{Failure, Verdict, classify, is_fenced, is_fenced_by_group};
@@ -24,9 +24,31 @@ use crate::outcome::Outcome;
 const TRANSACTION_CALL: Duration = Duration::from_secs(30);
 /// How long it may take before its silence is worth a word.
 const SILENCE: Duration = Duration::from_secs(10);
+/// Aborts in a row for the same reason that pass for an accident.
+const ABORTS_MAX: usize = 10;
 const STUCK: &str = "the Kafka client does not return from a call";
 /// Wait between an aborted transaction and the next try.
 const ABORT_WAIT: Duration = Duration::from_millis(200);
+
+/// Aborted transactions in a row that have the same reason.
+#[derive(Debug, Default)]
+struct Aborts {
+    /// The client's word for it; none where it was not the brokers that refused.
+    reason: Option<RDKafkaErrorCode>,
+    in_a_row: usize,
+}
+
+impl Aborts {
+    /// Counts one more; how many of its kind there have been.
+    fn count(&mut self, error: &anyhow::Error) -> usize {
+        let reason = error.downcast_ref().and_then(KafkaError::rdkafka_error_code);
+        if reason != self.reason {
+            *self = Self { reason, in_a_row: 0 };
+        }
+        self.in_a_row += 1;
+        self.in_a_row
+    }
+}
 
 impl Sink<'_> {
     /// Takes over the transactional id: what an earlier producer with the same one left open is aborted, and what it has
@@ -63,20 +85,27 @@ impl Sink<'_> {
     /// outcomes go into another, less those whose partition was taken away meanwhile.
     pub(super) fn deliver_exactly_once(&mut self, group: &mut Group<Outcome>) -> Result<(), Failure> {
         let mut suspects = HashSet::new();
+        let mut aborts = Aborts::default();
         loop {
             self.ledger.drop_revoked(group);
             if group.is_empty() {
                 return Ok(());
             }
+            if self.is_futile() {
+                return Err(Failure::GivenUp);
+            }
             self.settle_doubts()?;
             match self.transaction(group, &suspects) {
                 Ok(()) => {
                     self.metrics.commits.inc();
+                    if self.publishing.set_down(false) {
+                        tracing::info!("what is published is taken again");
+                    }
                     return Ok(());
                 }
                 Err(Failure::Aborted(error)) => {
-                    tracing::info!(error = format!("{error:#}"), "transaction aborted; trying again");
                     self.metrics.aborts.inc();
+                    self.complain_of(&error, aborts.count(&error));
                     match self.ask_coordinator(Client::abort_transaction) {
                         Err(Failure::Stuck) => self.replace_producer(STUCK)?,
                         aborted => aborted?,
@@ -87,6 +116,24 @@ impl Sink<'_> {
                 Err(Failure::Stuck) => self.replace_producer(STUCK)?,
                 Err(failure) => return Err(failure),
             }
+        }
+    }
+
+    /// Says that a transaction was aborted, for the same reason as those before it where there are more than one.
+    fn complain_of(&self, error: &anyhow::Error, in_a_row: usize) {
+        let error = format!("{error:#}");
+        if in_a_row < ABORTS_MAX {
+            tracing::info!(error, in_a_row, "transaction aborted; trying again");
+            return;
+        }
+        self.publishing.set_down(true);
+        if let Some(others) = self.notices.due("aborts") {
+            tracing::error!(
+                error,
+                in_a_row,
+                others_since_last_warning = others,
+                "transactions are aborted again and again for the same reason; nothing is published until it is gone"
+            );
         }
     }
 
