@@ -46,6 +46,9 @@ impl<H: Hooks + ?Sized> Hooks for Arc<H> {
 pub trait GroupHooks: Hooks {
     /// Takes up, or gives up, the partitions of `list`.
     fn rebalance(&self, consumer: &DocumentsConsumer, kind: RDKafkaRespErr, list: &mut TopicPartitionList);
+
+    /// The id of the topic whose records are read, where the brokers tell one. Offsets are committed with it.
+    fn topic_id(&self) -> Option<String>;
 }
 
 /// A client's callbacks: log lines, complaints and tokens, then its hooks.

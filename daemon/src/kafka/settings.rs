@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use rdkafka::ClientConfig;
-use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaConfRes;
+use sluice_kafka::DEBUG_METADATA;
 
 use crate::config::{Delivery, Kafka};
 
@@ -82,6 +82,7 @@ pub fn consumer_config(settings: &Kafka) -> ClientConfig {
         .set("partition.assignment.strategy", "cooperative-sticky")
         // How often the lag is worked out.
         .set("statistics.interval.ms", "1000");
+    sluice_kafka::listen(&mut config, DEBUG_METADATA);
     config
 }
 
@@ -122,18 +123,10 @@ pub fn sink_config(settings: &Kafka) -> anyhow::Result<ClientConfig> {
         let timeout_ms = transaction_timeout(settings)?.as_millis().to_string();
         config.set("message.timeout.ms", &timeout_ms).set("transaction.timeout.ms", timeout_ms);
         // Where it says that a connection was lost, and no other callback does.
-        listen(&mut config, "broker");
+        sluice_kafka::listen(&mut config, "broker");
     }
+    sluice_kafka::listen(&mut config, DEBUG_METADATA);
     Ok(config)
-}
-
-/// Has the client log what belongs to `context`, one of those of its property `debug`, beside what the user asks for.
-fn listen(config: &mut ClientConfig, context: &str) {
-    let contexts = match config.get("debug") {
-        Some(others) if !others.is_empty() => format!("{others},{context}"),
-        _ => context.to_owned(),
-    };
-    config.set("debug", contexts).set_log_level(RDKafkaLogLevel::Debug);
 }
 
 /// How long the client waits for an answer before it asks again.

@@ -11,6 +11,7 @@ use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::{DeliveryResult, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 use rdkafka::topic_partition_list::TopicPartitionList;
+use sluice_kafka::TopicIds;
 
 use super::error::is_queue_full;
 use crate::kafka::{self, Hooks};
@@ -42,10 +43,13 @@ pub struct Answers {
     refused: Mutex<Vec<(usize, KafkaError)>>,
     /// A request may still be under way that nobody waits for any more.
     unanswered: AtomicBool,
+    /// Which topics it writes to. Producers that follow on each other share them.
+    topics: Arc<TopicIds>,
 }
 
 impl Hooks for Answers {
     fn log(&self, facility: &str, message: &str) {
+        self.topics.hear(facility, message);
         if leaves_unanswered(facility, message) {
             self.unanswered.store(true, Ordering::SeqCst);
         }
@@ -87,9 +91,10 @@ pub struct RecordProducer {
 }
 
 impl RecordProducer {
-    /// A producer with these settings.
-    pub fn new(settings: &ClientConfig) -> KafkaResult<Self> {
-        Ok(Self { client: settings.create_with_context(Context::default())? })
+    /// A producer with these settings, which tells of the ids of `topics`.
+    pub fn new(settings: &ClientConfig, topics: &Arc<TopicIds>) -> KafkaResult<Self> {
+        let answers = Answers { topics: Arc::clone(topics), ..Answers::default() };
+        Ok(Self { client: settings.create_with_context(Context::new(answers))? })
     }
 
     /// Hands a record over, waiting while the client's queue is full.
@@ -234,7 +239,7 @@ mod tests {
         offsets.add_partition_offset("documents", 0, Offset::Offset(1)).unwrap();
         settings.set("transactional.id", "group-0");
 
-        let first = RecordProducer::new(&settings).unwrap();
+        let first = RecordProducer::new(&settings, &Arc::default()).unwrap();
         first.client.init_transactions(PATIENCE).unwrap();
         first.client.begin_transaction().unwrap();
         cluster.broker_down(2).unwrap();
@@ -247,7 +252,7 @@ mod tests {
         assert!(turns.get() > 0, "its caller shows signs of life meanwhile");
         drop(first);
 
-        let second = RecordProducer::new(&settings).unwrap();
+        let second = RecordProducer::new(&settings, &Arc::default()).unwrap();
         second.client.init_transactions(PATIENCE).unwrap();
         second.client.begin_transaction().unwrap();
         cluster.broker_up(2).unwrap();

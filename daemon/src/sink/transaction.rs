@@ -68,7 +68,7 @@ impl Sink<'_> {
             tracing::warn!(others_since_last_warning = others, "{reason}; going on with a new producer");
         }
         self.metrics.producers_replaced.inc();
-        self.producer = new_producer(self.config)?;
+        self.producer = new_producer(self.config, &self.topics)?;
         self.resolve_open_transaction()
     }
 
@@ -142,7 +142,8 @@ impl Sink<'_> {
         for index in 0..group.len() {
             self.send(group, index, suspects)?;
         }
-        let offsets = self.offsets(&Ledger::commit_points(group));
+        let id = self.topic_id();
+        let offsets = self.offsets(&Ledger::commit_points(group), id.as_deref());
         let Some(membership) = self.consumer.group_metadata() else {
             return Err(Failure::Fatal(anyhow!("the consumer is not a member of a group")));
         };
@@ -155,6 +156,8 @@ impl Sink<'_> {
         let membership = Arc::new(membership);
         let goes_on = |waited| self.waits_on(waited);
         self.insist(|| self.producer.send_offsets(&offsets, &membership, TRANSACTION_CALL, goes_on))?;
+        wait_delivered(&self.producer.client, CALL);
+        self.check_scored_topic()?;
         let committed = self.ask_coordinator(|client, timeout| {
             wait_delivered(client, CALL);
             client.commit_transaction(timeout)
