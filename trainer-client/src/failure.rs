@@ -101,7 +101,8 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::Rereads { .. }
             | StreamError::ForeignBos { .. }
             | StreamError::Removed { .. }
-            | StreamError::Shorter { .. },
+            | StreamError::Shorter { .. }
+            | StreamError::MadeAnew { .. },
         ) => EXIT_DATA,
         Some(
             StreamError::Broker { .. }

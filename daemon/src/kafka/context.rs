@@ -16,6 +16,9 @@ pub trait Hooks: Send + Sync {
     /// Takes the client's figures, where `statistics.interval.ms` asks for them.
     fn statistics(&self, _statistics: &Statistics) {}
 
+    /// Takes a line of the client's log, of whichever level; most clients have nothing to look for in it.
+    fn log(&self, _facility: &str, _message: &str) {}
+
     /// Takes an error first; true where there is nothing more to say about it.
     fn error(&self, _error: &KafkaError, _reason: &str) -> bool {
         false
@@ -30,6 +33,10 @@ impl<H: Hooks + ?Sized> Hooks for Arc<H> {
         (**self).statistics(statistics);
     }
 
+    fn log(&self, facility: &str, message: &str) {
+        (**self).log(facility, message);
+    }
+
     fn error(&self, error: &KafkaError, reason: &str) -> bool {
         (**self).error(error, reason)
     }
@@ -39,6 +46,9 @@ impl<H: Hooks + ?Sized> Hooks for Arc<H> {
 pub trait GroupHooks: Hooks {
     /// Takes up, or gives up, the partitions of `list`.
     fn rebalance(&self, consumer: &DocumentsConsumer, kind: RDKafkaRespErr, list: &mut TopicPartitionList);
+
+    /// The id of the topic whose records are read, where the brokers tell one. Offsets are committed with it.
+    fn topic_id(&self) -> Option<String>;
 }
 
 /// A client's callbacks: log lines, complaints and tokens, then its hooks.
@@ -74,6 +84,7 @@ impl<H: Hooks> ClientContext for Context<H> {
     }
 
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.hooks.log(facility, message);
         log(level, facility, message);
     }
 

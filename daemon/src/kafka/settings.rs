@@ -7,6 +7,7 @@ use anyhow::{Context as _, anyhow};
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaConfRes;
+use sluice_kafka::DEBUG_METADATA;
 
 use crate::config::{Delivery, Kafka};
 
@@ -81,6 +82,7 @@ pub fn consumer_config(settings: &Kafka) -> ClientConfig {
         .set("partition.assignment.strategy", "cooperative-sticky")
         // How often the lag is worked out.
         .set("statistics.interval.ms", "1000");
+    sluice_kafka::listen(&mut config, DEBUG_METADATA);
     config
 }
 
@@ -120,8 +122,19 @@ pub fn sink_config(settings: &Kafka) -> anyhow::Result<ClientConfig> {
         // it minutes, and must not end the daemon.
         let timeout_ms = transaction_timeout(settings)?.as_millis().to_string();
         config.set("message.timeout.ms", &timeout_ms).set("transaction.timeout.ms", timeout_ms);
+        // Where it says that a connection was lost, and no other callback does.
+        sluice_kafka::listen(&mut config, "broker");
     }
+    sluice_kafka::listen(&mut config, DEBUG_METADATA);
     Ok(config)
+}
+
+/// How long the client waits for an answer before it asks again.
+pub fn request_timeout(settings: &Kafka) -> Duration {
+    /// Unless the user sets another.
+    const DEFAULT: Duration = Duration::from_mins(1);
+    let set = settings.properties.get("socket.timeout.ms");
+    set.and_then(|millis| millis.parse().ok()).map_or(DEFAULT, Duration::from_millis)
 }
 
 /// How long the brokers leave a transaction open.
