@@ -1,6 +1,7 @@
 //! Which exit code an error ends the program with (the codes are those of BSD's `sysexits.h`).
 
 use sluice_feed::stream::StreamError;
+use sluice_text::TokenizerError;
 
 /// Wrong arguments or configuration.
 pub const EXIT_USAGE: u8 = 64;
@@ -74,6 +75,11 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             Failure::NoInput(_) => EXIT_NO_INPUT,
             Failure::Unavailable(_) => EXIT_UNAVAILABLE,
         };
+    }
+    match error.downcast_ref::<TokenizerError>() {
+        Some(TokenizerError::Unreadable { .. }) => return EXIT_NO_INPUT,
+        Some(TokenizerError::Invalid { .. }) => return EXIT_DATA,
+        None => {}
     }
     match error.downcast_ref::<StreamError>() {
         Some(StreamError::Unreachable { .. } | StreamError::NoSuchTopic { .. }) => EXIT_UNAVAILABLE,

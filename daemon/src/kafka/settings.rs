@@ -5,11 +5,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use rdkafka::ClientConfig;
+use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::KafkaError;
+use rdkafka::producer::BaseProducer;
 use rdkafka::types::RDKafkaConfRes;
 use sluice_kafka::DEBUG_METADATA;
 
-use crate::config::{Delivery, Kafka};
+use super::context::PlainContext;
+use crate::config::{Delivery, Kafka, canonical_property};
 
 /// Unless the user sets another.
 const TRANSACTION_TIMEOUT_MS: &str = "180000";
@@ -19,7 +22,7 @@ pub fn client_config(bootstrap_servers: &str, properties: &BTreeMap<String, Stri
     let mut config = ClientConfig::new();
     config.set("client.id", "sluiced");
     for (key, value) in properties {
-        config.set(key, value);
+        config.set(canonical_property(key), value);
     }
     config.set("bootstrap.servers", bootstrap_servers);
     config
@@ -45,7 +48,7 @@ pub fn producer_config(
         // The same partition for a key as the Java client would choose.
         .set("partitioner", "murmur2_random");
     for (key, value) in properties {
-        config.set(key, value);
+        config.set(canonical_property(key), value);
     }
     config
         .set("bootstrap.servers", bootstrap_servers)
@@ -69,7 +72,7 @@ pub fn consumer_config(settings: &Kafka) -> ClientConfig {
         // after an outage of the broker is let in again as soon.
         .set("session.timeout.ms", "15000");
     for (key, value) in &settings.properties {
-        config.set(key, value);
+        config.set(canonical_property(key), value);
     }
     config
         .set("bootstrap.servers", &settings.bootstrap_servers)
@@ -86,10 +89,14 @@ pub fn consumer_config(settings: &Kafka) -> ClientConfig {
     config
 }
 
-/// Refuses properties that librdkafka does not know or whose values it does not take, before anything starts.
+/// Refuses properties that librdkafka does not know, whose values it does not take, or that do not go together, before
+/// anything starts. What does not go together shows only where a client is made, so both are made, and dropped before they
+/// have asked anything.
 pub fn check_properties(settings: &Kafka) -> anyhow::Result<()> {
-    consumer_config(settings).create_native_config().map_err(setting_error)?;
-    sink_config(settings)?.create_native_config().map_err(setting_error)?;
+    let _consumer: BaseConsumer<PlainContext> =
+        consumer_config(settings).create_with_context(PlainContext::default()).map_err(setting_error)?;
+    let _producer: BaseProducer<PlainContext> =
+        sink_config(settings)?.create_with_context(PlainContext::default()).map_err(setting_error)?;
     Ok(())
 }
 
