@@ -226,6 +226,12 @@ impl Selection {
         self.running().lowest.iter().map(|lowest| (lowest.score, lowest.entropy)).collect()
     }
 
+    /// Adds what a micro-batch that was chosen from elsewhere teaches running thresholds, as `lowest_scores` gives it.
+    fn add_lowest_scores(&self, lowest_scores: Vec<LowestScores>) {
+        let lowest = lowest_scores.into_iter().map(|(score, entropy)| Lowest { score, entropy });
+        self.running().lowest.extend(lowest);
+    }
+
     /// Moves the running thresholds at the end of a step: by what this process has chosen from (`lowest_scores`), or by what is
     /// given, which is that of all ranks. Of no effect with other scopes.
     #[pyo3(signature = (lowest_scores = None))]

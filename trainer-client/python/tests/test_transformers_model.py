@@ -152,7 +152,7 @@ def test_a_stream_of_other_ranks_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"selection": Selection(keep=0.5, scope="running-quantile")}, "running-quantile is not available"),
+        ({"selection": Selection(keep=0.5, scope="running-quantile")}, "running-quantile has a threshold"),
         ({"selection": Selection(keep=0.5, score="improvement")}, "the losses of an earlier model"),
         ({"keep": 0.5, "compute_loss_func": lambda *_given: None}, "compute_loss_func would not be called"),
         ({"keep": 0.5, "compute_metrics": lambda _given: {}}, "compute_metrics needs logits"),

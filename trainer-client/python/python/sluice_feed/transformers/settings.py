@@ -22,7 +22,8 @@ def check(trainer: Any) -> None:
     refusals = [
         (
             trainer.selection.scope == "running-quantile",
-            "scope running-quantile is not available on tensors: choose scope batch, micro-batch or sequence",
+            "scope running-quantile has a threshold that the Trainer does not keep in checkpoints: choose scope batch,"
+            " micro-batch or sequence",
         ),
         (
             trainer.selection.needs_history_loss and gives_steps(trainer.train_dataset),
