@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sluice_feed._core import Selection
-from sluice_feed.torch import select
+from sluice_feed.torch import end_step, select
 from torch_support import as_tensors, drawn_signals, golden_selections, in_processes
 
 SCORES = [
@@ -38,20 +38,36 @@ def second_share(score: str, trial: int) -> dict[str, Any]:
 def test_every_golden_selection() -> None:
     golden = golden_selections()
     signals = [as_tensors(given) for given in golden["batch"]]
-    found, refused = 0, 0
     for case in golden["cases"]:
         settings = {"score": case["score"]["name"], "entropy_keep": case["score"].get("entropy_keep")}
         settings["keep"] = case.get("keep")
         selection = Selection(threshold=case.get("threshold"), scope=case.get("scope", "batch"), **settings)
         if selection.scope == "running-quantile":
-            with pytest.raises(NotImplementedError, match="running-quantile"):
-                select(signals, selection, row_len=golden["row_len"], step=1)
-            refused += 1
+            # Two steps of half the micro-batches each.
+            masks = select(signals[:2], selection, row_len=golden["row_len"], step=1)
+            end_step(selection)
+            masks += select(signals[2:], selection, row_len=golden["row_len"], step=2)
         else:
             masks = select(signals, selection, row_len=golden["row_len"], step=1)
-            assert indices(masks) == case["kept"], case["score"]
-            found += 1
-    assert (found, refused) == (132, 40)
+        assert indices(masks) == case["kept"], case["score"]
+
+
+@pytest.mark.parametrize("score", ["excess", "loss", "union", "intersection"])
+def test_a_running_threshold_moves_as_that_of_the_rust_function(score: str) -> None:
+    generator = np.random.default_rng(3)
+    settings = {"score": score, "keep": 0.4, "scope": "running-quantile", "warmup_steps": 1, **second_share(score, 1)}
+    one, other = Selection(**settings), Selection(**settings)
+    for step in range(1, 12):
+        sizes = generator.integers(0, 40, int(generator.integers(1, 5)))
+        batch = [drawn_signals(generator, int(size), coarse=step % 2 == 0) for size in sizes]
+        expected = one.select(batch, ROW_LEN, step)
+        # Micro-batches one by one: none waits for another.
+        found = [select([as_tensors(given)], other, row_len=ROW_LEN, step=step)[0] for given in batch]
+        assert [mask.tolist() for mask in found] == [mask.tolist() for mask in expected], step
+        one.end_step()
+        end_step(other)
+        assert one.state_dict() == other.state_dict(), step
+    assert one.running_thresholds[0] is not None
 
 
 @pytest.mark.parametrize("scope", SCOPES)

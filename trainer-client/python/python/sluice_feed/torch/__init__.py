@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from sluice_feed.torch.loss import SelectiveLoss, masked_mean, masked_sum, selective_loss, token_losses
 from sluice_feed.torch.model import SelectiveModel
+from sluice_feed.torch.running import end_step
 from sluice_feed.torch.selection import Signals, select
 from sluice_feed.torch.stream import ProcessGroup, ScoredStream, tensors
 
@@ -22,6 +23,7 @@ __all__ = [
     "SelectiveLoss",
     "SelectiveModel",
     "Signals",
+    "end_step",
     "masked_mean",
     "masked_sum",
     "select",

@@ -178,7 +178,6 @@ def selective_loss(
     Raises:
         ConfigurationError: Not one of ``selection``, ``keep`` and ``kept`` was given; shapes, types or devices do not
             fit; the weight is sharded; a signal is missing.
-        NotImplementedError: The scope is ``running-quantile``.
     """
     logits = Logits(logit_scale, logit_softcap, block_logits)
     if sum(given is not None for given in (selection, keep, kept)) != 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sluice_feed._core import ConfigurationError, Selection
 from sluice_feed.torch.distributed import Ranks
+from sluice_feed.torch.running import add_lowest, running_choice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,7 +49,8 @@ def select(
     With scope ``batch`` the tokens of all micro-batches of all ranks of ``group`` compete, and this is a collective:
     every rank calls it once a step, also one that has no micro-batch. They agree on the lowest kept score by histograms
     of the scores' bits, so no rank sees another's scores, and nothing is sorted. With the other scopes, and while every
-    token is kept or a threshold decides, ranks do not communicate.
+    token is kept or a threshold decides, ranks do not communicate. With scope ``running-quantile`` call :func:`end_step`
+    when the step is done.
 
     Args:
         signals: The micro-batches of this rank. See :data:`Signals`.
@@ -62,13 +64,7 @@ def select(
 
     Raises:
         ConfigurationError: A list that the score looks at is missing or of another shape; numbers do not fit.
-        NotImplementedError: The scope is ``running-quantile``.
     """
-    if selection.scope == "running-quantile":
-        raise NotImplementedError(
-            "scope running-quantile is not available on tensors; choose scope batch, micro-batch or sequence, or use"
-            " sluice_feed.Selection.select on numpy arrays"
-        )
     if row_len < 1:
         raise ConfigurationError(f"row_len must be at least 1 position, not {row_len}")
     ranks = Ranks(group)
@@ -79,7 +75,9 @@ def select(
             own.fill_(torch.nan)
     keep = selection.keep_at(step)
 
-    def rank(scores: list[Tensor], keep: float | None) -> list[Tensor]:
+    lowest: list[list[Tensor]] = []
+
+    def rank(scores: list[Tensor], keep: float | None, ranking: int) -> list[Tensor]:
         if keep is None:
             return [own >= cast(float, selection.threshold) for own in scores]
         eligible = [~own.isnan() for own in scores]
@@ -95,9 +93,15 @@ def select(
             digits = DRAW_DIGITS if is_drawn else SCORE_DIGITS
             return _highest_of_batch(keys, eligible, keep=keep, digits=digits, numbers=numbers, ranks=ranks)
         lengths = [row_len if selection.scope == "sequence" else len(own) for own in keys]
-        return [_highest_of_each(own, is_one, keep, length) for own, is_one, length in zip(keys, eligible, lengths)]
+        highest = [_highest_of_each(own, is_one, keep, length) for own, is_one, length in zip(keys, eligible, lengths)]
+        if selection.scope != "running-quantile":
+            return highest
+        threshold = selection.running_thresholds[ranking]
+        chosen = [running_choice(own, mask, threshold) for own, mask in zip(scores, highest)]
+        lowest.append([low for _, low in chosen])
+        return [mask for mask, _ in chosen]
 
-    kept = rank(scores, keep)
+    kept = rank(scores, keep, 0)
     if selection.score in TWO_RANKINGS:
         is_warm = step > selection.warmup_steps
         entropy_keep = selection.entropy_keep if is_warm and selection.entropy_keep is not None else keep
@@ -105,7 +109,9 @@ def select(
         # Positions that lack a reference loss cannot be chosen for their entropy either.
         entropies = [_only_where(score, entropy) for score, entropy in zip(scores, entropies)]
         combine: Callable[[Tensor, Tensor], Tensor] = torch.logical_or if selection.score == "union" else torch.logical_and
-        kept = [combine(one, other) for one, other in zip(kept, rank(entropies, entropy_keep))]
+        kept = [combine(one, other) for one, other in zip(kept, rank(entropies, entropy_keep, 1))]
+    if lowest:
+        add_lowest(selection, lowest)
     return [mask.view(_loss(given, index).shape) for index, (mask, given) in enumerate(zip(kept, signals))]
 
 
