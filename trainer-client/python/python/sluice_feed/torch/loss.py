@@ -172,7 +172,7 @@ def selective_loss(
         logit_scale: Factor of the logits.
         logit_softcap: ``c`` of ``c * tanh(logits / c)``, after the scale.
         ignore_index: The label of positions that predict nothing.
-        block_logits: Logits of a block, of which three are in memory at a time, 4 bytes a logit. By default 2^20 on a
+        block_logits: Logits of a block, of which three are in memory at a time, 4 bytes a logit. By default 2^22 on a
             CPU, and 2^24 elsewhere.
 
     Raises:
