@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::io::{BufRead as _, Write as _};
+use std::io::BufRead as _;
 use std::process::Command;
 use std::time::Instant;
 
@@ -11,6 +11,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::select::{KeepRatio, Needs, Objective, Score, Thresholds, Turn};
+use sluice_text::output::print_line;
 use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::{BurnLearner, DeviceName, ModelConfig, Precision};
 use sluice_trainer::training::learner::Learner as _;
@@ -129,7 +130,6 @@ pub fn head_alone(setup: &Setup, vocabulary: usize) -> ModelConfig {
 
 /// Takes steps as the lines of standard input say, and prints what each of them cost: `VOCABULARY plain` or
 /// `VOCABULARY slm` for the model, `VOCABULARY memory` for the memory of the loss.
-#[allow(clippy::print_stdout)]
 pub fn worker(setup: &Setup) -> anyhow::Result<()> {
     let mut learners = HashMap::new();
     for line in std::io::stdin().lock().lines() {
@@ -147,8 +147,7 @@ pub fn worker(setup: &Setup) -> anyhow::Result<()> {
             }
             unknown => bail!("no such step: {unknown}"),
         };
-        println!("{told}");
-        std::io::stdout().flush()?;
+        print_line(&format!("{told}"))?;
     }
     Ok(())
 }
@@ -166,7 +165,7 @@ pub(crate) fn step(
     learner.accumulate(batch, Needs::default(), &mut |measured| {
         let started = Instant::now();
         let mut choices =
-            objective.select(&[measured.signals(batch)], batch.len, turn, &mut Thresholds::default());
+            objective.select(&[measured.signals(batch)], batch.len, turn, &Thresholds::default());
         selecting = started.elapsed().as_secs_f64();
         choices.pop().unwrap_or_default().kept
     });

@@ -132,6 +132,8 @@ struct Assembly {
     losses: Vec<f32>,
     entropies: Vec<f32>,
     missing: usize,
+    /// Whether a window gives the loss of the first token.
+    is_first_predicted: bool,
     /// Windows that the model has not taken yet.
     waiting: usize,
 }
@@ -144,6 +146,7 @@ impl Assembly {
             losses: vec![f32::NAN; tokens],
             entropies: vec![f32::NAN; tokens],
             missing: windows.iter().map(|window| window.scored().len()).sum(),
+            is_first_predicted: windows.first().is_some_and(|window| window.first_scored == 0),
             waiting: windows.len(),
         }
     }
@@ -161,9 +164,9 @@ impl Assembly {
     }
 
     fn record(self, policy: &RecordPolicy) -> Result<Scored, RecordError> {
-        let reference_losses = Losses::new(&self.losses, policy.loss_format)?;
-        let reference_entropies =
-            policy.entropies.then(|| Losses::new(&self.entropies, policy.loss_format)).transpose()?;
+        let packed = |values: &[f32]| Losses::scored(values, policy.loss_format, self.is_first_predicted);
+        let reference_losses = packed(&self.losses)?;
+        let reference_entropies = policy.entropies.then(|| packed(&self.entropies)).transpose()?;
         let document = self.job.document;
         let key = self.job.key.unwrap_or_else(|| Bytes::copy_from_slice(document.id.as_bytes()));
         let tokens = document.tokens.len();

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use anyhow::anyhow;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use sluice_schemas::names;
+use sluice_text::{Fields, Format, output};
 
 use crate::config::{self, Config, Scope};
 use crate::exit::{ExitCode as _, USAGE};
-use crate::ingest::{Fields, Format, Ingest};
+use crate::ingest::Ingest;
 use crate::logging;
 use crate::model_tools::{self, ScoreText};
 use crate::{dev_broker, ingest, serve, tokenizer, topics};
@@ -66,7 +67,12 @@ struct FieldArgs {
 
 impl FieldArgs {
     fn fields(&self) -> Fields {
-        Fields { text: self.text_field.clone(), id: self.id_field.clone(), source: self.source_field.clone() }
+        Fields {
+            text: self.text_field.clone(),
+            id: self.id_field.clone(),
+            source: self.source_field.clone(),
+            context: None,
+        }
     }
 }
 
@@ -217,9 +223,8 @@ pub fn command() -> clap::Command {
 /// Does what the process's arguments say.
 pub fn run() -> anyhow::Result<()> {
     let matches = command().try_get_matches().unwrap_or_else(|error| {
-        let _ = error.print();
         // `--help` and `--version` come this way too.
-        std::process::exit(if error.use_stderr() { i32::from(USAGE) } else { 0 })
+        std::process::exit(output::print_clap(&error, USAGE).into())
     });
     let cli = Cli::from_arg_matches(&matches).exit_code(USAGE)?;
     let configured = |file: &ConfigFile, scope: Scope| -> anyhow::Result<Config> {
@@ -229,6 +234,12 @@ pub fn run() -> anyhow::Result<()> {
         }
         let config = config::load_of(file.config.as_deref(), of_command, scope).exit_code(USAGE)?;
         logging::start(&config.log).exit_code(USAGE)?;
+        for name in config::foreign_variables().exit_code(USAGE)? {
+            tracing::warn!(
+                name,
+                "this environment variable sets nothing; `sluiced serve --help` lists those that do"
+            );
+        }
         Ok(config)
     };
     match &cli.command {

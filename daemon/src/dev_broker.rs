@@ -3,11 +3,12 @@
 //! It speaks the real protocol on a real socket, and keeps at most 5 MiB a partition, in memory. It proves nothing
 //! about exactly-once delivery.
 
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 
 use crate::exit::{ExitCode as _, USAGE};
 use anyhow::{Context as _, bail};
 use rdkafka::mocking::MockCluster;
+use sluice_text::output::{Reader, print_line};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Longest name of a topic.
@@ -23,9 +24,10 @@ pub fn run(topics: &[String], until_stdin_closes: bool) -> anyhow::Result<()> {
             .create_topic(name, partitions, 1)
             .with_context(|| format!("cannot create the topic `{name}` with {partitions} partitions"))?;
     }
-    let mut out = std::io::stdout();
-    writeln!(out, "{}", cluster.bootstrap_servers())?;
-    out.flush()?;
+    if print_line(&cluster.bootstrap_servers())? == Reader::Gone {
+        // Nobody knows its address.
+        return Ok(());
+    }
     tracing::info!(
         bootstrap_servers = cluster.bootstrap_servers(),
         "broker is up; it keeps 5 MiB a partition, in memory, and forgets all when it stops"

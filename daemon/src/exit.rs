@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use sluice_text::TokenizerError;
+
 /// Bad command line or configuration: nothing was started, and starting again will not help.
 pub const USAGE: u8 = 64;
 /// Input that is wrong.
@@ -29,6 +31,13 @@ impl fmt::Display for ExitError {
 }
 
 impl std::error::Error for ExitError {}
+
+impl From<TokenizerError> for ExitError {
+    fn from(error: TokenizerError) -> Self {
+        let code = if matches!(error, TokenizerError::Unreadable { .. }) { NO_INPUT } else { DATA };
+        Self { code, error: error.into() }
+    }
+}
 
 /// Gives an error its exit code.
 pub trait ExitCode<T> {

@@ -15,7 +15,8 @@ static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 /// Starts logging as `log` says; `RUST_LOG` wins over its level.
 pub fn start(log: &Log) -> anyhow::Result<()> {
     let (filter, handle) = reload::Layer::new(filter(log)?);
-    let lines = fmt::layer().with_writer(std::io::stderr).with_target(false);
+    // A closed or full standard error is no reason to end: what would say so would panic.
+    let lines = fmt::layer().with_writer(std::io::stderr).with_target(false).log_internal_errors(false);
     let lines = if log.format == "json" {
         lines.json().flatten_event(true).boxed()
     } else {

@@ -4,6 +4,7 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode};
 
 use sluice_daemon::{cli, exit};
+use sluice_text::output::say;
 
 /// Keeps ONNX Runtime from writing a device id and usage figures into the user's cache. It looks at the variable when
 /// its library is loaded, before any setting can reach it.
@@ -21,13 +22,13 @@ fn main() -> ExitCode {
                 .exec(),
             Err(error) => error,
         };
-        eprintln!("sluiced: cannot begin without telemetry: {error}; set {NO_TELEMETRY}=1");
+        say(format_args!("sluiced: cannot begin without telemetry: {error}; set {NO_TELEMETRY}=1"));
         return ExitCode::FAILURE;
     }
     match cli::run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("sluiced: {error:#}");
+            say(format_args!("sluiced: {error:#}"));
             ExitCode::from(exit::code_of(&error))
         }
     }

@@ -1,48 +1,53 @@
 //! `sluiced model inspect` and `sluiced model score`: a model folder without Kafka.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
-use indicatif::ProgressBar;
 use serde_json::{Value, json};
-use tokenizers::Tokenizer;
+use sluice_schemas::record::{LossFormat, Losses, RecordError};
+use sluice_text::output::{Reader, print_line};
+use sluice_text::{Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, Text, TextReader, TextTokenizer};
 
 use crate::config::Config;
 use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, USAGE};
-use crate::ingest::{Fields, Format, open};
 use crate::reference::Reference;
 use crate::score::documents::{DocumentScores, score_documents};
 use crate::score::model::Model;
 
 /// Documents that are tokenized and scored together.
 const CHUNK_DOCUMENTS: usize = 256;
+/// Bytes of text that are tokenized and scored together.
+const CHUNK_BYTES: usize = 8 << 20;
 
 /// Prints what was found in the model of `folder` and what was done to it. ONNX Runtime is not asked.
-#[allow(clippy::print_stdout)]
 pub fn inspect(folder: &Path, device: &str, as_json: bool) -> anyhow::Result<()> {
     let device = device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?;
     let model = Model::load(folder, device, false).exit_code(NO_INPUT)?;
     let description = describe(&model);
-    if as_json {
+    let page = if as_json {
         let fields: serde_json::Map<_, _> =
             description.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
-        println!("{}", serde_json::to_string_pretty(&fields)?);
-        return Ok(());
-    }
-    for (key, value) in &description {
-        let lines = match value {
-            Value::Array(values) if values.is_empty() => vec!["none".to_owned()],
-            Value::Array(values) => values.iter().map(text).collect(),
-            one => vec![text(one)],
-        };
-        for (index, line) in lines.iter().enumerate() {
-            println!("{:<16}{line}", if index == 0 { key.replace('_', " ") } else { String::new() });
-        }
-    }
+        serde_json::to_string_pretty(&fields)?
+    } else {
+        description.iter().flat_map(|(key, value)| lines(key, value)).collect::<Vec<_>>().join("\n")
+    };
+    // Whoever has closed the pipe has seen enough.
+    print_line(&page)?;
     Ok(())
+}
+
+/// What is found under a key, a line for each value, of which the first names the key.
+fn lines(key: &str, value: &Value) -> Vec<String> {
+    let values = match value {
+        Value::Array(values) if values.is_empty() => vec!["none".to_owned()],
+        Value::Array(values) => values.iter().map(text).collect(),
+        one => vec![text(one)],
+    };
+    let name = key.replace('_', " ");
+    let names = std::iter::once(name.as_str()).chain(std::iter::repeat(""));
+    names.zip(values).map(|(name, value)| format!("{name:<16}{value}")).collect()
 }
 
 /// A value as people read it; of an object, its fields in the order of their names.
@@ -109,42 +114,25 @@ struct Totals {
     loss: f64,
 }
 
-/// Scores text and prints a line of JSON for each document, or one for all.
+/// Scores text and prints a line of JSON for each document, or one for all. Bad documents are named, counted and passed
+/// over, and make the exit code 65.
 pub fn score(config: &Config, asked: &ScoreText) -> anyhow::Result<()> {
-    let path = config.model.path.join("tokenizer.json");
-    let json = std::fs::read(&path)
-        .with_context(|| format!("cannot read the tokenizer {}", path.display()))
-        .exit_code(NO_INPUT)?;
-    let mut tokenizer = Tokenizer::from_bytes(&json)
-        .map_err(|error| anyhow!("{} is no tokenizer: {error}", path.display()))
-        .exit_code(DATA)?;
-    // As `sluiced ingest` does: the document's own tokens, neither cut nor padded.
-    tokenizer.with_padding(None);
-    tokenizer.with_truncation(None).map_err(|error| anyhow!(error))?;
-    tokenizer.set_encode_special_tokens(true);
-    let mut reference = Reference::open(config)?;
-    let mut totals = Totals::default();
-    let mut chunk = Vec::new();
-    for file in &asked.files {
-        let documents = open(file, asked.format, &asked.fields, &ProgressBar::hidden())
-            .with_context(|| format!("cannot read {}", file.display()))
-            .exit_code(NO_INPUT)?;
-        for document in documents {
-            match document {
-                Ok(document) => chunk.push((document.id, document.text)),
-                Err(error) => {
-                    totals.bad += 1;
-                    tracing::warn!("passing over a bad document: {error:#}");
-                }
-            }
-            if chunk.len() == CHUNK_DOCUMENTS {
-                score_chunk(config, asked, &tokenizer, &mut reference, &mut chunk, &mut totals)?;
-            }
-        }
+    let tokenizer =
+        TextTokenizer::read(&config.model.path.join("tokenizer.json")).map_err(ExitError::from)?;
+    let reference = Reference::open(config)?;
+    let mut scoring = Scoring { config, asked, tokenizer, reference, totals: Totals::default() };
+    if scoring.files()? == Reader::Gone {
+        return Ok(());
     }
-    score_chunk(config, asked, &tokenizer, &mut reference, &mut chunk, &mut totals)?;
+    let totals = scoring.totals;
     let mean = totals.loss / totals.predicted as f64;
-    tracing::info!(documents = totals.documents, tokens = totals.tokens, mean_loss = mean, "scored");
+    tracing::info!(
+        documents = totals.documents,
+        bad = totals.bad,
+        tokens = totals.tokens,
+        mean_loss = mean,
+        "scored"
+    );
     if asked.summary {
         let line = json!({
             "documents": totals.documents,
@@ -153,7 +141,7 @@ pub fn score(config: &Config, asked: &ScoreText) -> anyhow::Result<()> {
             "mean_loss_nats": mean,
             "perplexity": mean.exp(),
         });
-        writeln!(std::io::stdout(), "{line}")?;
+        print_line(&line.to_string())?;
     }
     if totals.bad > 0 {
         let error = anyhow!("{} documents were bad and passed over; see the warnings above", totals.bad);
@@ -162,55 +150,127 @@ pub fn score(config: &Config, asked: &ScoreText) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn score_chunk(
-    config: &Config,
-    asked: &ScoreText,
-    tokenizer: &Tokenizer,
-    reference: &mut Reference,
-    chunk: &mut Vec<(String, String)>,
-    totals: &mut Totals,
-) -> anyhow::Result<()> {
-    let (ids, texts): (Vec<String>, Vec<String>) = std::mem::take(chunk).into_iter().unzip();
-    let encodings =
-        tokenizer.encode_batch(texts, false).map_err(|error| anyhow!("cannot tokenize: {error}"))?;
-    let documents: Vec<Arc<[u32]>> = encodings.iter().map(|encoding| encoding.get_ids().into()).collect();
-    for tokens in &documents {
-        if let Some(id) = tokens.iter().find(|&&id| id >= reference.model.identity.vocabulary) {
-            let vocabulary = reference.model.identity.vocabulary;
-            return Err(anyhow!("the tokenizer gives id {id}, and the model knows {vocabulary} ids"))
-                .exit_code(DATA);
+/// One call of `sluiced model score` on its way through the files.
+struct Scoring<'a> {
+    config: &'a Config,
+    asked: &'a ScoreText,
+    tokenizer: TextTokenizer,
+    reference: Reference,
+    totals: Totals,
+}
+
+/// A document that was scored.
+struct Document {
+    id: String,
+    tokens: Arc<[u32]>,
+}
+
+impl Scoring<'_> {
+    fn files(&mut self) -> anyhow::Result<Reader> {
+        let reader = TextReader {
+            format: self.asked.format,
+            fields: self.asked.fields.clone(),
+            text_bytes_max: TEXT_BYTES_MAX,
+        };
+        let mut chunk = Vec::new();
+        let mut bytes = 0;
+        for file in &self.asked.files {
+            let documents = reader
+                .open(file, |raw| raw)
+                .with_context(|| format!("cannot read {}", file.display()))
+                .exit_code(NO_INPUT)?;
+            for document in documents {
+                match document {
+                    Ok(document) => {
+                        bytes += document.text.len();
+                        chunk.push(document);
+                    }
+                    Err(error) => self.bad(&format!("{error:#}")),
+                }
+                if chunk.len() == CHUNK_DOCUMENTS || bytes >= CHUNK_BYTES {
+                    bytes = 0;
+                    if self.chunk(std::mem::take(&mut chunk))? == Reader::Gone {
+                        return Ok(Reader::Gone);
+                    }
+                }
+            }
         }
+        self.chunk(chunk)
     }
-    let ladder = config.batch.ladder(reference.policy);
-    let scores = score_documents(
-        &mut reference.scorer,
-        &documents,
-        reference.policy,
-        config.batch.tokens_max,
-        ladder,
-    )?;
-    let mut out = std::io::stdout().lock();
-    for (((id, tokens), encoding), scores) in ids.iter().zip(&documents).zip(&encodings).zip(&scores) {
+
+    fn bad(&mut self, why: &str) {
+        self.totals.bad += 1;
+        tracing::warn!("passing over a bad document: {why}");
+    }
+
+    fn chunk(&mut self, chunk: Vec<Text>) -> anyhow::Result<Reader> {
+        let texts: Vec<&str> = chunk.iter().map(|document| document.text.as_str()).collect();
+        let encoded = self.tokenizer.encode_all(&texts, TOKENS_MAX);
+        let vocabulary = self.reference.model.identity.vocabulary;
+        let mut documents = Vec::new();
+        for (text, tokens) in chunk.into_iter().zip(encoded) {
+            let id = text.id;
+            match tokens {
+                Err(error) => self.bad(&format!("{id}: {error}")),
+                Ok(tokens) => match tokens.iter().find(|&&token| token >= vocabulary) {
+                    Some(token) => self.bad(&format!(
+                        "{id}: the tokenizer gives the token id {token}, and the model knows {vocabulary} ids"
+                    )),
+                    None => documents.push(Document { id, tokens: tokens.into() }),
+                },
+            }
+        }
+        let (policy, batch) = (self.reference.policy, &self.config.batch);
+        let tokens: Vec<_> = documents.iter().map(|document| Arc::clone(&document.tokens)).collect();
+        let scores = score_documents(
+            &mut self.reference.scorer,
+            &tokens,
+            policy,
+            batch.tokens_max,
+            batch.ladder(policy),
+        )?;
+        for (document, scores) in documents.iter().zip(&scores) {
+            if self.document(document, scores)? == Reader::Gone {
+                return Ok(Reader::Gone);
+            }
+        }
+        Ok(Reader::Listens)
+    }
+
+    /// Counts and prints what the model says of a document; where that would be no record, it is a bad document.
+    fn document(&mut self, document: &Document, scores: &DocumentScores) -> anyhow::Result<Reader> {
+        if let Err(error) = check(scores, self.reference.policy.predicts_first(&document.tokens)) {
+            self.bad(&format!("{}: {error}", document.id));
+            return Ok(Reader::Listens);
+        }
         let predicted = scores.predicted().count() as u64;
         let sum: f64 = scores.predicted().map(f64::from).sum();
-        totals.documents += 1;
-        totals.tokens += tokens.len() as u64;
-        totals.predicted += predicted;
-        totals.loss += sum;
-        if !asked.summary {
-            let line = document_line(id, tokens, encoding.get_tokens(), scores, sum / predicted as f64);
-            writeln!(out, "{line}")?;
+        self.totals.documents += 1;
+        self.totals.tokens += document.tokens.len() as u64;
+        self.totals.predicted += predicted;
+        self.totals.loss += sum;
+        if self.asked.summary {
+            return Ok(Reader::Listens);
         }
+        let names = self.tokenizer.names(&document.tokens);
+        print_line(&document_line(document, &names, scores, sum / predicted as f64).to_string())
+    }
+}
+
+/// Refuses what `serve` would dead-letter: losses and entropies that are not finite, or below zero.
+fn check(scores: &DocumentScores, is_first_predicted: bool) -> Result<(), RecordError> {
+    for values in [&scores.losses, &scores.entropies] {
+        Losses::scored(values, LossFormat::F32, is_first_predicted)?;
     }
     Ok(())
 }
 
 /// NaN, which stands for "no prediction", is null in JSON.
-fn document_line(id: &str, tokens: &[u32], pieces: &[String], scores: &DocumentScores, mean: f64) -> Value {
+fn document_line(document: &Document, names: &[String], scores: &DocumentScores, mean: f64) -> Value {
     let mut line = json!({
-        "id": id,
-        "tokens": tokens,
-        "pieces": pieces,
+        "id": document.id,
+        "tokens": *document.tokens,
+        "pieces": names,
         "losses": scores.losses,
         "mean_loss": mean,
     });

@@ -1,7 +1,7 @@
 //! The reference model as the settings ask for it: read, opened on its device, its context policy decided.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow, bail};
 use sluice_schemas::record::ContextPolicy;
@@ -10,6 +10,7 @@ use crate::batch::Batch;
 use crate::config::Config;
 use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, NO_INPUT, USAGE};
+use crate::in_turns::InTurns;
 use crate::metrics::Metrics;
 use crate::score::model::Model;
 use crate::score::policy::context_policy;
@@ -32,12 +33,12 @@ pub struct Reference {
 
 /// A scorer that outlives the loop which uses it.
 #[derive(Clone, Debug)]
-pub struct SharedScorer(Arc<Mutex<Scorer>>);
+pub struct SharedScorer(Arc<InTurns<Scorer>>);
 
 impl Score for SharedScorer {
     fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
         // Of one batch at a time: that of the loop, or of a warm-up beside it.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).score(batch)
+        self.0.with(|scorer| scorer.score(batch))
     }
 }
 
@@ -129,7 +130,7 @@ fn open_scorer(model: &Model, device: Device, config: &Config) -> anyhow::Result
         device_memory_bytes: config.model.device_memory_bytes,
     };
     let scorer = Scorer::new(model, &options, config.score.entropies).exit_code(NO_INPUT)?;
-    Ok(SharedScorer(Arc::new(Mutex::new(scorer))))
+    Ok(SharedScorer(Arc::new(InTurns::new(scorer))))
 }
 
 /// The library that the settings name, else the one of the environment, else the system's.

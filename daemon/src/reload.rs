@@ -106,6 +106,9 @@ impl Reload {
         if health.waits_for(Wait::Coordinator) {
             bail!("the transactions coordinator does not answer, so that the loops could not come to an end");
         }
+        if health.waits_for(Wait::Publishing) {
+            bail!("the brokers refuse what is published, so that the loops could not come to an end");
+        }
         self.lock().next = Some((config, next));
         health.switch();
         Ok(changed)

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use sluice_text::output::print_line;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
@@ -138,27 +139,28 @@ fn exit_at_once(code: i32) -> ! {
 }
 
 /// Checks everything `serve` would need, and prints a line for each to standard output.
-#[allow(clippy::print_stdout)]
 pub fn validate(config: &Config) -> anyhow::Result<()> {
     kafka::check_properties(&config.kafka).exit_code(USAGE)?;
-    println!("configuration: ok");
+    // What is found counts, whether or not anybody reads about it.
+    let say = |line: String| print_line(&line);
+    say("configuration: ok".to_owned())?;
     let mut reference = Reference::open(config)?;
     reference.warm_up(config)?;
     let (model, policy) = (&reference.model, reference.policy);
-    println!("model: ok, {} with {} logits", model.identity.fingerprint, model.identity.vocabulary);
-    println!("  head: {}, then {:?}", model.report.head, model.report.after_head);
-    println!(
+    say(format!("model: ok, {} with {} logits", model.identity.fingerprint, model.identity.vocabulary))?;
+    say(format!("  head: {}, then {:?}", model.report.head, model.report.after_head))?;
+    say(format!(
         "  inputs: {}",
         model.inputs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
-    );
+    ))?;
     for finding in &model.findings {
-        println!("  {}: {finding}", finding.code());
+        say(format!("  {}: {finding}", finding.code()))?;
     }
-    println!(
+    say(format!(
         "  windows of {} tokens every {} tokens, on {}",
         policy.window, policy.stride, config.model.device
-    );
-    println!("tokenizer: ok, {}", model.identity.tokenizer);
+    ))?;
+    say(format!("tokenizer: ok, {}", model.identity.tokenizer))?;
 
     let settings = &config.kafka;
     let consumer: BaseConsumer<PlainContext> =
@@ -170,11 +172,11 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
     let metadata =
         kafka::reach(consumer.client(), &settings.bootstrap_servers, serve).exit_code(UNAVAILABLE)?;
     kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
-    println!("broker: ok, {} at {}", metadata.brokers().len(), settings.bootstrap_servers);
+    say(format!("broker: ok, {} at {}", metadata.brokers().len(), settings.bootstrap_servers))?;
     kafka::check_topics(&metadata, settings).exit_code(UNAVAILABLE)?;
     for topic in [&settings.documents_topic, &settings.scored_topic, &settings.dead_letter_topic] {
         if let Some(partitions) = kafka::partitions(&metadata, topic) {
-            println!("topic {topic}: ok, {partitions} partitions");
+            say(format!("topic {topic}: ok, {partitions} partitions"))?;
         }
     }
     Ok(())

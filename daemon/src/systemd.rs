@@ -23,18 +23,20 @@ pub async fn keep_informed(health: Health, metrics: Metrics) {
     let mut said = String::new();
     let (mut ready, mut stopping) = (false, false);
     loop {
-        if !ready && health.has_started() {
+        // Asked before the status is made, and told after it: whoever waits for the start sees what came of it.
+        let has_started = health.has_started();
+        let status = status(&health, &metrics);
+        if status != said {
+            send(&[NotifyState::Status(&status)]);
+            said = status;
+        }
+        if !ready && has_started {
             ready = true;
             send(&[NotifyState::Ready]);
         }
         if !stopping && health.is_leaving() {
             stopping = true;
             send(&[NotifyState::Stopping]);
-        }
-        let status = status(&health, &metrics);
-        if status != said {
-            send(&[NotifyState::Status(&status)]);
-            said = status;
         }
         if health.progressed_since(fed) {
             fed = health.now();

@@ -12,7 +12,7 @@ use sluice_daemon::dispatch::Dispatcher;
 use sluice_daemon::job::Job;
 use sluice_daemon::ledger::Ledger;
 use sluice_daemon::metrics::Metrics;
-use sluice_daemon::outcome::Outcome;
+use sluice_daemon::outcome::{MODEL_FAILED, Outcome};
 use sluice_daemon::score::{ModelIdentity, Scores};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
@@ -142,8 +142,14 @@ fn stress(seed: u64, bos: Bos) -> u64 {
         let group = ledger.take(usize::MAX, Duration::ZERO, Duration::ZERO);
         for taken in &group {
             seen += 1;
-            let Outcome::Scored(scored) = &taken.outcome else {
-                continue;
+            let scored = match &taken.outcome {
+                Outcome::Scored(scored) => scored,
+                Outcome::DeadLetter(letter) => {
+                    assert_eq!(letter.reason, MODEL_FAILED, "{}", letter.detail);
+                    let document = TokenizedDocument::decode(letter.payload.clone()).unwrap();
+                    assert!(poisoned.remove(&document.id), "{} was not given up", document.id);
+                    continue;
+                }
             };
             let record = ScoredDocument::decode(scored.payload.clone()).unwrap();
             let id: usize = record.document.id.parse().unwrap();
@@ -166,6 +172,7 @@ fn stress(seed: u64, bos: Bos) -> u64 {
         ledger.release(&group);
     }
     assert_eq!(seen, documents.len(), "every document comes out once");
+    assert_eq!(poisoned, HashSet::new(), "documents that were given up have no dead letter");
     assert!(ledger.is_drained());
     assert_eq!(metrics.batches_split.get(), metrics.splits_for_memory.get());
     metrics.batches_split.get()

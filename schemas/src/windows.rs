@@ -104,6 +104,7 @@ mod tests {
                     scored.extend(part.scored());
                 }
                 let first = usize::from(policy.bos == Bos::None);
+                assert_eq!(policy.predicts_first(&document), first == 0 && len > 0);
                 assert_eq!(
                     scored,
                     (first..(len as usize).max(first)).collect::<Vec<_>>(),

@@ -53,6 +53,18 @@ fn wrong_settings_exit_64_before_anything_starts() {
         &["--kafka-properties", "socket.timeout.ms=soon"],
         &["does not take the value", "`socket.timeout.ms`"],
     );
+    // What shows only once a client is made, and would end `serve` later; what the daemon sets itself.
+    for command in ["serve", "validate"] {
+        let with = |property: &str, words: &[&str]| {
+            let property = ["--kafka-properties", property];
+            fails(&[&[command], &given[1..], &property].concat(), 64, words);
+        };
+        with("linger.ms=400000", &["do not go together", "`message.timeout.ms`", "`linger.ms`"]);
+        with("session.timeout.ms=400000", &["do not go together", "`max.poll.interval.ms`"]);
+        with("group.protocol=consumer", &["`group.protocol` cannot be set", "`classic`"]);
+        with("partition.assignment.strategy=range", &["cannot be set", "`cooperative-sticky`"]);
+        with("delivery.timeout.ms=1000", &["cannot be set", "transaction.timeout.ms"]);
+    }
     with(&["--kafka-properties", "sasl.passwrd=hunter2"], &["librdkafka knows no property `sasl.passwrd`"]);
     let secret = sluiced(&[&given[..], &["--kafka-properties", "sasl.passwrd=hunter2"]].concat());
     assert!(!String::from_utf8_lossy(&secret.stderr).contains("hunter2"), "a secret is never printed");

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, Cluster, Daemon, golden, produce};
+use sluice_tests::{Broker, Cluster, Daemon, golden, produce, produce_keyless, read_all};
 
 /// Longer than an end without anything to wait for takes, and far shorter than the drain deadline.
 const PROMPT: Duration = Duration::from_secs(10);
@@ -118,6 +118,35 @@ fn a_topic_that_is_missing_is_named_before_anything_is_read() {
         daemon.wait_for_end(69);
         assert!(daemon.log().contains(&format!("the topic `{missing}` does not exist")), "{}", daemon.log());
     }
+}
+
+/// A topic that takes records with keys alone, and a dead letter without.
+#[test]
+fn publishing_that_is_refused_again_and_again_shows_and_goes_on_once_it_is_not() {
+    const WHY: &str = "what is published is refused again and again: the log says why\n";
+    let cluster = Cluster::with_topics(1);
+    cluster.kafka.set_topic("sluice.dead-letters", &[("cleanup.policy", "compact")]);
+    let daemon = cluster.daemon(&["--limits-drain-seconds", "3"]);
+    daemon.wait("readiness", |daemon| daemon.get("/ready").0 == 200);
+    produce_keyless(cluster.servers(), "sluice.documents", b"no document");
+    cluster.send(0..10, 20);
+    daemon.wait("a word on it", |daemon| daemon.get("/ready") == (503, WHY.to_owned()));
+    let is_said = |line: &str| line.contains("\"level\":\"ERROR\"") && line.contains("for the same reason");
+    daemon.wait("an error", |daemon| daemon.log().lines().any(is_said));
+    assert!(daemon.metric("sluiced_aborts_total") >= 10);
+    // It holds up no end either.
+    let begun = Instant::now();
+    assert_eq!(daemon.stop().code(), Some(1));
+    assert!(begun.elapsed() < PROMPT, "it took {:?}", begun.elapsed());
+
+    let next = cluster.daemon(&[]);
+    next.wait("a word on it", |daemon| daemon.get("/ready") == (503, WHY.to_owned()));
+    cluster.kafka.set_topic("sluice.dead-letters", &[]);
+    cluster.wait_scored(10);
+    next.wait("readiness", |daemon| daemon.get("/ready").0 == 200);
+    assert_eq!(next.stop().code(), Some(0));
+    cluster.assert_each_once(10);
+    assert_eq!(read_all(cluster.servers(), "sluice.dead-letters").len(), 1);
 }
 
 /// Two pods with one copied setting: the brokers throw the first one's consumer out for good.

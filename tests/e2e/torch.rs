@@ -1,4 +1,4 @@
-//! PyTorch ranks under torchrun and FSDP2 on a real Kafka (`trainer-client/python/examples/fsdp2.py`): what they learn from is
+//! `PyTorch` ranks under torchrun and FSDP2 on a real Kafka (`trainer-client/python/examples/fsdp2.py`): what they learn from is
 //! what the Rust feed gives, on any number of ranks and after any kill.
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -19,7 +19,7 @@ mod topic;
 
 use topic::{EPOCHS, Fixture, LONG, ROW, ROWS, SHORT, TOPIC, VOCABULARY, scored, tokenizer};
 
-/// Ample time for processes that import PyTorch on a machine that is busy with other things.
+/// Ample time for processes that import `PyTorch` on a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_mins(5);
 const POLL: Duration = Duration::from_millis(5);
 const CHECKPOINT_EVERY: u64 = 3;
@@ -111,7 +111,8 @@ fn killed(fixture: &Fixture, seed: u64) {
 
     let mut found = Steps::new();
     let mut from = 0;
-    for (world_size, is_last) in [(2, false), (if seed % 2 == 0 { 1 } else { 2 }, false), (4, true)] {
+    for (world_size, is_last) in [(2, false), (if seed.is_multiple_of(2) { 1 } else { 2 }, false), (4, true)]
+    {
         let kill = (!is_last).then(|| Kill {
             step: random.u64(from + 1..=from + (last_step - from) / 2),
             delay: Duration::from_micros(random.u64(0..200_000)),
@@ -198,12 +199,11 @@ struct Job(Child);
 impl Job {
     fn kill(&mut self, rank: Option<usize>) {
         let ranks = self.ranks();
-        match rank {
-            Some(rank) => kill(ranks[rank]),
-            None => {
-                let _ = self.0.kill();
-                ranks.into_iter().for_each(kill);
-            }
+        if let Some(rank) = rank {
+            kill(ranks[rank]);
+        } else {
+            let _ = self.0.kill();
+            ranks.into_iter().for_each(kill);
         }
     }
 

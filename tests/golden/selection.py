@@ -67,18 +67,13 @@ def ranked(lists, keep, scope):
     if scope == "batch":
         size, kept = ROWS * LENGTH, highest(np.concatenate(lists), keep)
         return [{i - m * size for i in kept if i // size == m} for m in range(len(lists))]
-    mean, kept = None, []
-    for seen, values in enumerate(lists, 1):
-        own = highest(values, keep)
-        lowest = min(values[i] for i in own)
-        if mean is None:
-            kept.append(own)
-            mean = lowest
-        else:
-            kept.append({i for i in range(len(values)) if values[i] >= mean})
-        weight = max(np.float32(0.1), np.float32(1) / np.float32(seen))
-        mean = np.float32(mean + weight * np.float32(lowest - mean))
-    return kept
+    # Two steps of half the micro-batches: in the first each ranks its own, and the second goes by the mean of the first's
+    # thresholds.
+    half = len(lists) // 2
+    own = [highest(values, keep) for values in lists[:half]]
+    lowest = [min(values[i] for i in kept) for values, kept in zip(lists, own)]
+    threshold = np.float32(np.mean(np.array(lowest, dtype=np.float64)))
+    return own + [{i for i in range(len(values)) if values[i] >= threshold} for values in lists[half:]]
 
 
 def keep_at(schedule, step):

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
@@ -101,6 +102,29 @@ impl Kafka {
         }
         let created = rdkafka_wait(admin.create_topics(&[topic], &AdminOptions::new()));
         created.unwrap()[0].as_ref().unwrap();
+    }
+
+    /// Gives a topic these settings, and no others of its own.
+    pub fn set_topic(&self, name: &str, settings: &[(&str, &str)]) {
+        let mut change = AlterConfig::new(ResourceSpecifier::Topic(name));
+        for (key, value) in settings {
+            change = change.set(key, value);
+        }
+        let changed = rdkafka_wait(self.admin().alter_configs(&[change], &AdminOptions::new()));
+        changed.unwrap()[0].as_ref().unwrap();
+    }
+
+    /// Deletes a topic and waits until no broker knows it any more.
+    pub fn delete_topic(&self, name: &str) {
+        let admin = self.admin();
+        rdkafka_wait(admin.delete_topics(&[name], &AdminOptions::new())).unwrap()[0].as_ref().unwrap();
+        let exists = || {
+            let metadata = admin.inner().fetch_metadata(None, Duration::from_secs(10)).unwrap();
+            metadata.topics().iter().any(|topic| topic.name() == name)
+        };
+        while exists() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Removes the records of a partition before an offset, as retention does.

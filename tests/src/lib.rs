@@ -8,6 +8,7 @@ mod kafka;
 mod machine;
 pub mod oracle;
 mod prometheus;
+mod proxy;
 pub mod ranks;
 mod topic;
 mod trainer;
@@ -21,7 +22,8 @@ pub use daemon::{Daemon, http_get};
 pub use kafka::{Kafka, Shape};
 pub use machine::Machine;
 pub use prometheus::{Prometheus, promtool};
-pub use topic::{Record, produce, produce_to, read_all};
+pub use proxy::{Proxy, Request};
+pub use topic::{Record, produce, produce_keyless, produce_to, read_all};
 pub use trainer::Trainer;
 pub use trapped_model::{TRAP, write_greedy_model, write_hanging_model};
 
@@ -45,7 +47,7 @@ pub fn python() -> PathBuf {
     environment("SLUICE_TEST_PYTHON")
 }
 
-/// A Python with PyTorch and the wheel `sluice-feed`, as `ops/feed-python` prints it.
+/// A Python with `PyTorch` and the wheel `sluice-feed`, as `ops/feed-python` prints it.
 pub fn torch_python() -> PathBuf {
     environment("SLUICE_TEST_TORCH_PYTHON")
 }

@@ -58,6 +58,14 @@ pub fn produce_to(
     producer.flush(PATIENCE).unwrap();
 }
 
+/// Publishes one record without a key, and waits until the broker has it.
+pub fn produce_keyless(bootstrap_servers: &str, topic: &str, payload: &[u8]) {
+    let producer: ThreadedProducer<rdkafka::producer::DefaultProducerContext> =
+        ClientConfig::new().set("bootstrap.servers", bootstrap_servers).create().unwrap();
+    producer.send(BaseRecord::<str, [u8]>::to(topic).payload(payload)).map_err(|(error, _)| error).unwrap();
+    producer.flush(PATIENCE).unwrap();
+}
+
 /// Everything that stands in `topic` now, by partition and offset.
 pub fn read_all(bootstrap_servers: &str, topic: &str) -> Vec<Record> {
     let consumer: BaseConsumer = ClientConfig::new()

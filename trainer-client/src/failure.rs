@@ -1,6 +1,7 @@
 //! Which exit code an error ends the program with (the codes are those of BSD's `sysexits.h`).
 
 use sluice_feed::stream::StreamError;
+use sluice_text::TokenizerError;
 
 /// Wrong arguments or configuration.
 pub const EXIT_USAGE: u8 = 64;
@@ -75,6 +76,11 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             Failure::Unavailable(_) => EXIT_UNAVAILABLE,
         };
     }
+    match error.downcast_ref::<TokenizerError>() {
+        Some(TokenizerError::Unreadable { .. }) => return EXIT_NO_INPUT,
+        Some(TokenizerError::Invalid { .. }) => return EXIT_DATA,
+        None => {}
+    }
     match error.downcast_ref::<StreamError>() {
         Some(StreamError::Unreachable { .. } | StreamError::NoSuchTopic { .. }) => EXIT_UNAVAILABLE,
         Some(
@@ -101,7 +107,8 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::Rereads { .. }
             | StreamError::ForeignBos { .. }
             | StreamError::Removed { .. }
-            | StreamError::Shorter { .. },
+            | StreamError::Shorter { .. }
+            | StreamError::MadeAnew { .. },
         ) => EXIT_DATA,
         Some(
             StreamError::Broker { .. }

@@ -198,7 +198,7 @@ fn predictions(
     let ranking = Objective::slm(Score::Loss, KeepRatio::try_from(KEEP).expect("a share"));
     let signals = Signals { loss: &excess, ..Signals::default() };
     let turn = Turn { seed: 1, step: 1, steps: 1, micro_batch: 0 };
-    let chosen = ranking.select(&[signals], excess.len(), turn, &mut Thresholds::default());
+    let chosen = ranking.select(&[signals], excess.len(), turn, &Thresholds::default());
     for place in chosen.into_iter().flat_map(|choice| choice.kept) {
         is_kept[place as usize] = true;
     }

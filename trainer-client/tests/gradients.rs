@@ -51,7 +51,8 @@ fn step_agrees_with_pytorch_in_double_precision() {
     let mut golden: Golden =
         serde_json::from_str(&text).expect("slm_step.json has the fields of slm_step.py");
     golden.config["model_type"] = "llama".into();
-    let config = ModelConfig::from_hugging_face(&golden.config.to_string()).expect("a Llama configuration");
+    let config =
+        ModelConfig::from_hugging_face(golden.config.to_string().as_bytes()).expect("a Llama configuration");
     let adamw = AdamWConfig {
         beta1: golden.adamw.betas.0,
         beta2: golden.adamw.betas.1,

@@ -121,7 +121,14 @@ fn three_runs() -> Vec<RecordedRun> {
 
 #[test]
 fn nothing_from_outside_is_read_as_markup() {
-    let page = report::page("<title> & \"more\"", &three_runs());
+    let mut runs = three_runs();
+    let mut histogram = ScoreHistogram::default();
+    histogram.add(1.0, true);
+    runs[1].metrics.push(Metric::Scores(ScoresMetric { step: 1, histogram }));
+    runs[1].name = "slm & clm <1>".to_owned();
+    runs[1].record.objective = Objective::slm(Score::Excess, keep(0.6));
+    let page = report::page("<title> & \"more\"", &runs);
+    assert!(page.contains("aria-label=\"Scores of slm &amp; clm &lt;1&gt;, step 1\""));
     for raw in ["<script", "plain<b>", "math <i>", "d<1>", "a&b<", "math & co", "<title> &"] {
         assert!(!page.contains(raw), "{raw:?} stands in the page as it came");
     }
@@ -131,6 +138,9 @@ fn nothing_from_outside_is_read_as_markup() {
         assert!(page.contains(escaped), "{escaped:?} is missing");
     }
     assert!(!page.contains("http"), "no resource from elsewhere");
+    for twice in ["&amp;lt;", "&amp;gt;", "&amp;amp;", "&amp;quot;", "&amp;#39;"] {
+        assert!(!page.contains(twice), "{twice:?} is escaped twice, and read out as it stands");
+    }
 }
 
 #[test]

@@ -217,7 +217,7 @@ fn files_that_do_not_fit_are_refused_with_the_reason() {
 #[test]
 fn configurations_that_do_not_fit_are_refused_with_the_reason() {
     let text = tiny(false).to_hugging_face();
-    assert_eq!(ModelConfig::from_hugging_face(&text).expect("its own text"), tiny(false));
+    assert_eq!(ModelConfig::from_hugging_face(text.as_bytes()).expect("its own text"), tiny(false));
     for (from, to, reason) in [
         ("\"llama\"", "\"gpt2\"", "model_type"),
         ("\"silu\"", "\"gelu\"", "hidden_act"),
@@ -227,7 +227,7 @@ fn configurations_that_do_not_fit_are_refused_with_the_reason() {
         ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "not a multiple of kv_heads"),
     ] {
         assert!(text.contains(from), "{from} is not in {text}");
-        let error = ModelConfig::from_hugging_face(&text.replace(from, to)).expect_err(to);
+        let error = ModelConfig::from_hugging_face(text.replace(from, to).as_bytes()).expect_err(to);
         assert!(format!("{error:#}").contains(reason), "{error:#}");
     }
     assert_eq!(specs(&tiny(true)).len() + 1, specs(&tiny(false)).len());

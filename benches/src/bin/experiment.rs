@@ -1,15 +1,12 @@
 //! The experiments of the project: what is asked for, turned into the options of `sluice_benches::experiments`.
 
 use std::ffi::OsString;
-use std::fmt::Arguments;
-use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
-use clap::error::ErrorKind as Unparsed;
 use clap::{Parser, ValueEnum};
 use sluice_benches::experiments::{self, Interrupted, Options};
+use sluice_text::output::{print_clap, print_line, say};
 use sluice_trainer::failure::{EXIT_USAGE, exit_code};
 use sluice_trainer::watch::process::{keep_freed_memory, stop_on_signals};
 
@@ -76,10 +73,7 @@ fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            // Nothing can be done about a closed terminal.
-            let _ = error.print();
-            let asked = matches!(error.kind(), Unparsed::DisplayHelp | Unparsed::DisplayVersion);
-            return if asked { ExitCode::SUCCESS } else { ExitCode::from(EXIT_USAGE) };
+            return ExitCode::from(print_clap(&error, EXIT_USAGE));
         }
     };
     match experiment(cli) {
@@ -127,26 +121,9 @@ fn experiment(cli: Cli) -> anyhow::Result<()> {
         command,
     };
     let table = experiments::run(&options, &stop)?;
-    print(&table)?;
+    print_line(table.trim_end())?;
     say(format_args!("the results are in {}", options.results.display()));
     Ok(())
-}
-
-/// Prints the table; whoever has stopped reading has read enough.
-fn print(table: &str) -> anyhow::Result<()> {
-    let mut output = std::io::stdout();
-    match writeln!(output, "{}", table.trim_end()).and_then(|()| output.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(error).context("cannot write to standard output")
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Says something on standard error.
-fn say(text: Arguments<'_>) {
-    // Nothing can be done where nobody listens, and `eprintln!` would panic.
-    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_daemon::score::warm_up::warm_up;
 use sluice_daemon::score::{Score as _, Scorer};
 use sluice_schemas::record::{Bos, ContextPolicy, Precision};
+use sluice_text::output::{print_line, say};
 
 /// Compares a device with the CPU, and measures it.
 #[derive(Debug, Parser)]
@@ -59,7 +60,6 @@ struct Arguments {
     peak_tflops: Option<f64>,
 }
 
-#[allow(clippy::print_stdout)]
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let device: Device = arguments.device.parse().map_err(|error: String| anyhow!(error))?;
@@ -120,7 +120,7 @@ fn main() -> anyhow::Result<()> {
         "warm_up_seconds": warm_up_seconds,
         "measured": measured,
     });
-    println!("{}", serde_json::to_string_pretty(&result)?);
+    print_line(&serde_json::to_string_pretty(&result)?)?;
     if rms > allowed_rms {
         bail!("losses differ by {rms:.1e} nats RMS from the CPU's, and may by {allowed_rms:.0e}");
     }
@@ -158,7 +158,7 @@ fn measure(
             scorer.score(batch)?;
         }
         seconds.push(started.elapsed().as_secs_f64());
-        eprintln!("repeat {repeat}: {:.0} tokens/s", tokens as f64 / seconds[repeat]);
+        say(format_args!("repeat {repeat}: {:.0} tokens/s", tokens as f64 / seconds[repeat]));
     }
     let elements = matrix_elements(&arguments.model).context("cannot count the model's weights")?;
     // Two operations for each weight of a product and token; attention's own products are left out, so the share is

@@ -22,6 +22,7 @@ use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{GraphProto, ModelProto, OperatorSetIdProto};
 use sluice_schemas::record::{Bos, ContextPolicy};
 use sluice_tests::{golden, onnxruntime};
+use sluice_text::output::{print_line, say};
 
 const WIDTH: usize = 64;
 const LENGTH: usize = 1024;
@@ -45,10 +46,11 @@ enum Cli {
     },
 }
 
-#[allow(clippy::print_stdout)]
 fn main() -> anyhow::Result<()> {
     match Cli::parse() {
-        Cli::One { vocabulary, tokens, grafted } => println!("{}", one(vocabulary, tokens, grafted)?),
+        Cli::One { vocabulary, tokens, grafted } => {
+            print_line(&one(vocabulary, tokens, grafted)?.to_string())?;
+        }
         Cli::All { cases } => {
             let mut rows = Vec::new();
             for case in &cases {
@@ -62,7 +64,7 @@ fn main() -> anyhow::Result<()> {
                     Ok(String::from_utf8(output.stdout)?.trim().parse()?)
                 };
                 let (ours, whole) = (measure("true")?, measure("false")?);
-                eprintln!("{case}: {ours} bytes, whole logits {whole}");
+                say(format_args!("{case}: {ours} bytes, whole logits {whole}"));
                 rows.push(json!({
                     "vocabulary": vocabulary.parse::<u64>()?,
                     "tokens": tokens.parse::<u64>()?,
@@ -72,7 +74,7 @@ fn main() -> anyhow::Result<()> {
                 }));
             }
             let command = std::env::args().collect::<Vec<_>>().join(" ");
-            println!("{}", serde_json::to_string_pretty(&json!({"command": command, "cases": rows}))?);
+            print_line(&serde_json::to_string_pretty(&json!({"command": command, "cases": rows}))?)?;
         }
     }
     Ok(())

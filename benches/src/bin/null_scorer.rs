@@ -16,6 +16,7 @@ use sluice_daemon::score::{ModelIdentity, Score, Scores};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{Bos, ContextPolicy, Precision, TokenIds, TokenizedDocument};
 use sluice_tests::{Kafka, produce, root};
+use sluice_text::output::{print_line, say};
 
 const VOCABULARY: u32 = 32_000;
 const PARTITIONS: i32 = 8;
@@ -61,7 +62,6 @@ impl Score for NullScorer {
     }
 }
 
-#[allow(clippy::print_stdout)]
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let kafka = Kafka::start(&root().join("target/bench-kafka"));
@@ -82,7 +82,7 @@ fn main() -> anyhow::Result<()> {
         kafka.create_topic(&config.kafka.scored_topic, PARTITIONS);
         kafka.create_topic(&config.kafka.dead_letter_topic, 1);
         let one = measure(&config, &arguments, kafka.process_ids()[0])?;
-        eprintln!("repeat {repeat}: {one:?}");
+        say(format_args!("repeat {repeat}: {one:?}"));
         measured.push(one);
     }
     let column = |value: fn(&Measured) -> f64| measured.iter().map(value).collect::<Vec<_>>();
@@ -102,7 +102,7 @@ fn main() -> anyhow::Result<()> {
         "peak_memory_bytes": column(|one| one.peak_memory_bytes),
         "memory_bound_bytes": limits.in_flight_tokens * BYTES_PER_TOKEN + CLIENT_BYTES,
     });
-    println!("{}", serde_json::to_string_pretty(&result)?);
+    print_line(&serde_json::to_string_pretty(&result)?)?;
     Ok(())
 }
 

@@ -1,13 +1,10 @@
 //! How well documents of real text fill rows: by best fit, for look-aheads of 1 to 64 rows, and in the order of the stream as
 //! they did before. Prints one JSON object on standard output.
 
-use std::fs::File;
-use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use clap::Parser;
-use serde::Deserialize;
 use serde_json::json;
 use sluice_benches::packing::{
     Filled, by_best_fit, dealt, in_stream_order, piece_lengths, rows_min, tokens_a_cpu_second,
@@ -15,6 +12,8 @@ use sluice_benches::packing::{
 use sluice_feed::document::Document;
 use sluice_feed::pack::ROWS_AHEAD;
 use sluice_schemas::record::{Bos, ContextPolicy};
+use sluice_text::output::{print_line, say};
+use sluice_text::{Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, TextReader};
 use sluice_trainer::text::TextTokenizer;
 
 const LOOK_AHEADS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
@@ -40,12 +39,6 @@ struct Arguments {
     partitions: usize,
 }
 
-#[derive(Deserialize)]
-struct Line {
-    text: String,
-}
-
-#[allow(clippy::print_stdout)]
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     ensure!(arguments.partitions > 0, "--partitions must be 1 or more");
@@ -75,16 +68,15 @@ fn main() -> anyhow::Result<()> {
         "rows_ahead": ROWS_AHEAD,
         "cases": cases,
     });
-    println!("{}", serde_json::to_string_pretty(&result)?);
+    print_line(&serde_json::to_string_pretty(&result)?)?;
     Ok(())
 }
 
 fn read(path: &Path, tokenizer: &TextTokenizer, into: &mut Vec<Vec<u32>>) -> anyhow::Result<()> {
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    for (number, line) in (1..).zip(BufReader::new(file).lines()) {
-        let line: Line =
-            serde_json::from_str(&line?).with_context(|| format!("{}:{number}", path.display()))?;
-        into.push(tokenizer.encode(&line.text)?);
+    let reader =
+        TextReader { format: Format::Jsonl, fields: Fields::default(), text_bytes_max: TEXT_BYTES_MAX };
+    for document in reader.open(path, |raw| raw).with_context(|| format!("cannot read {}", path.display()))? {
+        into.push(tokenizer.encode(&document?.text, TOKENS_MAX)?);
     }
     Ok(())
 }
@@ -123,7 +115,7 @@ fn measure(
         let mut one = figures(by_best_fit(&lanes, len, rows_ahead));
         one["rows_ahead"] = rows_ahead.into();
         one["tokens_a_cpu_second"] = tokens_a_cpu_second(&lanes, len, rows_ahead)?.into();
-        eprintln!("rows of {len}, windows of {window}, {rows_ahead} rows ahead: {one}");
+        say(format_args!("rows of {len}, windows of {window}, {rows_ahead} rows ahead: {one}"));
         best_fit.push(one);
     }
     Ok(json!({

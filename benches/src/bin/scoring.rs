@@ -26,6 +26,7 @@ use sluice_daemon::score::{Score as _, Scorer};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{Bos, ContextPolicy, ScoredDocument, TokenIds, TokenizedDocument};
 use sluice_tests::{Daemon, Kafka, onnxruntime, produce, read_all, root};
+use sluice_text::output::{print_line, say};
 
 const PARTITIONS: i32 = 4;
 /// Each look at the daemon's metrics costs it a little of what is measured, and one look more or less is this much time.
@@ -106,10 +107,11 @@ impl Workload {
     }
 }
 
-#[allow(clippy::print_stdout)]
 fn main() -> anyhow::Result<()> {
     match Cli::parse() {
-        Cli::Bare(workload) => println!("{}", bare(&workload)?),
+        Cli::Bare(workload) => {
+            print_line(&bare(&workload)?.to_string())?;
+        }
         Cli::Round(arguments) => round(&arguments)?,
     }
     Ok(())
@@ -199,7 +201,7 @@ fn round(arguments: &RoundArguments) -> anyhow::Result<()> {
             }
             unknown => bail!("--systems: `{unknown}` is none of bare, daemon, onnxruntime and transformers"),
         };
-        eprintln!("{system}: {value}");
+        say(format_args!("{system}: {value}"));
         measured.insert(system.clone(), value);
     }
 

@@ -13,6 +13,7 @@ use sluice_benches::step::{LEARNING_RATE, Setup, head_alone};
 use sluice_benches::{device_check, stream};
 use sluice_feed::batch::NO_TARGET;
 use sluice_tests::root;
+use sluice_text::output::{print_line, say};
 use sluice_trainer::model::config::CONFIG_FILE;
 use sluice_trainer::model::{DeviceName, ModelConfig, Precision};
 use sluice_trainer::run::files::write_whole;
@@ -115,15 +116,16 @@ impl Drop for Worker {
     }
 }
 
-#[allow(clippy::print_stdout)]
 fn main() -> anyhow::Result<()> {
     match Cli::parse() {
         Cli::Worker { setup } => sluice_benches::step::worker(&setup)?,
         Cli::ProbeDevice { device } => device.probe(),
-        Cli::Compare(arguments) => println!("{}", serde_json::to_string_pretty(&compare(&arguments)?)?),
+        Cli::Compare(arguments) => {
+            print_line(&serde_json::to_string_pretty(&compare(&arguments)?)?)?;
+        }
         Cli::Check { device, precision } => {
             let found = device_check::check(device, precision)?;
-            println!("{}", serde_json::to_string_pretty(&found)?);
+            print_line(&serde_json::to_string_pretty(&found)?)?;
             ensure!(found["agrees"] == true, "{device} does not train as the CPU does");
         }
     }
@@ -216,7 +218,7 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
     for round in 0..arguments.warmup_rounds + arguments.rounds {
         for (&(worker, variant), steps) in variants.iter().zip(&mut measured) {
             let step = workers[worker].ask(vocabulary, variant)?;
-            eprintln!("{vocabulary} {round} {} {variant}: {step}", workers[worker].name);
+            say(format_args!("{vocabulary} {round} {} {variant}: {step}", workers[worker].name));
             steps.push(step);
         }
     }
@@ -266,6 +268,9 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
         }
         result["loss_memory"] = memory;
     }
-    eprintln!("{vocabulary} stream: {}, memory of the loss: {}", result["stream"], result["loss_memory"]);
+    say(format_args!(
+        "{vocabulary} stream: {}, memory of the loss: {}",
+        result["stream"], result["loss_memory"]
+    ));
     Ok(result)
 }

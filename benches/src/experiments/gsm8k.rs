@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use serde::Deserialize;
 use serde_json::json;
+use sluice_text::json;
 use sluice_trainer::failure::{Classify, Failure};
 use sluice_trainer::run::files::write_whole;
 
@@ -37,7 +38,7 @@ pub(super) fn write(folder: &Path, to: &Path) -> Result<()> {
     let text = std::fs::read_to_string(&from).with_context(|| format!("cannot read {}", from.display()))?;
     let mut lines = String::new();
     for (number, line) in (1..).zip(text.lines().take(PROBLEMS)) {
-        let Line { question, answer } = serde_json::from_str(line)
+        let Line { question, answer } = json::from_slice(line.as_bytes())
             .map_err(|error| anyhow!("{}, line {number}: {error}", from.display()))
             .or_data()?;
         let text = format!("Question: {question}\nAnswer: {}", without_annotations(&answer));

@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use schemars::generate::SchemaSettings;
-use serde_json::Value;
 
-use super::Config;
+use super::keys::{Key, Kind, keys};
+use super::{Config, environment};
 
 /// Settings that cannot be used. The process exits 64 before anything has started.
 #[derive(Debug, thiserror::Error)]
@@ -33,87 +32,6 @@ pub enum ConfigError {
     /// Keys whose values do not make sense.
     #[error("the configuration cannot be used:\n  {}", .0.join("\n  "))]
     Problems(Vec<String>),
-}
-
-/// A key of the configuration, as the schema describes it.
-pub(super) struct Key {
-    /// Such as `["kafka", "group_id"]`.
-    pub path: Vec<String>,
-    /// What the table that it is in is about.
-    pub section_help: String,
-    pub help: String,
-    pub kind: Kind,
-    pub default: String,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Kind {
-    Text,
-    Integer,
-    Boolean,
-    /// `NAME=VALUE`, any number of times.
-    Map,
-}
-
-impl Key {
-    /// Its name within its table.
-    pub fn name(&self) -> &str {
-        self.path.last().map_or("", String::as_str)
-    }
-
-    fn id(&self) -> String {
-        self.path.join(".")
-    }
-
-    fn flag(&self) -> String {
-        self.path.join("-").replace('_', "-")
-    }
-
-    fn variable(&self) -> String {
-        format!("SLUICED_{}", self.path.join("_").to_uppercase())
-    }
-}
-
-pub(super) fn keys() -> Vec<Key> {
-    let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
-    let schema = settings.into_generator().into_root_schema_for::<Config>().to_value();
-    let defaults = serde_json::to_value(Config::default()).unwrap_or_default();
-    let mut keys = Vec::new();
-    collect(&schema, &defaults, "", &mut Vec::new(), &mut keys);
-    keys
-}
-
-fn help_of(schema: &Value) -> String {
-    schema["description"].as_str().unwrap_or_default().replace('\n', " ")
-}
-
-fn collect(schema: &Value, default: &Value, section_help: &str, path: &mut Vec<String>, keys: &mut Vec<Key>) {
-    if let Some(properties) = schema["properties"].as_object() {
-        let help = help_of(schema);
-        for (name, schema) in properties {
-            path.push(name.clone());
-            collect(schema, &default[name], &help, path, keys);
-            path.pop();
-        }
-        return;
-    }
-    let kind = match schema["type"].as_str() {
-        Some("integer") => Kind::Integer,
-        Some("boolean") => Kind::Boolean,
-        Some("object") => Kind::Map,
-        _ => Kind::Text,
-    };
-    keys.push(Key {
-        path: path.clone(),
-        section_help: section_help.to_owned(),
-        help: help_of(schema),
-        kind,
-        default: match default {
-            Value::String(text) => text.clone(),
-            Value::Object(_) => String::new(),
-            other => other.to_string(),
-        },
-    });
 }
 
 /// Which settings a command has a use for.
@@ -171,16 +89,17 @@ pub fn load_of(file: Option<&Path>, matches: &ArgMatches, scope: Scope) -> Resul
     if let Some(path) = file {
         let text = std::fs::read_to_string(path)
             .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })?;
+        let text = text.trim_start_matches('\u{feff}');
         let invalid = |error: toml::de::Error| ConfigError::Invalid {
             path: path.to_owned(),
             message: error.to_string().trim_end().to_owned(),
         };
         // Read as the real type first, whose errors point at line, column and key.
-        toml::from_str::<Config>(&text).map_err(invalid)?;
-        table = toml::from_str(&text).map_err(invalid)?;
+        toml::from_str::<Config>(text).map_err(invalid)?;
+        table = toml::from_str(text).map_err(invalid)?;
     }
     let keys = keys();
-    refuse_unknown_variables(&keys, std::env::vars_os().map(|(name, _)| name))?;
+    environment::check(&keys, std::env::vars_os()).map_err(ConfigError::Override)?;
     for key in keys.iter().filter(|key| scope.has(&key.path[0])) {
         let Some(values) = matches.get_many::<String>(&key.id()) else { continue };
         overlay(&mut table, key, &values.map(String::as_str).collect::<Vec<_>>())?;
@@ -196,21 +115,9 @@ pub fn load_of(file: Option<&Path>, matches: &ArgMatches, scope: Scope) -> Resul
     if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems(problems)) }
 }
 
-/// A misspelt variable is as wrong as a misspelt key.
-fn refuse_unknown_variables(
-    keys: &[Key],
-    names: impl Iterator<Item = std::ffi::OsString>,
-) -> Result<(), ConfigError> {
-    let known: Vec<String> = keys.iter().map(Key::variable).chain(["SLUICED_CONFIG".to_owned()]).collect();
-    for name in names {
-        let name = name.to_string_lossy();
-        if name.starts_with("SLUICED_") && !known.iter().any(|known| *known == name) {
-            return Err(ConfigError::Override(format!(
-                "the environment variable {name} sets nothing; `sluiced serve --help` lists those that do"
-            )));
-        }
-    }
-    Ok(())
+/// Variables of the environment that look like ours and are not; they set nothing.
+pub fn foreign_variables() -> Result<Vec<String>, ConfigError> {
+    environment::check(&keys(), std::env::vars_os()).map_err(ConfigError::Override)
 }
 
 fn overlay(table: &mut toml::Table, key: &Key, values: &[&str]) -> Result<(), ConfigError> {
@@ -298,27 +205,5 @@ mod tests {
     fn a_number_must_be_one() {
         let error = run(MINIMAL, &["--batch-tokens-max", "many"]).unwrap_err().to_string();
         assert_eq!(error, "--batch-tokens-max (or SLUICED_BATCH_TOKENS_MAX): `many` is not a whole number");
-    }
-
-    #[test]
-    fn a_misspelt_variable_is_refused() {
-        let check = |name: &str| refuse_unknown_variables(&keys(), [name.into()].into_iter());
-        assert!(
-            check("SLUICED_KAFKA_GROUP")
-                .unwrap_err()
-                .to_string()
-                .contains("SLUICED_KAFKA_GROUP sets nothing")
-        );
-        check("SLUICED_KAFKA_GROUP_ID").unwrap();
-        check("SLUICE_CACHE").unwrap();
-    }
-
-    #[test]
-    fn every_key_has_help_and_a_variable_of_its_own() {
-        let keys = keys();
-        assert!(keys.len() > 20);
-        assert!(keys.iter().all(|key| key.help.ends_with('.')), "a sentence for each key");
-        let variables: std::collections::HashSet<_> = keys.iter().map(Key::variable).collect();
-        assert_eq!(variables.len(), keys.len());
     }
 }

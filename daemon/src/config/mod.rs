@@ -3,6 +3,8 @@
 //! Every key can stand in the TOML file, in an environment variable (`SLUICED_KAFKA_GROUP_ID`) and in a flag
 //! (`--kafka-group-id`); the later of these wins. The flags and their help are made from these types.
 
+mod environment;
+mod keys;
 mod layers;
 mod properties;
 mod reference;
@@ -16,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use sluice_schemas::names;
 use sluice_schemas::record::{ContextPolicy, LossFormat};
 
-pub use layers::{ConfigError, Scope, add_flags, add_flags_of, load, load_of};
-pub use properties::owned_property;
+pub use layers::{ConfigError, Scope, add_flags, add_flags_of, foreign_variables, load, load_of};
+pub use properties::{canonical_property, owned_property};
 pub use reference::{example, reference};
 
 use crate::batch::Ladder;

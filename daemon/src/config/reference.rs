@@ -1,6 +1,6 @@
 //! The settings as documents, made from their types: the reference and the configuration file of the package.
 
-use super::layers::{Key, Kind, keys};
+use super::keys::{Key, Kind, keys};
 
 /// The reference of every setting, as Markdown.
 pub fn reference() -> String {
@@ -9,7 +9,8 @@ pub fn reference() -> String {
          Made from the types in `daemon/src/config` by `ops/docs/generate`; not edited by hand.\n\n\
          Each setting is a key of the TOML file given as `--config`, an environment variable and a flag: `group_id` under \
          `[kafka]` is `SLUICED_KAFKA_GROUP_ID` and `--kafka-group-id`. A flag wins over a variable, and a variable over the \
-         file. Unknown keys and variables are errors, and bad settings end the process with exit code 64 before anything \
+         file. Unknown keys are errors, and so are variables that look like a slip of the pen; \
+         those that Kubernetes puts beside a service named `sluiced` are passed over, and others are warned of. Bad settings end the process with exit code 64 before anything \
          starts."
             .to_owned(),
     ];

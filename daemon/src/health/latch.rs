@@ -16,10 +16,13 @@ pub enum Wait {
     Offset,
     /// A coordinator that takes this daemon's transactions.
     Coordinator,
+    /// Brokers that take what is published.
+    Publishing,
 }
 
 /// In the order in which they are named.
-const WAITS: [Wait; 5] = [Wait::Broker, Wait::Group, Wait::Partition, Wait::Offset, Wait::Coordinator];
+const WAITS: [Wait; 6] =
+    [Wait::Broker, Wait::Group, Wait::Partition, Wait::Offset, Wait::Coordinator, Wait::Publishing];
 
 impl Wait {
     /// What is waited for, in words.
@@ -29,6 +32,7 @@ impl Wait {
             Self::Group | Self::Partition => "no partition is assigned yet",
             Self::Offset => "no assigned partition can be read yet: their offsets are not settled",
             Self::Coordinator => "the transactions coordinator does not answer",
+            Self::Publishing => "what is published is refused again and again: the log says why",
         }
     }
 }

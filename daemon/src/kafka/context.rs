@@ -7,6 +7,8 @@ use rdkafka::client::{ClientContext, OAuthToken};
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::DeliveryResult;
+use rdkafka::producer::ProducerContext;
 use rdkafka::statistics::Statistics;
 use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaRespErr;
@@ -15,6 +17,9 @@ use rdkafka::types::RDKafkaRespErr;
 pub trait Hooks: Send + Sync {
     /// Takes the client's figures, where `statistics.interval.ms` asks for them.
     fn statistics(&self, _statistics: &Statistics) {}
+
+    /// Takes a line of the client's log, of whichever level; most clients have nothing to look for in it.
+    fn log(&self, _facility: &str, _message: &str) {}
 
     /// Takes an error first; true where there is nothing more to say about it.
     fn error(&self, _error: &KafkaError, _reason: &str) -> bool {
@@ -30,6 +35,10 @@ impl<H: Hooks + ?Sized> Hooks for Arc<H> {
         (**self).statistics(statistics);
     }
 
+    fn log(&self, facility: &str, message: &str) {
+        (**self).log(facility, message);
+    }
+
     fn error(&self, error: &KafkaError, reason: &str) -> bool {
         (**self).error(error, reason)
     }
@@ -39,6 +48,9 @@ impl<H: Hooks + ?Sized> Hooks for Arc<H> {
 pub trait GroupHooks: Hooks {
     /// Takes up, or gives up, the partitions of `list`.
     fn rebalance(&self, consumer: &DocumentsConsumer, kind: RDKafkaRespErr, list: &mut TopicPartitionList);
+
+    /// The id of the topic whose records are read, where the brokers tell one. Offsets are committed with it.
+    fn topic_id(&self) -> Option<String>;
 }
 
 /// A client's callbacks: log lines, complaints and tokens, then its hooks.
@@ -74,6 +86,7 @@ impl<H: Hooks> ClientContext for Context<H> {
     }
 
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.hooks.log(facility, message);
         log(level, facility, message);
     }
 
@@ -89,6 +102,12 @@ impl<H: Hooks> ClientContext for Context<H> {
 }
 
 impl ConsumerContext for PlainContext {}
+
+impl ProducerContext for PlainContext {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, _: &DeliveryResult<'_>, (): ()) {}
+}
 
 impl ConsumerContext for Context<Arc<dyn GroupHooks>> {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, kind: RDKafkaRespErr, list: &mut TopicPartitionList) {

@@ -5,10 +5,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use rdkafka::ClientConfig;
+use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::KafkaError;
+use rdkafka::producer::BaseProducer;
 use rdkafka::types::RDKafkaConfRes;
+use sluice_kafka::DEBUG_METADATA;
 
-use crate::config::{Delivery, Kafka};
+use super::context::PlainContext;
+use crate::config::{Delivery, Kafka, canonical_property};
 
 /// Unless the user sets another.
 const TRANSACTION_TIMEOUT_MS: &str = "180000";
@@ -18,7 +22,7 @@ pub fn client_config(bootstrap_servers: &str, properties: &BTreeMap<String, Stri
     let mut config = ClientConfig::new();
     config.set("client.id", "sluiced");
     for (key, value) in properties {
-        config.set(key, value);
+        config.set(canonical_property(key), value);
     }
     config.set("bootstrap.servers", bootstrap_servers);
     config
@@ -44,7 +48,7 @@ pub fn producer_config(
         // The same partition for a key as the Java client would choose.
         .set("partitioner", "murmur2_random");
     for (key, value) in properties {
-        config.set(key, value);
+        config.set(canonical_property(key), value);
     }
     config
         .set("bootstrap.servers", bootstrap_servers)
@@ -68,7 +72,7 @@ pub fn consumer_config(settings: &Kafka) -> ClientConfig {
         // after an outage of the broker is let in again as soon.
         .set("session.timeout.ms", "15000");
     for (key, value) in &settings.properties {
-        config.set(key, value);
+        config.set(canonical_property(key), value);
     }
     config
         .set("bootstrap.servers", &settings.bootstrap_servers)
@@ -81,13 +85,18 @@ pub fn consumer_config(settings: &Kafka) -> ClientConfig {
         .set("partition.assignment.strategy", "cooperative-sticky")
         // How often the lag is worked out.
         .set("statistics.interval.ms", "1000");
+    sluice_kafka::listen(&mut config, DEBUG_METADATA);
     config
 }
 
-/// Refuses properties that librdkafka does not know or whose values it does not take, before anything starts.
+/// Refuses properties that librdkafka does not know, whose values it does not take, or that do not go together, before
+/// anything starts. What does not go together shows only where a client is made, so both are made, and dropped before they
+/// have asked anything.
 pub fn check_properties(settings: &Kafka) -> anyhow::Result<()> {
-    consumer_config(settings).create_native_config().map_err(setting_error)?;
-    sink_config(settings)?.create_native_config().map_err(setting_error)?;
+    let _consumer: BaseConsumer<PlainContext> =
+        consumer_config(settings).create_with_context(PlainContext::default()).map_err(setting_error)?;
+    let _producer: BaseProducer<PlainContext> =
+        sink_config(settings)?.create_with_context(PlainContext::default()).map_err(setting_error)?;
     Ok(())
 }
 
@@ -120,8 +129,19 @@ pub fn sink_config(settings: &Kafka) -> anyhow::Result<ClientConfig> {
         // it minutes, and must not end the daemon.
         let timeout_ms = transaction_timeout(settings)?.as_millis().to_string();
         config.set("message.timeout.ms", &timeout_ms).set("transaction.timeout.ms", timeout_ms);
+        // Where it says that a connection was lost, and no other callback does.
+        sluice_kafka::listen(&mut config, "broker");
     }
+    sluice_kafka::listen(&mut config, DEBUG_METADATA);
     Ok(config)
+}
+
+/// How long the client waits for an answer before it asks again.
+pub fn request_timeout(settings: &Kafka) -> Duration {
+    /// Unless the user sets another.
+    const DEFAULT: Duration = Duration::from_mins(1);
+    let set = settings.properties.get("socket.timeout.ms");
+    set.and_then(|millis| millis.parse().ok()).map_or(DEFAULT, Duration::from_millis)
 }
 
 /// How long the brokers leave a transaction open.

@@ -12,6 +12,7 @@ use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
 use sluice_schemas::onnx::{GraphProto, ModelProto, TensorProto};
 use sluice_schemas::record::Precision;
+use sluice_text::{TextTokenizer, json};
 
 use super::findings::{self, Finding};
 use super::graft::{GraftReport, graft};
@@ -20,7 +21,7 @@ use super::inputs;
 use super::names::{ROWS_INPUT, TARGETS_INPUT};
 use super::widen::widen;
 use crate::device::Device;
-use crate::exit::{DATA, ExitCode as _};
+use crate::exit::{DATA, ExitCode as _, ExitError};
 
 /// A reference model, read and given its loss head, ready for a session.
 #[derive(Debug)]
@@ -101,9 +102,9 @@ impl Model {
 
         let config_path = folder.join("config.json");
         let config: ModelConfig = if config_path.exists() {
-            let text = std::fs::read_to_string(&config_path)
+            let bytes = std::fs::read(&config_path)
                 .with_context(|| format!("cannot read {}", config_path.display()))?;
-            serde_json::from_str(&text).with_context(|| config_path.display().to_string()).exit_code(DATA)?
+            json::from_slice(&bytes).with_context(|| config_path.display().to_string()).exit_code(DATA)?
         } else {
             ModelConfig::default()
         };
@@ -135,7 +136,9 @@ impl Model {
             widened,
             identity: ModelIdentity {
                 fingerprint: Fingerprint::of_parts(&mut parts),
-                tokenizer: tokenizer_fingerprint(&folder.join("tokenizer.json"))?,
+                tokenizer: TextTokenizer::read(&folder.join("tokenizer.json"))
+                    .map_err(ExitError::from)?
+                    .fingerprint(),
                 vocabulary,
                 precision,
             },
@@ -143,17 +146,6 @@ impl Model {
             bos_token: config.bos_token_id.as_u64().and_then(|id| u32::try_from(id).ok()),
         })
     }
-}
-
-/// Fingerprint of the `tokenizer.json` at `path`.
-fn tokenizer_fingerprint(path: &Path) -> anyhow::Result<Fingerprint> {
-    let bytes = std::fs::read(path).with_context(|| {
-        format!("cannot read the tokenizer {}; records are checked against its fingerprint", path.display())
-    })?;
-    tokenizers::Tokenizer::from_bytes(&bytes)
-        .map_err(|error| anyhow!("{} is no tokenizer: {error}", path.display()))
-        .exit_code(DATA)?;
-    Ok(Fingerprint::of_bytes(&bytes))
 }
 
 fn model_inputs(model: &ModelProto) -> Vec<(String, DataType)> {
@@ -184,7 +176,13 @@ fn resolve_external_data(
         let Some(entry) = tensor.external_data.iter_mut().find(|entry| entry.key() == "location") else {
             return Err(anyhow!("the external tensor `{name}` has no location")).exit_code(DATA);
         };
-        let location = entry.value().to_owned();
+        let Some(location) = within(entry.value()) else {
+            return Err(anyhow!(
+                "the external data `{}` lies outside the model's folder; refusing to read it",
+                entry.value()
+            ))
+            .exit_code(DATA);
+        };
         if !files.contains_key(&location) {
             let real = real_file(folder, &location)?;
             parts.push((location.clone(), digest_file(&real)?));
@@ -210,14 +208,22 @@ fn resolve_external_data(
     Ok(Some(data_folder))
 }
 
+/// A location within the folder, without the `.` and `..` that it may be spelt with; nothing where it leads out.
+fn within(location: &str) -> Option<String> {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in Path::new(location).components() {
+        match part {
+            Component::Normal(name) => parts.push(name.to_str()?),
+            Component::CurDir => {}
+            Component::ParentDir => drop(parts.pop()?),
+            Component::RootDir | Component::Prefix(_) => return None,
+        }
+    }
+    Some(parts.join("/"))
+}
+
 /// The file behind the external data that a graph in `folder` calls `location`.
 fn real_file(folder: &Path, location: &str) -> anyhow::Result<PathBuf> {
-    if !Path::new(location).components().all(|part| matches!(part, Component::Normal(_))) {
-        return Err(anyhow!(
-            "the external data `{location}` lies outside the model's folder; refusing to read it"
-        ))
-        .exit_code(DATA);
-    }
     let real = folder.join(location).canonicalize().with_context(|| {
         format!("cannot find the model's external data `{location}` in {}", folder.display())
     })?;

@@ -21,12 +21,8 @@ pub enum Verdict {
 /// Flags come before codes: the same code can be retriable in one call and fatal in another.
 pub fn classify(error: &KafkaError) -> Verdict {
     match error {
-        KafkaError::Transaction(error) if error.is_fatal() => match error.code() {
-            RDKafkaErrorCode::Fenced
-            | RDKafkaErrorCode::ProducerFenced
-            | RDKafkaErrorCode::InvalidProducerEpoch => Verdict::Fenced,
-            _ => Verdict::Fatal,
-        },
+        KafkaError::Transaction(error) if error.is_fatal() && is_fenced(error.code()) => Verdict::Fenced,
+        KafkaError::Transaction(error) if error.is_fatal() => Verdict::Fatal,
         KafkaError::Transaction(error) if error.txn_requires_abort() => Verdict::Abort,
         KafkaError::Transaction(error) if error.is_retriable() => Verdict::Retry,
         KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut) => Verdict::Retry,
@@ -36,6 +32,14 @@ pub fn classify(error: &KafkaError) -> Verdict {
         }
         _ => Verdict::Fatal,
     }
+}
+
+/// Whether an error that is fatal says that the brokers know a later producer of the same transactional id.
+pub fn is_fenced(code: RDKafkaErrorCode) -> bool {
+    matches!(
+        code,
+        RDKafkaErrorCode::Fenced | RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::InvalidProducerEpoch
+    )
 }
 
 /// Whether the group has thrown this daemon out, or gone on without it, so that its partitions are another's.

@@ -11,15 +11,18 @@ mod transaction;
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use rdkafka::consumer::{CommitMode, Consumer as _};
 use rdkafka::error::KafkaResult;
 use rdkafka::producer::Producer as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use sluice_kafka::{MadeAnew, TopicIds};
 
 use crate::config::{Config, Delivery};
+use crate::exit::{DATA, ExitCode as _};
 use crate::health::{Condition, Health, Loop, Wait};
 use crate::kafka::{self, DocumentsConsumer};
 use crate::ledger::{Group, Ledger, Ticket};
@@ -37,13 +40,14 @@ const CALL: Duration = Duration::from_secs(1);
 /// Records that were in a batch which the broker refused as too large.
 type Suspects = HashSet<Ticket>;
 
-fn new_producer(config: &Config) -> anyhow::Result<RecordProducer> {
-    RecordProducer::new(&kafka::sink_config(&config.kafka)?).map_err(kafka::setting_error)
+fn new_producer(config: &Config, topics: &Arc<TopicIds>) -> anyhow::Result<RecordProducer> {
+    RecordProducer::new(&kafka::sink_config(&config.kafka)?, topics).map_err(kafka::setting_error)
 }
 
 /// The producer and the names it publishes under.
 pub struct Sink<'a> {
     producer: RecordProducer,
+    topics: Arc<TopicIds>,
     delivery: Delivery,
     config: &'a Config,
     consumer: &'a DocumentsConsumer,
@@ -53,8 +57,12 @@ pub struct Sink<'a> {
     notices: Notices,
     /// Down while the transactions coordinator does not answer.
     coordinator: Condition,
+    /// Down while every transaction is aborted for the same reason.
+    publishing: Condition,
     /// When the open transaction began, by the clock that goes on while a machine sleeps.
     begun: Cell<Option<SystemTime>>,
+    /// The producer's own request for its transactional id may arrive once more, and fence it off.
+    fences_itself: Cell<bool>,
 }
 
 impl<'a> Sink<'a> {
@@ -66,14 +74,17 @@ impl<'a> Sink<'a> {
         metrics: &'a Metrics,
         health: &'a Health,
     ) -> anyhow::Result<Self> {
-        let producer = new_producer(config)?;
+        let topics = Arc::default();
+        let producer = new_producer(config, &topics)?;
         let notices = Notices::default();
         let delivery = config.kafka.delivery;
         let coordinator = health.condition(Wait::Coordinator);
         coordinator.set_down(delivery == Delivery::ExactlyOnce);
-        let begun = Cell::new(None);
+        let publishing = health.condition(Wait::Publishing);
+        let (begun, fences_itself) = (Cell::new(None), Cell::new(false));
         Ok(Self {
             producer,
+            topics,
             delivery,
             config,
             consumer,
@@ -82,7 +93,9 @@ impl<'a> Sink<'a> {
             health,
             notices,
             coordinator,
+            publishing,
             begun,
+            fences_itself,
         })
     }
 
@@ -108,6 +121,7 @@ impl<'a> Sink<'a> {
             if self.health.is_aborted() {
                 return Ok(());
             }
+            self.check_scored_topic()?;
             if group.is_empty() {
                 // Not before the ledger is closed: a record may still be on its way from the source.
                 if self.ledger.is_finished() {
@@ -175,12 +189,14 @@ impl<'a> Sink<'a> {
             })?;
             unsent = self.sort_out_refused(group, &mut suspects)?;
         }
+        self.check_scored_topic()?;
+        let id = self.topic_id();
         self.ledger.drop_revoked(group);
         let points = Ledger::commit_points(group);
         if points.is_empty() {
             return Ok(());
         }
-        match self.consumer.commit(&self.offsets(&points), CommitMode::Sync) {
+        match self.consumer.commit(&self.offsets(&points, id.as_deref()), CommitMode::Sync) {
             Ok(()) => self.metrics.commits.inc(),
             // At worst a repetition: the next commit covers it, or whoever has the partitions now repeats it.
             Err(error) => {
@@ -274,15 +290,35 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    fn offsets(&self, points: &HashMap<i32, i64>) -> TopicPartitionList {
+    /// The id of the topic whose records are read. To be asked for before the ledger is asked what may be committed, which
+    /// forgets everything of a topic before its name stands for another.
+    fn topic_id(&self) -> Option<String> {
+        self.consumer.context().hooks().topic_id()
+    }
+
+    /// Fails where what was published before is gone.
+    fn check_scored_topic(&self) -> anyhow::Result<()> {
+        let topic = &self.config.kafka.scored_topic;
+        let Some(MadeAnew { earlier, later }) = self.topics.made_anew(topic) else { return Ok(()) };
+        Err(anyhow!(
+            "the topic `{topic}` was deleted and made anew (id {earlier}, now {later}): what was published to it before is gone, \
+             and its documents count as scored; start again to go on with the next ones, or first set the group's offsets back \
+             with kafka-consumer-groups.sh --reset-offsets to have them scored again"
+        ))
+        .exit_code(DATA)
+    }
+
+    /// The list to commit. The topic's id goes with each offset, so that it is never taken for one of another topic that
+    /// has the name by then.
+    fn offsets(&self, points: &HashMap<i32, i64>, id: Option<&str>) -> TopicPartitionList {
         let mut offsets = TopicPartitionList::new();
         for (&partition, &offset) in points {
-            // The list is fresh and the offset is one past a real one, so this cannot fail.
-            let _ = offsets.add_partition_offset(
-                &self.config.kafka.documents_topic,
-                partition,
-                Offset::Offset(offset),
-            );
+            let mut element = offsets.add_partition(&self.config.kafka.documents_topic, partition);
+            // It is one past a real one, so this cannot fail.
+            let _ = element.set_offset(Offset::Offset(offset));
+            if let Some(id) = id {
+                element.set_metadata(format!("{}{id}", kafka::TOPIC_ID));
+            }
         }
         offsets
     }

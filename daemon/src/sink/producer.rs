@@ -1,5 +1,6 @@
 //! The producer: hands records to librdkafka and collects the broker's word on each.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::{DeliveryResult, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 use rdkafka::topic_partition_list::TopicPartitionList;
+use sluice_kafka::TopicIds;
 
 use super::error::is_queue_full;
 use crate::kafka::{self, Hooks};
@@ -34,14 +36,41 @@ pub enum Unanswered {
 /// librdkafka's producer.
 pub type Client = ThreadedProducer<Context>;
 
-/// Collects the records that the broker did not take, each by its index in the group.
+/// What the client hears from the brokers, and what it waits for in vain.
 #[derive(Debug, Default)]
-pub struct Refusals(Mutex<Vec<(usize, KafkaError)>>);
+pub struct Answers {
+    /// The records that the broker did not take, each by its index in the group.
+    refused: Mutex<Vec<(usize, KafkaError)>>,
+    /// A request may still be under way that nobody waits for any more.
+    unanswered: AtomicBool,
+    /// Which topics it writes to. Producers that follow on each other share them.
+    topics: Arc<TopicIds>,
+}
 
-impl Hooks for Refusals {}
+impl Hooks for Answers {
+    fn log(&self, facility: &str, message: &str) {
+        self.topics.hear(facility, message);
+        if leaves_unanswered(facility, message) {
+            self.unanswered.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Whether a line of librdkafka's log (2.12: `rd_kafka_broker_set_error`, `rd_kafka_broker_timeout_scan`) says that
+/// requests have lost their connection, or that their time is up. It sends them once more by itself and says so nowhere
+/// else. A connection that was never made has carried none.
+fn leaves_unanswered(facility: &str, message: &str) -> bool {
+    const MADE: [&str; 2] = ["in state UP", "in state REAUTH"];
+    match facility {
+        "REQTMOUT" => true,
+        // A long line has lost its end, with the state.
+        "FAIL" => !message.contains("in state ") || MADE.iter().any(|state| message.contains(state)),
+        _ => false,
+    }
+}
 
 /// The client's callbacks.
-pub type Context = kafka::Context<Refusals>;
+pub type Context = kafka::Context<Answers>;
 
 impl ProducerContext for Context {
     /// Index of the record in its group.
@@ -49,7 +78,8 @@ impl ProducerContext for Context {
 
     fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
         if let Err((error, _)) = result {
-            self.hooks().0.lock().unwrap_or_else(PoisonError::into_inner).push((index, error.clone()));
+            let mut refused = self.hooks().refused.lock().unwrap_or_else(PoisonError::into_inner);
+            refused.push((index, error.clone()));
         }
     }
 }
@@ -61,9 +91,10 @@ pub struct RecordProducer {
 }
 
 impl RecordProducer {
-    /// A producer with these settings.
-    pub fn new(settings: &ClientConfig) -> KafkaResult<Self> {
-        Ok(Self { client: settings.create_with_context(Context::default())? })
+    /// A producer with these settings, which tells of the ids of `topics`.
+    pub fn new(settings: &ClientConfig, topics: &Arc<TopicIds>) -> KafkaResult<Self> {
+        let answers = Answers { topics: Arc::clone(topics), ..Answers::default() };
+        Ok(Self { client: settings.create_with_context(Context::new(answers))? })
     }
 
     /// Hands a record over, waiting while the client's queue is full.
@@ -139,7 +170,18 @@ impl RecordProducer {
 
     /// The records refused since the last call.
     pub fn refused(&self) -> Vec<(usize, KafkaError)> {
-        std::mem::take(&mut *self.client.context().hooks().0.lock().unwrap_or_else(PoisonError::into_inner))
+        let answers = self.client.context().hooks();
+        std::mem::take(&mut *answers.refused.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Notes that a request may still be under way.
+    pub fn doubt(&self) {
+        self.client.context().hooks().unanswered.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a request may have been under way since this was asked last that nobody waited for.
+    pub fn take_doubt(&self) -> bool {
+        self.client.context().hooks().unanswered.swap(false, Ordering::SeqCst)
     }
 }
 
@@ -167,6 +209,20 @@ mod tests {
     const CALL: Duration = Duration::from_secs(1);
     const PATIENCE: Duration = Duration::from_secs(30);
 
+    #[test]
+    fn a_connection_that_was_never_made_leaves_nothing_unanswered() {
+        let lines = [
+            ("FAIL", "Disconnected (after 2012ms in state UP) (_TRANSPORT)", true),
+            ("FAIL", "1 request(s) timed out: disconnect (after 9ms in state REAUTH) (_TIMED_OUT)", true),
+            ("REQTMOUT", "Timed out EndTxnRequest in flight (after 2003ms, timeout #0)", true),
+            ("FAIL", "Connect to ipv4#127.0.0.1:9 failed: refused (after 0ms in state CONNECT)", false),
+            ("STATE", "Broker changed state TRY_CONNECT -> CONNECT", false),
+        ];
+        for (facility, line, expected) in lines {
+            assert_eq!(leaves_unanswered(facility, line), expected, "{line}");
+        }
+    }
+
     /// What made a soak of 300 faults stop: the group's coordinator is down, and the call knows no end.
     #[test]
     #[allow(clippy::unwrap_used)]
@@ -183,7 +239,7 @@ mod tests {
         offsets.add_partition_offset("documents", 0, Offset::Offset(1)).unwrap();
         settings.set("transactional.id", "group-0");
 
-        let first = RecordProducer::new(&settings).unwrap();
+        let first = RecordProducer::new(&settings, &Arc::default()).unwrap();
         first.client.init_transactions(PATIENCE).unwrap();
         first.client.begin_transaction().unwrap();
         cluster.broker_down(2).unwrap();
@@ -196,7 +252,7 @@ mod tests {
         assert!(turns.get() > 0, "its caller shows signs of life meanwhile");
         drop(first);
 
-        let second = RecordProducer::new(&settings).unwrap();
+        let second = RecordProducer::new(&settings, &Arc::default()).unwrap();
         second.client.init_transactions(PATIENCE).unwrap();
         second.client.begin_transaction().unwrap();
         cluster.broker_up(2).unwrap();

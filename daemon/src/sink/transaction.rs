@@ -2,14 +2,14 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::anyhow;
 use rdkafka::consumer::Consumer as _;
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::producer::Producer as _;
 
-use super::error::{Failure, Verdict, classify, is_fenced_by_group};
+use super::error::{Failure, Verdict, classify, is_fenced, is_fenced_by_group};
 use super::producer::{Client, Unanswered, wait_delivered};
 use super::{CALL, Sink, Suspects, new_producer};
 use crate::exit::{ExitError, FENCED};
@@ -24,64 +24,126 @@ use crate::outcome::Outcome;
 const TRANSACTION_CALL: Duration = Duration::from_secs(30);
 /// How long it may take before its silence is worth a word.
 const SILENCE: Duration = Duration::from_secs(10);
+/// Aborts in a row for the same reason that pass for an accident.
+const ABORTS_MAX: usize = 10;
+const STUCK: &str = "the Kafka client does not return from a call";
 /// Wait between an aborted transaction and the next try.
 const ABORT_WAIT: Duration = Duration::from_millis(200);
 
+/// Aborted transactions in a row that have the same reason.
+#[derive(Debug, Default)]
+struct Aborts {
+    /// The client's word for it; none where it was not the brokers that refused.
+    reason: Option<RDKafkaErrorCode>,
+    in_a_row: usize,
+}
+
+impl Aborts {
+    /// Counts one more; how many of its kind there have been.
+    fn count(&mut self, error: &anyhow::Error) -> usize {
+        let reason = error.downcast_ref().and_then(KafkaError::rdkafka_error_code);
+        if reason != self.reason {
+            *self = Self { reason, in_a_row: 0 };
+        }
+        self.in_a_row += 1;
+        self.in_a_row
+    }
+}
+
 impl Sink<'_> {
-    /// Takes over the transactional id: what an earlier producer with the same one left open is aborted.
+    /// Takes over the transactional id: what an earlier producer with the same one left open is aborted, and what it has
+    /// sent and nobody has heard of since is refused.
     pub(super) fn resolve_open_transaction(&self) -> Result<(), Failure> {
         self.ask_coordinator(Client::init_transactions).map_err(|failure| match failure {
             Failure::GivenUp => failure,
             failure => Failure::Fatal(failure.into_error().context("cannot begin with transactions")),
-        })
+        })?;
+        self.fences_itself.set(self.producer.take_doubt());
+        Ok(())
     }
 
-    /// Leaves a producer alone that does not return from a call. Its transaction is aborted.
-    fn replace_producer(&mut self) -> Result<(), Failure> {
-        tracing::warn!("the Kafka client does not return from a call; going on with a new producer");
+    /// Goes on with a new producer. What the old one has left open is aborted.
+    fn replace_producer(&mut self, reason: &str) -> Result<(), Failure> {
+        if let Some(others) = self.notices.due("producer") {
+            tracing::warn!(others_since_last_warning = others, "{reason}; going on with a new producer");
+        }
         self.metrics.producers_replaced.inc();
-        self.producer = new_producer(self.config)?;
+        self.producer = new_producer(self.config, &self.topics)?;
         self.resolve_open_transaction()
+    }
+
+    /// Begins no transaction under the epoch of one of which a request may still be under way: a commit that arrives so
+    /// late would be taken for that of the new one (ADR 25).
+    fn settle_doubts(&mut self) -> Result<(), Failure> {
+        if self.producer.take_doubt() {
+            self.replace_producer("a request of an earlier transaction may still be under way")?;
+        }
+        Ok(())
     }
 
     /// Records and offsets in one transaction, begun only now that everything is scored. After an abort the same
     /// outcomes go into another, less those whose partition was taken away meanwhile.
     pub(super) fn deliver_exactly_once(&mut self, group: &mut Group<Outcome>) -> Result<(), Failure> {
         let mut suspects = HashSet::new();
+        let mut aborts = Aborts::default();
         loop {
             self.ledger.drop_revoked(group);
             if group.is_empty() {
                 return Ok(());
             }
+            if self.is_futile() {
+                return Err(Failure::GivenUp);
+            }
+            self.settle_doubts()?;
             match self.transaction(group, &suspects) {
                 Ok(()) => {
                     self.metrics.commits.inc();
+                    if self.publishing.set_down(false) {
+                        tracing::info!("what is published is taken again");
+                    }
                     return Ok(());
                 }
                 Err(Failure::Aborted(error)) => {
-                    tracing::info!(error = format!("{error:#}"), "transaction aborted; trying again");
                     self.metrics.aborts.inc();
+                    self.complain_of(&error, aborts.count(&error));
                     match self.ask_coordinator(Client::abort_transaction) {
-                        Err(Failure::Stuck) => self.replace_producer()?,
+                        Err(Failure::Stuck) => self.replace_producer(STUCK)?,
                         aborted => aborted?,
                     }
                     self.sort_out_refused(group, &mut suspects)?;
                     std::thread::sleep(ABORT_WAIT);
                 }
-                Err(Failure::Stuck) => self.replace_producer()?,
+                Err(Failure::Stuck) => self.replace_producer(STUCK)?,
                 Err(failure) => return Err(failure),
             }
         }
     }
 
+    /// Says that a transaction was aborted, for the same reason as those before it where there are more than one.
+    fn complain_of(&self, error: &anyhow::Error, in_a_row: usize) {
+        let error = format!("{error:#}");
+        if in_a_row < ABORTS_MAX {
+            tracing::info!(error, in_a_row, "transaction aborted; trying again");
+            return;
+        }
+        self.publishing.set_down(true);
+        if let Some(others) = self.notices.due("aborts") {
+            tracing::error!(
+                error,
+                in_a_row,
+                others_since_last_warning = others,
+                "transactions are aborted again and again for the same reason; nothing is published until it is gone"
+            );
+        }
+    }
+
     fn transaction(&self, group: &mut Group<Outcome>, suspects: &Suspects) -> Result<(), Failure> {
-        let client = &self.producer.client;
-        self.begun.set(Some(SystemTime::now()));
-        client.begin_transaction().map_err(|error| self.judge(error))?;
+        self.begin()?;
         for index in 0..group.len() {
             self.send(group, index, suspects)?;
         }
-        let offsets = self.offsets(&Ledger::commit_points(group));
+        let id = self.topic_id();
+        let offsets = self.offsets(&Ledger::commit_points(group), id.as_deref());
         let Some(membership) = self.consumer.group_metadata() else {
             return Err(Failure::Fatal(anyhow!("the consumer is not a member of a group")));
         };
@@ -94,6 +156,8 @@ impl Sink<'_> {
         let membership = Arc::new(membership);
         let goes_on = |waited| self.waits_on(waited);
         self.insist(|| self.producer.send_offsets(&offsets, &membership, TRANSACTION_CALL, goes_on))?;
+        wait_delivered(&self.producer.client, CALL);
+        self.check_scored_topic()?;
         let committed = self.ask_coordinator(|client, timeout| {
             wait_delivered(client, CALL);
             client.commit_transaction(timeout)
@@ -105,13 +169,27 @@ impl Sink<'_> {
         })
     }
 
+    /// Begins a transaction. No broker is asked, and yet it has been seen never to return after the client had failed for
+    /// good (confluentinc/librdkafka issue 4420).
+    fn begin(&self) -> Result<(), Failure> {
+        if let Some((code, reason)) = self.producer.client.client().fatal_error() {
+            return Err(self.judge_fatal(is_fenced(code), anyhow!("{code}; {reason}")));
+        }
+        self.begun.set(Some(SystemTime::now()));
+        self.insist(|| self.producer.call(CALL, |_| self.goes_on(), |client, _| client.begin_transaction()))
+    }
+
     /// Makes a call that the transactions coordinator must answer, until it does.
     fn ask_coordinator(
         &self,
         call: impl FnOnce(&Client, Duration) -> KafkaResult<()> + Copy + Send + 'static,
     ) -> Result<(), Failure> {
         let goes_on = |waited| self.waits_on(waited);
+        let begun = Instant::now();
         self.insist(|| self.producer.call(TRANSACTION_CALL, goes_on, call))?;
+        if begun.elapsed() > kafka::request_timeout(&self.config.kafka) {
+            self.producer.doubt();
+        }
         if self.coordinator.set_down(false) {
             tracing::info!("the transactions coordinator answers");
         }
@@ -136,6 +214,7 @@ impl Sink<'_> {
             if self.is_futile() {
                 return Err(Failure::GivenUp);
             }
+            self.producer.doubt();
             if let Some(others) = self.notices.due("publishing") {
                 tracing::warn!(
                     %error,
@@ -146,9 +225,14 @@ impl Sink<'_> {
         }
     }
 
-    /// Whether a call is waited for any longer that has had no answer for so long.
-    fn waits_on(&self, waited: Duration) -> bool {
+    /// Whether a call is waited for any longer.
+    fn goes_on(&self) -> bool {
         self.health.beat(Loop::Sink);
+        !self.is_futile()
+    }
+
+    /// The same of one that has had no answer of the coordinator for so long.
+    fn waits_on(&self, waited: Duration) -> bool {
         if waited >= SILENCE {
             self.coordinator.set_down(true);
             if let Some(others) = self.notices.due("coordinator") {
@@ -158,7 +242,7 @@ impl Sink<'_> {
                 );
             }
         }
-        !self.is_futile()
+        self.goes_on()
     }
 
     /// Whether nothing that is published now would be of use.
@@ -172,27 +256,39 @@ impl Sink<'_> {
         }
         match classify(&error) {
             Verdict::Abort | Verdict::Retry => Failure::Aborted(error.into()),
-            Verdict::Fatal => Failure::Fatal(anyhow!(error).context("the producer failed for good")),
-            Verdict::Fenced => {
-                self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
-                Failure::Fatal(self.fenced(error))
-            }
+            Verdict::Fatal => self.judge_fatal(false, error.into()),
+            Verdict::Fenced => self.judge_fatal(true, error.into()),
         }
     }
 
+    fn judge_fatal(&self, fenced: bool, error: anyhow::Error) -> Failure {
+        if !fenced {
+            return Failure::Fatal(error.context("the producer failed for good"));
+        }
+        self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
+        Failure::Fatal(self.fenced(error))
+    }
+
     /// Brokers fence a producer off when another one has its transactional id, and when it left a transaction open for
-    /// too long: a daemon that was suspended does, and a new start helps it. Against the other nothing helps but a person.
-    fn fenced(&self, error: KafkaError) -> anyhow::Error {
+    /// too long: a daemon that was suspended does, and a new start helps it. So it does where this daemon's own request for
+    /// its transactional id was made twice and arrived a second time. Against the other nothing helps but a person.
+    fn fenced(&self, error: anyhow::Error) -> anyhow::Error {
         let timeout = kafka::transaction_timeout(&self.config.kafka).unwrap_or_default();
         let open = self.begun.get().and_then(|begun| begun.elapsed().ok()).unwrap_or_default();
         if open >= timeout {
-            return anyhow!(error).context(format!(
+            return error.context(format!(
                 "the brokers have given up a transaction that was open for {} s; the next start reads its records again",
                 open.as_secs()
             ));
         }
         let id = kafka::transactional_id(&self.config.kafka);
-        let error = anyhow!(error).context(format!(
+        if self.fences_itself.get() {
+            return error.context(format!(
+                "the brokers take this daemon's producer for an older one: its request for the transactional id `{id}` was \
+                 repeated, and may have arrived once more; the next start reads again what was not committed"
+            ));
+        }
+        let error = error.context(format!(
             "another daemon has taken over the transactional id `{id}`; give every daemon its own kafka.instance"
         ));
         ExitError { code: FENCED, error }.into()

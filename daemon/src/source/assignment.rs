@@ -10,6 +10,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList, TopicPartitionLi
 use rdkafka::types::RDKafkaRespErr;
 
 use super::broker::Broker;
+use super::identity::Identity;
 use super::offsets::{Onlooker, committed};
 use super::placing::Placing;
 use crate::config::{Config, Kafka};
@@ -39,9 +40,14 @@ pub(super) struct Assignment {
     /// Down while there are some, and none can be read yet.
     settled: Condition,
     broker: Broker,
+    identity: Identity,
 }
 
 impl Hooks for Assignment {
+    fn log(&self, facility: &str, message: &str) {
+        self.identity.hear(facility, message);
+    }
+
     fn statistics(&self, statistics: &Statistics) {
         let partitions = statistics.topics.values().flat_map(|topic| topic.partitions.values());
         // A pause throws away what was fetched, and the place of fetching goes back only a moment later.
@@ -83,6 +89,10 @@ impl GroupHooks for Assignment {
         // Here and nowhere else, for the start of the daemon is over with it.
         *self.joining.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
+
+    fn topic_id(&self) -> Option<String> {
+        self.identity.id()
+    }
 }
 
 impl Assignment {
@@ -107,6 +117,7 @@ impl Assignment {
             reading,
             settled: health.condition(Wait::Offset),
             broker: Broker::new(&health),
+            identity: Identity::new(config.kafka.documents_topic.clone()),
             health,
         }
     }
@@ -114,6 +125,11 @@ impl Assignment {
     /// What was last heard of the brokers.
     pub(super) fn broker(&self) -> &Broker {
         &self.broker
+    }
+
+    /// Which topic the documents topic is.
+    pub(super) fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// Has the committed offsets of new partitions asked for; [`Self::place_known`] takes each over once its own is there.
@@ -144,6 +160,7 @@ impl Assignment {
         let mut placed = self.placed();
         placed.retain(|partition| partitions.contains(partition));
         self.change(|placing| placing.give_up(&partitions));
+        self.identity.give_up(&partitions);
         self.ledger.revoke(partitions);
         consumer.incremental_unassign(&self.list(&placed))
     }
@@ -176,14 +193,22 @@ impl Assignment {
         consumer.resume(&list)
     }
 
-    /// Begins anew with every partition that is read, from where the group has committed: what is in flight is given up.
+    /// Begins anew with every partition, from where the group has committed: what is in flight is given up.
     pub(super) fn place_anew(&self, consumer: &DocumentsConsumer) -> KafkaResult<()> {
         let placed = self.placed();
         self.ledger.revoke(placed.iter().copied());
         let changed = consumer.incremental_unassign(&self.list(&placed));
-        self.change(|placing| placing.ask(&placed, Instant::now()));
+        self.change(|placing| placing.ask(&placing.partitions(), Instant::now()));
         self.asked.notify_all();
         changed
+    }
+
+    /// Goes over to the topic that has the name now.
+    pub(super) fn place_in_new_topic(&self, consumer: &DocumentsConsumer) -> KafkaResult<()> {
+        // First, so that nothing of the old topic is committed under the new one's id.
+        self.ledger.revoke(self.placed());
+        self.identity.take();
+        self.place_anew(consumer)
     }
 
     /// Whether the group has gone on without this member. What is in flight is another's then, which the ledger has to
@@ -210,11 +235,13 @@ impl Assignment {
             drop(placing);
             let begun = Instant::now();
             let answer = committed(consumer, &self.topic, question.partition, question.patience);
-            let failed = answer.is_err();
             if let Err(error) = &answer {
                 tracing::debug!(%error, partition = question.partition, "its offset is not to be had yet");
             }
-            self.change(|placing| placing.answered(question, answer.ok()));
+            let own =
+                answer.ok().filter(|committed| !self.identity.is_foreign(question.partition, committed));
+            let failed = own.is_none();
+            self.change(|placing| placing.answered(question, own.map(|committed| committed.offset)));
             if failed && question.again {
                 let behind = onlooker.behind(question.partition).ok();
                 self.change(|placing| placing.set_behind(question, behind));

@@ -5,7 +5,7 @@ use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::topic_partition_list::Offset;
 
-use super::offsets::committed;
+use super::offsets::{Committed, committed};
 use super::{PROBE_TIMEOUT, Source};
 use crate::exit::{DATA, ExitCode as _};
 
@@ -44,7 +44,7 @@ impl Source<'_> {
                 continue;
             }
             let committed = match committed(&self.consumer, topic, partition, PROBE_TIMEOUT) {
-                Ok(Offset::Offset(offset)) => offset.to_string(),
+                Ok(Committed { offset: Offset::Offset(offset), .. }) => offset.to_string(),
                 Ok(_) => "nothing".to_owned(),
                 Err(_) => "held up by an open transaction".to_owned(),
             };

@@ -3,6 +3,7 @@
 mod assignment;
 mod broker;
 mod gap;
+mod identity;
 mod offsets;
 mod placing;
 
@@ -16,10 +17,11 @@ use crossbeam_channel::Sender;
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message as _};
+use sluice_kafka::MadeAnew;
 use sluice_schemas::record::{RecordError, TokenizedDocument};
 
 use crate::config::Config;
-use crate::exit::{ExitCode as _, ExitError, FENCED, UNAVAILABLE, USAGE};
+use crate::exit::{DATA, ExitCode as _, ExitError, FENCED, UNAVAILABLE, USAGE};
 use crate::health::{Health, Loop};
 use crate::job::Job;
 use crate::kafka::{self, DocumentsConsumer, GroupHooks};
@@ -42,6 +44,8 @@ const PAUSE_AFTER: Duration = Duration::from_secs(1);
 const PROBE_DOWN: Duration = Duration::from_secs(2);
 const PROBE_QUIET: Duration = Duration::from_secs(10);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the topic's id is waited for once the brokers have told it; old ones tell none.
+const ID_WAIT: Duration = Duration::from_millis(200);
 
 /// Bytes that take as much of the budget as a token, which may have four of them in the record.
 const BYTES_PER_TOKEN: usize = 4;
@@ -77,6 +81,12 @@ pub fn subscribe(
         kafka::reach(consumer.client(), &settings.bootstrap_servers, serve).exit_code(UNAVAILABLE)?;
     kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
     kafka::check_topics(&metadata, settings).exit_code(UNAVAILABLE)?;
+    // Has the client tell the topic's id, which is committed with its offsets.
+    consumer.fetch_metadata(Some(&settings.documents_topic), PROBE_TIMEOUT).exit_code(UNAVAILABLE)?;
+    let asked = Instant::now();
+    while assignment.identity().id().is_none() && asked.elapsed() < ID_WAIT {
+        drop(consumer.poll(POLL_PAUSED));
+    }
     consumer.subscribe(&[&settings.documents_topic]).context("cannot subscribe")?;
     let notices = Notices::default();
     Ok(Source { consumer, assignment, config, ledger, metrics, health, notices })
@@ -169,7 +179,12 @@ impl Source<'_> {
                 (false, true) => POLL_ASKING,
                 (false, false) => POLL,
             };
-            match consumer.poll(patience) {
+            let polled = consumer.poll(patience);
+            // Before what was polled: the client tells of it before the first record of the new topic.
+            if self.is_another_topic()? {
+                continue;
+            }
+            match polled {
                 None => {}
                 Some(Err(error)) => self.consumer_error(&error)?,
                 // A record that was fetched before the drain began is left for the next reader.
@@ -185,6 +200,25 @@ impl Source<'_> {
                 }
             }
         }
+    }
+
+    /// Whether the documents topic was deleted and made anew, so that what was polled is not to be taken on. All of the new
+    /// one is read: no offset of another topic is begun at.
+    fn is_another_topic(&self) -> anyhow::Result<bool> {
+        let identity = self.assignment.identity();
+        if let Some(words) = identity.complaint() {
+            return Err(anyhow!(words)).exit_code(DATA);
+        }
+        let Some(MadeAnew { earlier, later }) = identity.made_anew() else { return Ok(false) };
+        tracing::warn!(
+            topic = self.config.kafka.documents_topic,
+            earlier,
+            later,
+            "the documents topic was deleted and made anew; what was not published of the old one is gone, and the new one is \
+             read from its beginning"
+        );
+        self.assignment.place_in_new_topic(&self.consumer).context("cannot go over to the new topic")?;
+        Ok(true)
     }
 
     /// Errors that the client recovers from are counted; the others end the daemon.

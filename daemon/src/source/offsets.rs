@@ -7,12 +7,21 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::config::Kafka;
-use crate::kafka::{self, PlainContext};
+use crate::kafka::{self, PlainContext, TOPIC_ID};
 
 /// How long an onlooker waits for an answer that nobody needs at once.
 const CALL: Duration = Duration::from_secs(1);
 
-/// Where to begin reading `partition`: at what the group has committed, or at the beginning where that is nothing.
+/// What the group has committed of a partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Committed {
+    /// Where to begin reading: at the beginning where nothing is committed.
+    pub(super) offset: Offset,
+    /// The id of the topic that the offset is one of, where whoever committed it said so.
+    pub(super) topic_id: Option<String>,
+}
+
+/// What the group has committed of `partition`.
 ///
 /// librdkafka (2.12) asks again and again while an open transaction holds up the offset of any partition of the question,
 /// until `timeout`: hence one partition at a time, and no thread that has anything else to do.
@@ -21,17 +30,20 @@ pub(super) fn committed<C: ConsumerContext>(
     topic: &str,
     partition: i32,
     timeout: Duration,
-) -> KafkaResult<Offset> {
+) -> KafkaResult<Committed> {
     let mut list = TopicPartitionList::new();
     list.add_partition(topic, partition);
     let committed = consumer.committed_offsets(list, timeout)?;
     let unknown = KafkaError::OffsetFetch(RDKafkaErrorCode::UnknownPartition);
     let element = committed.find_partition(topic, partition).ok_or(unknown)?;
     element.error()?;
-    match element.offset() {
-        Offset::Offset(offset) => Ok(Offset::Offset(offset)),
-        _ => Ok(Offset::Beginning),
-    }
+    Ok(match element.offset() {
+        Offset::Offset(offset) => {
+            let topic_id = element.metadata().strip_prefix(TOPIC_ID).map(str::to_owned);
+            Committed { offset: Offset::Offset(offset), topic_id }
+        }
+        _ => Committed { offset: Offset::Beginning, topic_id: None },
+    })
 }
 
 /// A client that is no member of the group, and sees what the group has committed so far even where an open transaction
@@ -62,7 +74,7 @@ impl<'a> Onlooker<'a> {
         // Runs its callbacks, without which it gets no token.
         drop(client.poll(Duration::ZERO));
         let (begin, end) = client.fetch_watermarks(topic, partition, CALL)?;
-        let done = match committed(client, topic, partition, CALL)? {
+        let done = match committed(client, topic, partition, CALL)?.offset {
             Offset::Offset(offset) => offset.max(begin),
             _ => begin,
         };

@@ -143,6 +143,11 @@ impl Placing {
         entry.questions > 1
     }
 
+    /// All of them.
+    pub(super) fn partitions(&self) -> Vec<i32> {
+        self.entries.keys().copied().collect()
+    }
+
     /// Forgets partitions that are this daemon's no more.
     pub(super) fn give_up(&mut self, partitions: &[i32]) {
         self.entries.retain(|partition, _| !partitions.contains(partition));

@@ -1,13 +1,16 @@
-//! How both programs reach Kafka: secrets that are kept in files, tokens for OAUTHBEARER, and whether there is TLS.
+//! How both programs reach Kafka: secrets that are kept in files, tokens for OAUTHBEARER, whether there is TLS, and which
+//! topic a name stands for.
 //!
 //! Everything is a property of librdkafka, under its own name. Two things go beyond it: `NAME.from_file = PATH` gives
 //! the property `NAME` what is in the file, and `sasl.oauthbearer.config = file=PATH` names a file with a JSON Web Token.
 
 mod oauth;
 mod properties;
+mod topic_ids;
 
 pub use oauth::{TokenError, oauth_token};
 pub use properties::{PropertyError, resolve};
+pub use topic_ids::{DEBUG_METADATA, MadeAnew, TopicIds, listen};
 
 /// Whether this build can speak TLS and SASL.
 pub const TLS: bool = cfg!(feature = "tls");

@@ -44,8 +44,11 @@ pub fn resolve(properties: &BTreeMap<String, String>) -> Result<BTreeMap<String,
         }
         let (name, path) = (name.to_owned(), PathBuf::from(value));
         match std::fs::read_to_string(&path) {
-            Ok(text) if text.trim().is_empty() => return Err(PropertyError::Empty { name, path }),
-            Ok(text) => resolved.insert(name, text.trim().to_owned()),
+            // Some editors put a byte order mark before what they save.
+            Ok(text) if text.trim_start_matches('\u{feff}').trim().is_empty() => {
+                return Err(PropertyError::Empty { name, path });
+            }
+            Ok(text) => resolved.insert(name, text.trim_start_matches('\u{feff}').trim().to_owned()),
             Err(error) => return Err(PropertyError::Unreadable { name, path, error }),
         };
     }
@@ -70,6 +73,8 @@ mod tests {
         properties.insert("sasl.username".to_owned(), "sluice".to_owned());
         let resolved = resolve(&properties).unwrap();
         assert_eq!(resolved["sasl.password"], "hunter2");
+        std::fs::write(&file, "\u{feff}hunter2\r\n").unwrap();
+        assert_eq!(resolve(&properties).unwrap()["sasl.password"], "hunter2");
         assert_eq!(resolved["sasl.username"], "sluice");
         assert_eq!(resolved.len(), 2);
         properties.insert("sasl.password".to_owned(), "hunter3".to_owned());

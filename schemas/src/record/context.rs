@@ -31,6 +31,15 @@ pub enum Bos {
 }
 
 impl ContextPolicy {
+    /// Whether the first token of a document of these tokens has a prediction: where a BOS token stands before it that it is
+    /// not itself.
+    pub fn predicts_first(&self, tokens: &[u32]) -> bool {
+        match (self.bos, tokens.first()) {
+            (Bos::Document(bos) | Bos::Window(bos), Some(&first)) => first != bos,
+            _ => false,
+        }
+    }
+
     pub(super) fn check(policy: wire::ContextPolicy) -> Result<Self, RecordError> {
         let bos = match policy.bos() {
             wire::BosPolicy::None => Bos::None,

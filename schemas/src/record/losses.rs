@@ -48,6 +48,17 @@ impl Losses {
         Self::from_wire(bytes.into(), format, losses.len())
     }
 
+    /// The same where it is known whether the first has a prediction too.
+    pub fn scored(losses: &[f32], format: LossFormat, is_first_predicted: bool) -> Result<Self, RecordError> {
+        let packed = Self::new(losses, format)?;
+        match losses.first() {
+            Some(&loss) if is_first_predicted && loss.is_nan() => {
+                Err(RecordError::NonFiniteLoss { position: 0, loss })
+            }
+            _ => Ok(packed),
+        }
+    }
+
     pub(super) fn from_wire(bytes: Bytes, format: LossFormat, tokens: usize) -> Result<Self, RecordError> {
         let expected = tokens * format.width();
         if bytes.len() != expected {

@@ -19,6 +19,7 @@ use sluice_feed::snapshot::Snapshot;
 use sluice_feed::stream::{Broker, Decoder, Extent, Shard, StreamError, TopicKind};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_tests::ranks::{Member, checkpoint, whole_checkpoint};
+use sluice_text::output::say;
 
 const WRONG_USE: u8 = 64;
 /// At the end of a partition a broker would wait half a second for more.
@@ -97,7 +98,7 @@ impl std::error::Error for OtherRun {}
 
 fn main() -> ExitCode {
     let Err(error) = run(&Arguments::parse()) else { return ExitCode::SUCCESS };
-    eprintln!("{error:#}");
+    say(format_args!("{error:#}"));
     let is_shard = matches!(error.downcast_ref(), Some(StreamError::Shard { .. }));
     if is_shard || error.is::<OtherRun>() { ExitCode::from(WRONG_USE) } else { ExitCode::FAILURE }
 }
@@ -153,7 +154,6 @@ fn open(arguments: &Arguments) -> anyhow::Result<Feed> {
 }
 
 /// A line for each micro-batch, all of them out before this returns.
-#[allow(clippy::print_stdout)]
 fn print(step: u64, batches: &[PackedBatch]) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout().lock();
     for packed in batches {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use sluice_tests::oracle::{Options, run};
 use sluice_tests::{Kafka, Shape, golden, root};
+use sluice_text::output::{print_line, say};
 
 /// Injects faults into daemons on a real Kafka and checks that every document comes out exactly once.
 #[derive(Debug, Parser)]
@@ -29,7 +30,6 @@ struct Arguments {
     at_least_once: bool,
 }
 
-#[allow(clippy::print_stdout)]
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let shape = Shape { brokers: arguments.brokers, tls_sasl: false };
@@ -42,13 +42,16 @@ fn main() -> ExitCode {
         documents_per_second: arguments.documents_per_second,
     };
     let findings = run(&kafka, &golden("tiny-llama"), &options);
-    println!("{findings}");
+    if let Err(error) = print_line(&findings.to_string()) {
+        say(format_args!("{error:#}: {findings}"));
+        return ExitCode::FAILURE;
+    }
     if findings.is_clean() {
         ExitCode::SUCCESS
     } else {
-        eprintln!("{findings:#?}");
+        say(format_args!("{findings:#?}"));
         let words = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
-        eprintln!("run it again: tests/soak {words}");
+        say(format_args!("run it again: tests/soak {words}"));
         ExitCode::FAILURE
     }
 }

@@ -344,7 +344,12 @@ fn interruptible<T: Send>(py: Python<'_>, stop: &AtomicBool, run: impl FnOnce() 
             let mut interrupted = Ok(());
             while let Err(mpsc::RecvTimeoutError::Timeout) = is_done.recv_timeout(POLL) {
                 if interrupted.is_ok() {
-                    interrupted = Python::attach(|py| py.check_signals());
+                    #[allow(
+                        clippy::redundant_closure_for_method_calls,
+                        reason = "the method alone has one lifetime"
+                    )]
+                    let checked = Python::attach(|py| py.check_signals());
+                    interrupted = checked;
                     if interrupted.is_err() {
                         stop.store(true, Ordering::Relaxed);
                     }

@@ -1,5 +1,10 @@
 //! The core of `sluice_feed`: the feed and the selection of the crate `sluice-feed`, as Python sees them. Everything that
 //! waits or computes for long releases the GIL.
+#![allow(clippy::doc_markdown, reason = "doc comments are Python's docstrings")]
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "what Python hands over arrives as values, and errors are mapped as such"
+)]
 
 mod batch;
 mod error;
@@ -23,6 +28,7 @@ mod _core {
 
     /// Has what the feed says (a stall, a new partition, a broker in trouble) go to Python's `logging`.
     #[pymodule_init]
+    #[allow(clippy::unnecessary_wraps, reason = "what PyO3 calls")]
     fn init(_module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
         // A second import finds the logger installed.
         let _ = pyo3_log::try_init();

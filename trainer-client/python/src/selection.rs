@@ -7,8 +7,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use sluice_feed::random::SplitMix64;
 use sluice_feed::select::{
-    Choice, KeepRatio, KeepSchedule, Objective, Rule, Scope, Score, Selection as Rules, Signals, Thresholds,
-    Turn,
+    Choice, KeepRatio, KeepSchedule, Lowest, Objective, Rule, Scope, Score, Selection as Rules, Signals,
+    Thresholds, Turn,
 };
 
 use crate::error::{StateError, refused};
@@ -23,7 +23,7 @@ use crate::error::{StateError, refused};
 ///     "cosine:0.8:0.6", "steps:0.8,500=0.7,1000=0.6". 0.6 if neither it nor a threshold is given.
 /// threshold: instead of a share, keeps every token whose score is at least this, in nats.
 /// scope: which tokens compete for the share: "sequence", "micro-batch", "batch" (all micro-batches of a step, over all
-///     ranks) or "running-quantile" (none: a running mean of the steps' thresholds decides).
+///     ranks) or "running-quantile" (none: a running mean of the steps' thresholds decides, which `end_step` moves).
 /// warmup_steps: first steps, which keep every token.
 /// entropy_keep: share of the lowest entropies, for "intersection" and "union"; `keep` where it is not given.
 /// steps: steps of the whole run, which "linear" and "cosine" need.
@@ -35,8 +35,19 @@ pub(crate) struct Selection {
     steps: u64,
     #[pyo3(get)]
     seed: u64,
-    thresholds: Mutex<Thresholds>,
+    running: Mutex<Running>,
 }
+
+/// What the scope "running-quantile" has learnt.
+#[derive(Default)]
+struct Running {
+    thresholds: Thresholds,
+    /// What the micro-batches of the step have taught so far.
+    lowest: Vec<Lowest>,
+}
+
+/// Lowest scores of a micro-batch, as Python has them.
+type LowestScores = (Option<f32>, Option<f32>);
 
 #[pymethods]
 impl Selection {
@@ -86,7 +97,7 @@ impl Selection {
         }
         let rules = Rules { score, rule, scope, warmup_steps };
         let objective = Objective::Slm(rules.clone());
-        Ok(Self { rules, objective, steps, seed, thresholds: Mutex::default() })
+        Ok(Self { rules, objective, steps, seed, running: Mutex::default() })
     }
 
     /// Name of the score.
@@ -175,7 +186,11 @@ impl Selection {
         let turn = Turn { seed: self.seed, step, steps: self.steps, micro_batch };
         let masks = py.detach(|| {
             let batch: Vec<Signals<'_>> = lists.iter().map(Lists::signals).collect();
-            let choices = self.objective.select(&batch, row_len, turn, &mut self.thresholds());
+            let mut running = self.running();
+            let choices = self.objective.select(&batch, row_len, turn, &running.thresholds);
+            if self.rules.scope == Scope::RunningQuantile {
+                running.lowest.extend(choices.iter().map(|choice| choice.lowest));
+            }
             choices.iter().map(mask).collect::<Vec<_>>()
         });
         Ok(masks.into_iter().map(|mask| PyArray1::from_vec(py, mask)).collect())
@@ -197,23 +212,51 @@ impl Selection {
         Ok(PyArray1::from_vec(py, draws))
     }
 
+    /// Running thresholds of the score and, where two rankings decide, of the reference entropy, in nats; None before the end
+    /// of the first step.
+    #[getter]
+    fn running_thresholds(&self) -> LowestScores {
+        let Thresholds { score, entropy } = self.running().thresholds;
+        (score.get(), entropy.get())
+    }
+
+    /// What the micro-batches chosen from since the last `end_step` teach running thresholds: for each the lowest score, and
+    /// the lowest reference entropy, that it would have kept by itself.
+    fn lowest_scores(&self) -> Vec<LowestScores> {
+        self.running().lowest.iter().map(|lowest| (lowest.score, lowest.entropy)).collect()
+    }
+
+    /// Moves the running thresholds at the end of a step: by what this process has chosen from (`lowest_scores`), or by what is
+    /// given, which is that of all ranks. Of no effect with other scopes.
+    #[pyo3(signature = (lowest_scores = None))]
+    fn end_step(&self, lowest_scores: Option<Vec<LowestScores>>) {
+        let mut running = self.running();
+        let own = std::mem::take(&mut running.lowest);
+        let lowest = lowest_scores.map_or(own, |given| {
+            given.into_iter().map(|(score, entropy)| Lowest { score, entropy }).collect()
+        });
+        if self.rules.scope == Scope::RunningQuantile {
+            running.thresholds.end_step(&lowest);
+        }
+    }
+
     /// What a checkpoint must carry of it: the running thresholds, as text.
     fn state_dict(&self) -> PyResult<String> {
-        serde_json::to_string(&*self.thresholds()).map_err(refused)
+        serde_json::to_string(&self.running().thresholds).map_err(refused)
     }
 
     /// Takes back what `state_dict` gave.
     fn load_state_dict(&self, state: &str) -> PyResult<()> {
         let thresholds = serde_json::from_str(state)
             .map_err(|error| StateError::new_err(format!("no state of a selection: {error}")))?;
-        *self.thresholds() = thresholds;
+        *self.running() = Running { thresholds, lowest: vec![] };
         Ok(())
     }
 }
 
 impl Selection {
-    fn thresholds(&self) -> MutexGuard<'_, Thresholds> {
-        self.thresholds.lock().unwrap_or_else(PoisonError::into_inner)
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lists(&self, signals: &Bound<'_, PyDict>) -> PyResult<Lists> {

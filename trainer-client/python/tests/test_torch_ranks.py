@@ -24,9 +24,11 @@ def ddp(model: SelectiveModel) -> nn.Module:
 
 def fsdp(reshards: bool, **options: Any) -> Callable[[SelectiveModel], nn.Module]:
     def shard(model: SelectiveModel) -> nn.Module:
-        for layer in model.backbone.layers:
+        layers: Any = model.backbone.layers
+        for layer in layers:
             fully_shard(layer, **options)
-        return fully_shard(model, reshard_after_forward=reshards, **options)
+        fully_shard(model, reshard_after_forward=reshards, **options)
+        return model
 
     return shard
 
@@ -182,7 +184,7 @@ def check_masked_mean(rank: int) -> None:
 
 def check_groups(rank: int) -> None:
     """A group of one rank chooses and divides by itself; a group of others is refused."""
-    groups = [dist.new_group([member]) for member in range(2)]
+    groups: list[Any] = [dist.new_group([member]) for member in range(2)]
     losses, kept = torch.tensor([1.0, 3.0]), torch.tensor([True, rank == 1])
     assert masked_mean(losses, kept, group=groups[rank]).item() == 1.0 + rank
     signals = {"loss": torch.tensor([1.0, 2.0]) * (rank + 1), "reference_loss": torch.zeros(2)}
@@ -190,6 +192,14 @@ def check_groups(rank: int) -> None:
     assert mask.tolist() == [False, True]
     with pytest.raises(ValueError, match=f"rank {rank} is not in the process group"):
         select([signals], Selection(keep=0.5), row_len=2, step=1, group=groups[1 - rank])
+
+
+def check_ties(rank: int) -> None:
+    """Of equal losses those of the lower number win, which is the rank unless another is given."""
+    hidden, weight, labels = torch.zeros(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64)
+    for number, winner in ((None, 0), (1 - rank, 1)):
+        result = selective_loss(hidden, weight, labels, torch.zeros(4), keep=0.5, number=number)
+        assert result.kept.tolist() == [rank == winner] * 4
 
 
 def on_each_rank(rank: int, size: int) -> None:
@@ -203,6 +213,7 @@ def on_each_rank(rank: int, size: int) -> None:
     check_half_precision(rank)
     check_sharded_head(rank)
     check_masked_mean(rank)
+    check_ties(rank)
     check_groups(rank)
 
 

@@ -30,7 +30,7 @@ def indices(masks: list[torch.Tensor]) -> list[list[int]]:
     return [mask.nonzero().view(-1).tolist() for mask in masks]
 
 
-def second_share(score: str, trial: int) -> dict[str, float]:
+def second_share(score: str, trial: int) -> dict[str, Any]:
     """Two rankings have a share each, or one for both."""
     return {"entropy_keep": 0.7} if score in ("intersection", "union") and trial % 3 > 0 else {}
 
@@ -100,6 +100,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     loss = torch.zeros(4)
     plain = Selection()
     given: Any
+    settings: Any
     for given, settings, message in [
         ({}, {}, "'loss'"),
         ({"loss": loss}, {}, "needs the signal 'reference_loss'"),
@@ -111,8 +112,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             select([given], plain, **{"row_len": 4, "step": 1, **settings})
+    group: Any = "a group"
     with pytest.raises(ValueError, match="not initialised"):
-        select([{"loss": loss, "reference_loss": loss}], plain, row_len=4, step=1, group="a group")  # type: ignore
+        select([{"loss": loss, "reference_loss": loss}], plain, row_len=4, step=1, group=group)
 
 
 def ranks_choose_as_one(rank: int, size: int) -> None:

@@ -12,8 +12,8 @@ from typing import Any, Callable
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 GOLDEN = Path(__file__).resolve().parents[3] / "tests/golden"
 sys.path.insert(0, str(GOLDEN))
@@ -39,7 +39,7 @@ def drawn_signals(generator: np.random.Generator, size: int, coarse: bool) -> di
             values = generator.integers(0, 4, size).astype(np.float32) / np.float32(2)
         else:
             values = generator.normal(0, 3, size).astype(np.float32)
-            odd = np.float32([0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, 3.4e38, -3.4e38])
+            odd = np.array([0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, 3.4e38, -3.4e38], np.float32)
             is_odd = generator.random(size) < 0.3
             values[is_odd] = generator.choice(odd, int(is_odd.sum()))
         values[generator.random(size) < 0.2] = np.nan
@@ -103,9 +103,11 @@ class GoldenStep:
 class Backbone(nn.Module):
     """The body of the golden Llama, which its own file runs together with the head."""
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: Any) -> None:
         super().__init__()
-        self.embed_tokens, self.layers, self.norm = body.embed_tokens, body.layers, body.norm
+        self.embed_tokens: nn.Module = body.embed_tokens
+        self.layers: nn.ModuleList = body.layers
+        self.norm: nn.Module = body.norm
 
     def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
         index = torch.arange(tokens.shape[1])
@@ -113,13 +115,14 @@ class Backbone(nn.Module):
         hidden = self.embed_tokens(tokens)
         for layer in self.layers:
             hidden = layer(hidden, positions, allowed[:, None])
-        return self.norm(hidden)
+        normed: Tensor = self.norm(hidden)
+        return normed
 
 
 def in_processes(size: int, work: Callable[..., None], *arguments: Any) -> None:
     """Runs ``work(rank, size, *arguments)`` in ``size`` processes of a gloo group; a failure of one fails the test."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_in_process, (size, f"file://{folder}/meeting", work, arguments), nprocs=size)
+        spawn(_in_process, (size, f"file://{folder}/meeting", work, arguments), nprocs=size)
 
 
 def _in_process(rank: int, size: int, meeting: str, work: Callable[..., None], arguments: Any) -> None:

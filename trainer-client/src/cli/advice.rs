@@ -24,7 +24,9 @@ pub(super) fn advice(error: &anyhow::Error) -> Option<&'static str> {
         ),
         StreamError::ForeignReference { .. } => Some("to allow both, name both with --reference-model"),
         StreamError::NotAllowed { .. } => Some("no --reference-model names it"),
-        StreamError::Shorter { .. } => Some("a new run can begin with this one's weights: --init"),
+        StreamError::Shorter { .. } | StreamError::MadeAnew { .. } => {
+            Some("a new run can begin with this one's weights: --init")
+        }
         StreamError::ForeignContext { .. } => {
             Some("for `sluiced serve` they are --score-window-tokens and --score-stride-tokens")
         }

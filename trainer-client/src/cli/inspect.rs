@@ -6,9 +6,9 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, bail};
 use clap::Args;
 use sluice_feed::pack::BatchShape;
+use sluice_text::output::{Reader, print_line, say};
 
 use super::arguments::at_least;
-use super::output::{Reader, print_line, say};
 use crate::export::export_onnx;
 use crate::failure::Classify;
 use crate::model::BurnLearner;
@@ -134,7 +134,7 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<()> {
     let shape = BatchShape { rows: arguments.batch_size, len };
     let never = AtomicBool::new(false);
     for set in read_sets(&arguments.evals, &tokenizer, shape)? {
-        if let Some(loss) = set.loss(&learner, &never) {
+        if let Some(loss) = set.loss(&learner, &never).or_data()? {
             let line = serde_json::to_string(&loss).context("cannot encode a loss")?;
             if print_line(&line)? == Reader::Gone {
                 break;

@@ -5,7 +5,6 @@ mod arguments;
 mod inspect;
 mod model;
 mod optimization;
-mod output;
 mod reference;
 mod run;
 mod selection;
@@ -15,12 +14,11 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::failure::{EXIT_USAGE, exit_code};
 use crate::model::DeviceName;
-use output::say;
+use sluice_text::output::{print_clap, say};
 
 /// Train language models on the tokens that are worth it (Selective Language Modeling, Rho-1, arXiv 2404.07965).
 ///
@@ -69,10 +67,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            // Nothing can be done about a closed terminal.
-            let _ = error.print();
-            let asked = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-            return if asked { ExitCode::SUCCESS } else { ExitCode::from(EXIT_USAGE) };
+            return ExitCode::from(print_clap(&error, EXIT_USAGE));
         }
     };
     log_to_stderr();

@@ -12,11 +12,11 @@ use sluice_feed::plan::Plan as FeedPlan;
 use sluice_feed::stream::{Broker, Decoder, Extent, Shard, StreamError, TopicKind, first_context};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
+use sluice_text::output::say;
 
 use super::arguments::{BrokerArguments, OutputArguments};
 use super::model::ModelArguments;
 use super::optimization::OptimizationArguments;
-use super::output::say;
 use super::selection::SelectionArguments;
 use super::training::{described, plan, say_begun, set_up, stream_settings, train};
 use crate::failure::{Classify, Failure};

@@ -52,7 +52,7 @@ enum ScopeName {
     MicroBatch,
     /// Those of all micro-batches of an optimizer step (the text of Rho-1); with several, each runs forward twice
     Batch,
-    /// None: a running mean of the micro-batches' thresholds decides, and the share is kept on average
+    /// None: a running mean of the steps' thresholds decides, and the share is kept on average
     RunningQuantile,
 }
 

@@ -7,11 +7,11 @@ use serde_json::{Value, json};
 use sluice_feed::feed::Feed;
 use sluice_feed::pack::BatchShape;
 use sluice_feed::select::Objective;
+use sluice_text::output::say;
 
 use super::arguments::{BrokerArguments, OutputArguments};
 use super::model::ModelArguments;
 use super::optimization::OptimizationArguments;
-use super::output::say;
 use crate::model::BurnLearner;
 use crate::run::record::RunRecord;
 use crate::text::TextTokenizer;

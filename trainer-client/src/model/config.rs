@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sluice_text::json;
 
 /// File name of a model's configuration in a Hugging Face style folder.
 pub const CONFIG_FILE: &str = "config.json";
@@ -127,14 +128,13 @@ impl ModelConfig {
     /// Reads `config.json` in `folder`; fails if it is not a Llama model that this decoder computes exactly.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG_FILE);
-        let text =
-            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        Self::from_hugging_face(&text).with_context(|| format!("cannot use {}", path.display()))
+        let json = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Self::from_hugging_face(&json).with_context(|| format!("cannot use {}", path.display()))
     }
 
-    /// Parses the text of a Hugging Face `config.json`.
-    pub fn from_hugging_face(text: &str) -> Result<Self> {
-        let file: HuggingFaceConfig = serde_json::from_str(text).context("not a Llama configuration")?;
+    /// Parses a Hugging Face `config.json`.
+    pub fn from_hugging_face(json: &[u8]) -> Result<Self> {
+        let file: HuggingFaceConfig = json::from_slice(json).context("not a Llama configuration")?;
         ensure!(file.model_type == "llama", "model_type is \"{}\", expected \"llama\"", file.model_type);
         if let Some(activation) = &file.hidden_act {
             ensure!(activation == "silu", "hidden_act is \"{activation}\", but only \"silu\" is implemented");

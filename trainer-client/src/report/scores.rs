@@ -1,7 +1,7 @@
 //! How the scores of a step lie, among the tokens that were kept and among those left out.
 
 use super::curves::figure;
-use super::html::{Html, escape};
+use super::html::Html;
 use super::line_chart::{Frame, LineChart, Series};
 use super::summary::Comparison;
 use crate::run::histogram::{BINS, LOWEST, ScoreHistogram, WIDTH};
@@ -24,7 +24,7 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
         for (place, scores) in ends.into_iter().flatten().enumerate() {
             let caption = format!("{}, step {}", run.name(), scores.step);
             let chart = LineChart {
-                title: &format!("Scores of {}", escape(&caption)),
+                title: &format!("Scores of {caption}"),
                 x_label: "score, nats",
                 y_label: "tokens",
                 series: series(scores),

@@ -147,8 +147,7 @@ impl PictureRule {
         // Each document has draws of its own.
         let turn = Turn { micro_batch: document, ..self.turn };
         let row_len = signals.loss.len().max(1);
-        let mut thresholds = Thresholds::default();
-        let choices = self.objective.select(&[signals], row_len, turn, &mut thresholds);
+        let choices = self.objective.select(&[signals], row_len, turn, &Thresholds::default());
         let Some(choice) = choices.into_iter().next() else { return vec![] };
         match self.threshold {
             // A document alone has no batch to compete in, so the last batch's threshold stands in for it.

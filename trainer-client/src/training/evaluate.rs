@@ -1,15 +1,15 @@
 //! Mean loss on held-out text, packed as in training, but that documents never look at one another: sets are compared
 //! between runs that pack otherwise.
 
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use sluice_feed::batch::{Batch, NO_TARGET, PackedBatch};
 use sluice_feed::document::Document;
 use sluice_feed::pack::{BatchShape, Packer};
+use sluice_text::{Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, TextReader};
 
 use crate::failure::Classify;
 use crate::text::TextTokenizer;
@@ -66,14 +66,6 @@ pub struct EvalLoss {
     pub sure: Option<f64>,
 }
 
-#[derive(Deserialize)]
-struct Line {
-    text: String,
-    /// What stands before the text, to be read and not predicted.
-    #[serde(default)]
-    context: String,
-}
-
 /// Tokens of a document, and how many of the first of them are context.
 struct WithContext {
     document: Document,
@@ -81,23 +73,27 @@ struct WithContext {
 }
 
 impl EvalSet {
-    /// Reads and tokenizes a JSON Lines file; fails where a line has no `text` or nothing is left to predict.
+    /// Reads and tokenizes a JSON Lines file, compressed or not; fails where a line has no `text` or nothing is left to
+    /// predict.
     pub fn read(file: &EvalFile, tokenizer: &TextTokenizer, shape: BatchShape) -> anyhow::Result<Self> {
         let shown = file.path.display();
-        let opened = std::fs::File::open(&file.path);
-        let opened = opened.with_context(|| format!("cannot read evaluation set {shown}")).or_usage()?;
+        let reader = TextReader {
+            format: Format::Jsonl,
+            // What stands before the text, to be read and not predicted.
+            fields: Fields { context: Some("context".to_owned()), ..Fields::default() },
+            text_bytes_max: TEXT_BYTES_MAX,
+        };
+        let opened = reader.open(&file.path, |raw| raw);
         let mut documents = Vec::new();
-        for (number, line) in (1..).zip(BufReader::new(opened).lines()) {
-            let line = line.with_context(|| format!("cannot read {shown}, line {number}")).or_data()?;
-            if line.trim().is_empty() {
-                continue;
-            }
-            let Line { text, context } = serde_json::from_str(&line)
-                .with_context(|| format!("{shown}, line {number} is not a JSON object with a \"text\" field"))
-                .or_data()?;
-            let mut tokens = tokenizer.encode(&context)?;
+        for line in opened.with_context(|| format!("cannot read evaluation set {shown}")).or_usage()? {
+            let line = line.or_data()?;
+            let encode = |text: &str| {
+                let tokens = tokenizer.encode(text, TOKENS_MAX);
+                tokens.with_context(|| format!("{shown}, document {}", line.id)).or_data()
+            };
+            let mut tokens = encode(&line.context)?;
             let context = tokens.len();
-            tokens.extend(tokenizer.encode(&text)?);
+            tokens.extend(encode(&line.text)?);
             let document = Document::plain(documents.len().to_string(), file.name.clone(), tokens);
             documents.push(WithContext { document, context });
         }
@@ -126,23 +122,33 @@ impl EvalSet {
         Self { name: name.to_owned(), documents: documents.len() as u64, predictions, batches, predicted }
     }
 
-    /// Mean loss over the set; `None` if `stop` was set before the last batch.
-    pub fn loss(&self, learner: &dyn Learner, stop: &AtomicBool) -> Option<EvalLoss> {
-        Some(self.summary(&self.token_losses(learner, stop)?))
+    /// Mean loss over the set; `None` if `stop` was set before the last batch. Fails where a loss is not finite.
+    pub fn loss(&self, learner: &dyn Learner, stop: &AtomicBool) -> anyhow::Result<Option<EvalLoss>> {
+        Ok(self.token_losses(learner, stop)?.map(|losses| self.summary(&losses)))
     }
 
     /// Loss in nats of each predicted token, in an order that does not change; `None` if `stop` was set before the last
-    /// batch.
-    pub fn token_losses(&self, learner: &dyn Learner, stop: &AtomicBool) -> Option<Vec<f32>> {
+    /// batch. Fails where one is not finite: a mean over the others would be of another set.
+    pub fn token_losses(&self, learner: &dyn Learner, stop: &AtomicBool) -> anyhow::Result<Option<Vec<f32>>> {
         let mut all = Vec::with_capacity(self.predictions as usize);
         for batch in &self.batches {
             if stop.load(Ordering::Relaxed) {
-                return None;
+                return Ok(None);
             }
             let losses = learner.losses(batch);
-            all.extend(losses.into_iter().filter(|loss| !loss.is_nan()));
+            let predicted = batch.targets.iter().zip(losses).filter(|&(&target, _)| target != NO_TARGET);
+            all.extend(predicted.map(|(_, loss)| loss));
         }
-        Some(all)
+        let not_finite = all.iter().filter(|loss| !loss.is_finite()).count();
+        if not_finite > 0 {
+            bail!(
+                "the model gives {not_finite} of the {} predicted tokens of evaluation set {} a loss that is not finite: \
+                 take an earlier checkpoint, or lower --learning-rate",
+                all.len(),
+                self.name
+            );
+        }
+        Ok(Some(all))
     }
 
     /// What the losses of all predicted tokens come to.

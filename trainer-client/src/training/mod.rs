@@ -300,7 +300,7 @@ impl Training<'_> {
     fn evaluate(&mut self, reached: &Reached) -> anyhow::Result<()> {
         self.telemetry.enter(Stage::Evaluate);
         for (index, set) in self.evals.iter().enumerate() {
-            let Some(losses) = set.token_losses(self.learner, self.stop) else { break };
+            let Some(losses) = set.token_losses(self.learner, self.stop)? else { break };
             let loss = set.summary(&losses);
             self.folder.log_token_losses((index, &set.name), reached.step, &losses)?;
             self.progress.say(&format!("step {}: loss {:.4} on {}", reached.step, loss.loss, loss.set));

@@ -54,6 +54,7 @@ impl Stepper<'_> {
             decided = Some(objective.select(&signals, row_len, turn, thresholds).into_iter());
             needs = Needs::default();
         }
+        let mut lowest = Vec::with_capacity(batch.len());
         for (micro_batch, packed) in (0..).zip(batch) {
             telemetry.enter(Stage::Forward);
             learner.accumulate(&packed.batch, needs, &mut |measured| {
@@ -65,11 +66,13 @@ impl Stepper<'_> {
                     objective.select(&[measured.signals(&packed.batch)], row_len, turn, thresholds).pop()
                 };
                 let choice: Choice = choice.unwrap_or_default();
+                lowest.push(choice.lowest);
                 books.add(packed, &measured.losses, &choice, sources);
                 telemetry.enter(Stage::Backward);
                 choice.kept
             });
         }
+        thresholds.end_step(&lowest);
         telemetry.enter(Stage::Optimizer);
         let learning_rate = schedule.at(step);
         let StepOutcome { kept_loss, kept, gradient_norm } = learner.update(learning_rate);

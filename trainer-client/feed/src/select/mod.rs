@@ -13,7 +13,7 @@ mod score;
 
 pub use objective::{Choice, Objective, Rule, Scope, Selection, Turn};
 pub use ratio::{KeepRatio, KeepRatioError};
-pub use running::{RunningThreshold, Thresholds};
+pub use running::{Lowest, RunningThreshold, Thresholds};
 pub use schedule::{KeepSchedule, Stair};
 pub use score::{Needs, Score, Signals};
 

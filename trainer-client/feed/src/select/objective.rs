@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rank::Keys;
 use super::ratio::KeepRatio;
-use super::running::{RunningThreshold, Thresholds};
+use super::running::{Lowest, RunningThreshold, Thresholds};
 use super::schedule::KeepSchedule;
 use super::score::{Needs, Score, Signals};
 
@@ -52,7 +52,7 @@ pub enum Scope {
     /// Those of all micro-batches of an optimizer step (the text of Rho-1).
     #[default]
     Batch,
-    /// None: a running mean of the micro-batches' thresholds decides, and the share is kept on average.
+    /// None: a running mean of the steps' thresholds decides, and the share is kept on average.
     RunningQuantile,
 }
 
@@ -76,6 +76,8 @@ pub struct Choice {
     pub kept: Vec<u32>,
     /// Score of each position in nats, higher first; NaN where it could not be chosen.
     pub scores: Vec<f32>,
+    /// What the step teaches running thresholds ([`Thresholds::end_step`]).
+    pub lowest: Lowest,
 }
 
 impl Objective {
@@ -130,7 +132,8 @@ impl Objective {
     }
 
     /// Chooses from micro-batches that compete as the scope says; `row_len` is the length of their sequences.
-    /// `thresholds` are read and moved where the scope is [`Scope::RunningQuantile`].
+    /// `thresholds` are read where the scope is [`Scope::RunningQuantile`]; they move at the end of the step, by what all of
+    /// its choices say ([`Thresholds::end_step`]).
     ///
     /// # Panics
     /// When a list that the score needs is not as long as the losses, or `row_len` is 0.
@@ -139,7 +142,7 @@ impl Objective {
         batch: &[Signals<'_>],
         row_len: usize,
         turn: Turn,
-        thresholds: &mut Thresholds,
+        thresholds: &Thresholds,
     ) -> Vec<Choice> {
         match self {
             Self::Clm => batch.iter().map(|signals| all_of(signals.loss.to_vec())).collect(),
@@ -165,7 +168,7 @@ impl Selection {
         batch: &[Signals<'_>],
         row_len: usize,
         turn: Turn,
-        thresholds: &mut Thresholds,
+        thresholds: &Thresholds,
     ) -> Vec<Choice> {
         let keep = self.keep_at(turn.step, turn.steps);
         let scores: Vec<Vec<f32>> = batch.iter().map(|signals| self.score.values(signals)).collect();
@@ -177,9 +180,11 @@ impl Selection {
             }
             _ => keep,
         };
-        let rank = |scores: &[Vec<f32>], keep: Option<KeepRatio>, running: &mut RunningThreshold| match keep {
-            None => scores.iter().map(|scores| at_least(scores, self.threshold())).collect(),
-            Some(KeepRatio::ALL) => scores.iter().map(|scores| at_least(scores, f32::NEG_INFINITY)).collect(),
+        let rank = |scores: &[Vec<f32>], keep: Option<KeepRatio>, running: RunningThreshold| match keep {
+            None => without_lowest(scores.iter().map(|scores| at_least(scores, self.threshold()))),
+            Some(KeepRatio::ALL) => {
+                without_lowest(scores.iter().map(|scores| at_least(scores, f32::NEG_INFINITY)))
+            }
             Some(keep) if self.scope == Scope::RunningQuantile => {
                 scores.iter().map(|scores| running_choice(scores, keep, running)).collect()
             }
@@ -188,10 +193,12 @@ impl Selection {
                     Score::Random => Keys::drawn(scores, turn.seed, turn.step, micro_batch),
                     _ => Keys::of_scores(scores),
                 });
-                highest(&keys.collect::<Vec<_>>(), self.scope, row_len, keep)
+                without_lowest(highest(&keys.collect::<Vec<_>>(), self.scope, row_len, keep).into_iter())
             }
         };
-        let mut kept: Vec<Vec<u32>> = rank(&scores, keep, &mut thresholds.score);
+        let ranked = rank(&scores, keep, thresholds.score);
+        let (mut kept, mut lowest): (Vec<Vec<u32>>, Vec<Lowest>) =
+            ranked.into_iter().map(|(kept, score)| (kept, Lowest { score, entropy: None })).unzip();
         if let Score::Intersection { .. } | Score::Union { .. } = self.score {
             // Positions that lack a reference loss cannot be chosen for their entropy either.
             let entropies: Vec<Vec<f32>> = batch
@@ -202,13 +209,15 @@ impl Selection {
                     pairs.map(|(entropy, score)| if score.is_nan() { f32::NAN } else { entropy }).collect()
                 })
                 .collect();
-            let by_entropy = rank(&entropies, entropy_keep, &mut thresholds.entropy);
+            let by_entropy = rank(&entropies, entropy_keep, thresholds.entropy);
             let is_union = matches!(self.score, Score::Union { .. });
-            for (kept, other) in kept.iter_mut().zip(by_entropy) {
+            for ((kept, lowest), (other, entropy)) in kept.iter_mut().zip(&mut lowest).zip(by_entropy) {
                 *kept = combine(kept, &other, is_union);
+                lowest.entropy = entropy;
             }
         }
-        kept.into_iter().zip(scores).map(|(kept, scores)| Choice { kept, scores }).collect()
+        let choices = kept.into_iter().zip(scores).zip(lowest);
+        choices.map(|((kept, scores), lowest)| Choice { kept, scores, lowest }).collect()
     }
 
     fn threshold(&self) -> f32 {
@@ -221,7 +230,7 @@ impl Selection {
 
 /// Every position with a score.
 fn all_of(scores: Vec<f32>) -> Choice {
-    Choice { kept: at_least(&scores, f32::NEG_INFINITY), scores }
+    Choice { kept: at_least(&scores, f32::NEG_INFINITY), scores, lowest: Lowest::default() }
 }
 
 /// Positions whose score is `threshold` or higher.
@@ -230,18 +239,20 @@ fn at_least(scores: &[f32], threshold: f32) -> Vec<u32> {
     (0..).zip(scores).filter(|&(_, &score)| score >= threshold).map(|(index, _)| index).collect()
 }
 
-/// Chooses by what earlier micro-batches have taught, then learns from this one. The first of a run has only itself.
-fn running_choice(scores: &[f32], keep: KeepRatio, running: &mut RunningThreshold) -> Vec<u32> {
+/// Chooses by what earlier steps have taught, and says what this micro-batch teaches: the lowest score that it would have kept
+/// by itself. In the first step of a run each has only itself.
+fn running_choice(scores: &[f32], keep: KeepRatio, running: RunningThreshold) -> (Vec<u32>, Option<f32>) {
     let own = Keys::of_scores(scores).highest(keep);
     let lowest = own.iter().map(|&index| scores[index as usize]).min_by(f32::total_cmp);
-    let kept = match running.get() {
-        Some(threshold) => at_least(scores, threshold),
-        None => own,
-    };
-    if let Some(lowest) = lowest {
-        running.update(lowest);
+    match running.get() {
+        Some(threshold) => (at_least(scores, threshold), lowest),
+        None => (own, lowest),
     }
-    kept
+}
+
+/// What is kept where no running threshold decides.
+fn without_lowest(kept: impl Iterator<Item = Vec<u32>>) -> Vec<(Vec<u32>, Option<f32>)> {
+    kept.map(|kept| (kept, None)).collect()
 }
 
 /// The highest keys within each sequence, micro-batch or the whole batch.

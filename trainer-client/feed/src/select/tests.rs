@@ -87,7 +87,19 @@ fn every_score_and_scope_agrees_with_numpy() {
         };
         let scope = case.scope.unwrap_or_default();
         let objective = Objective::Slm(Selection { score: case.score, rule, scope, warmup_steps: 0 });
-        let found = kept(objective.select(&batch, golden.row_len, TURN, &mut Thresholds::default()));
+        let mut thresholds = Thresholds::default();
+        let found = if scope == Scope::RunningQuantile {
+            // Two steps of half the micro-batches each.
+            let halves = batch.chunks(batch.len() / 2);
+            let steps = halves.flat_map(|half| {
+                let choices = objective.select(half, golden.row_len, TURN, &thresholds);
+                thresholds.end_step(&choices.iter().map(|choice| choice.lowest).collect::<Vec<_>>());
+                kept(choices)
+            });
+            steps.collect()
+        } else {
+            kept(objective.select(&batch, golden.row_len, TURN, &thresholds))
+        };
         assert_eq!(found, case.kept, "{objective:?}");
         seen.insert(format!("{:?} {scope:?}", std::mem::discriminant(&case.score)));
     }
@@ -105,14 +117,25 @@ fn micro_batches_one_by_one_are_chosen_from_as_together_unless_they_compete() {
                 continue;
             }
             let objective = selection(score, 0.4, scope);
-            let (mut one, mut other) = (Thresholds::default(), Thresholds::default());
-            let together = objective.select(&batch, golden.row_len, TURN, &mut one);
-            let one_by_one = (0..).zip(&batch).flat_map(|(micro_batch, signals)| {
-                let turn = Turn { micro_batch, ..TURN };
-                objective.select(&[*signals], golden.row_len, turn, &mut other)
-            });
-            assert_eq!(kept(one_by_one.collect()), kept(together));
-            assert_eq!(one, other);
+            let mut thresholds = Thresholds::default();
+            for step in [TURN, Turn { step: TURN.step + 1, ..TURN }] {
+                let together = objective.select(&batch, golden.row_len, step, &thresholds);
+                let one_by_one = (0..).zip(&batch).flat_map(|(micro_batch, signals)| {
+                    let turn = Turn { micro_batch, ..step };
+                    objective.select(&[*signals], golden.row_len, turn, &thresholds)
+                });
+                let lowest_of =
+                    |choices: &[Choice]| choices.iter().map(|choice| choice.lowest).collect::<Vec<_>>();
+                let one_by_one: Vec<Choice> = one_by_one.collect();
+                let lowest = lowest_of(&together);
+                assert_eq!(lowest_of(&one_by_one), lowest);
+                assert_eq!(kept(one_by_one), kept(together));
+                let reversed: Vec<_> = lowest.iter().rev().copied().collect();
+                let mut other = thresholds;
+                other.end_step(&reversed);
+                thresholds.end_step(&lowest);
+                assert_eq!(thresholds, other, "the order of micro-batches decides nothing");
+            }
         }
     }
 }
@@ -190,7 +213,7 @@ fn exactly_k_are_kept_within_the_scope_and_never_one_without_a_score() {
         for score in [Score::Excess, Score::ReferenceLoss, Score::Loss, Score::Entropy, Score::Random] {
             for scope in [Scope::Sequence, Scope::MicroBatch, Scope::Batch] {
                 let choices =
-                    selection(score, keep, scope).select(&batch, row_len, TURN, &mut Thresholds::default());
+                    selection(score, keep, scope).select(&batch, row_len, TURN, &Thresholds::default());
                 assert_eq!(choices.len(), batch.len());
                 for choice in &choices {
                     assert!(choice.kept.is_sorted_by(|a, b| a < b), "ascending, without repeats");
@@ -237,12 +260,8 @@ fn permuting_documents_permutes_the_selection() {
                 .chunks(48)
                 .map(|loss| Signals { loss, reference_loss: &zeros, ..Signals::default() })
                 .collect();
-            let choices = selection(Score::Excess, 0.3, Scope::Batch).select(
-                &batch,
-                16,
-                TURN,
-                &mut Thresholds::default(),
-            );
+            let choices =
+                selection(Score::Excess, 0.3, Scope::Batch).select(&batch, 16, TURN, &Thresholds::default());
             let flat = choices.iter().enumerate();
             flat.flat_map(|(micro, choice)| choice.kept.iter().map(move |&i| micro * 48 + i as usize))
                 .collect()
@@ -276,13 +295,12 @@ fn warming_up_keeps_every_token_that_could_be_chosen_and_clm_every_prediction() 
     ] {
         let objective =
             Objective::Slm(Selection { score, rule: rule.clone(), scope, warmup_steps: TURN.step });
-        let mut thresholds = Thresholds::default();
-        let choice = &objective.select(&batch, golden.row_len, TURN, &mut thresholds)[0];
+        let choice = &objective.select(&batch, golden.row_len, TURN, &Thresholds::default())[0];
         assert_eq!(choice.kept.len(), eligible(choice));
         assert!(!objective.needs_whole_batch(TURN.step));
-        assert_eq!(thresholds, Thresholds::default(), "what warming up keeps teaches nothing");
+        assert_eq!(choice.lowest, Lowest::default(), "what warming up keeps teaches nothing");
     }
-    let clm = &Objective::Clm.select(&batch, golden.row_len, TURN, &mut Thresholds::default())[0];
+    let clm = &Objective::Clm.select(&batch, golden.row_len, TURN, &Thresholds::default())[0];
     assert_eq!(clm.kept.len(), lists[0].iter().filter(|loss| !loss.is_nan()).count());
 }
 
@@ -290,13 +308,13 @@ fn warming_up_keeps_every_token_that_could_be_chosen_and_clm_every_prediction() 
 fn a_running_threshold_is_a_mean_that_comes_back_from_json_bit_by_bit() {
     let mut running = RunningThreshold::default();
     assert_eq!(running.get(), None);
-    for value in [1.0, 2.0, f32::INFINITY, 3.0] {
-        running.update(value);
+    for step in [&[1.0, f32::NAN][..], &[1.5, 2.5], &[f32::INFINITY], &[], &[3.0]] {
+        running.end_step(step.iter().copied());
     }
-    assert_eq!(running.get(), Some(2.0), "the first ones weigh alike, and infinity is left out");
+    assert_eq!(running.get(), Some(2.0), "the first steps weigh alike, and what is not finite is left out");
     let mut generator = SplitMix64::keyed(5, 0);
     for _ in 0..200 {
-        running.update(generator.below(1000) as f32 / 7.0);
+        running.end_step([generator.below(1000) as f32 / 7.0].into_iter());
         let text = serde_json::to_string(&running).unwrap();
         let back: RunningThreshold = serde_json::from_str(&text).unwrap();
         assert_eq!(back.get().map(f32::to_bits), running.get().map(f32::to_bits));
@@ -312,7 +330,9 @@ fn a_running_quantile_keeps_the_share_on_average() {
     for _ in 0..300 {
         let loss: Vec<f32> = (0..200).map(|_| generator.below(1 << 20) as f32).collect();
         let signals = Signals { loss: &loss, ..Signals::default() };
-        kept += objective.select(&[signals], 200, TURN, &mut thresholds)[0].kept.len();
+        let choice = &objective.select(&[signals], 200, TURN, &thresholds)[0];
+        thresholds.end_step(&[choice.lowest]);
+        kept += choice.kept.len();
         all += loss.len();
     }
     let share = kept as f64 / all as f64;
@@ -326,7 +346,7 @@ fn a_random_draw_is_named_by_seed_step_and_micro_batch_and_favours_no_position()
     let signals = Signals { loss: &losses, reference_loss: &losses, ..Signals::default() };
     let draw = |turn| {
         let objective = selection(Score::Random, 0.25, Scope::MicroBatch);
-        kept(objective.select(&[signals], 20, turn, &mut Thresholds::default()))
+        kept(objective.select(&[signals], 20, turn, &Thresholds::default()))
     };
     assert_eq!(draw(TURN), draw(TURN));
     let others = [Turn { seed: 8, ..TURN }, Turn { step: 51, ..TURN }, Turn { micro_batch: 1, ..TURN }];

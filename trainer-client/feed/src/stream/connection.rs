@@ -11,6 +11,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::metadata::{MetadataPartition, MetadataTopic};
 use rdkafka::statistics::Statistics;
 use rdkafka::types::{RDKafkaConfRes, RDKafkaErrorCode};
+use sluice_kafka::TopicIds;
 
 use super::error::StreamError;
 use super::place::Extent;
@@ -112,6 +113,7 @@ impl Broker {
             .set("isolation.level", "read_committed")
             // How often the lag is worked out.
             .set("statistics.interval.ms", "1000");
+        sluice_kafka::listen(&mut config, sluice_kafka::DEBUG_METADATA);
         let listener = Listener::new(Arc::clone(&self.observer));
         let consumer: BaseConsumer<Listener> = config.create_with_context(listener).map_err(refused)?;
         let metadata = consumer.fetch_metadata(Some(topic), CONNECT_TIMEOUT).map_err(|error| {
@@ -218,10 +220,13 @@ fn refused(error: KafkaError) -> StreamError {
     }
 }
 
-/// Remembers the last complaint of librdkafka, which its error codes leave out, and works out the lag.
+/// Remembers the last complaint of librdkafka, which its error codes leave out, and which topic is read, and works out the
+/// lag.
 #[derive(Debug)]
 pub(super) struct Listener {
     last_error: Mutex<Option<String>>,
+    /// Which topic is read.
+    topics: TopicIds,
     observer: SharedObserver,
     /// Records not read yet, as this reader last entered them.
     lag: Mutex<i64>,
@@ -229,7 +234,15 @@ pub(super) struct Listener {
 
 impl Listener {
     fn new(observer: SharedObserver) -> Self {
-        Self { last_error: Mutex::default(), observer, lag: Mutex::default() }
+        Self { last_error: Mutex::default(), observer, lag: Mutex::default(), topics: TopicIds::default() }
+    }
+
+    /// Fails where `topic` is not the one any more that was read.
+    pub(super) fn check_topic(&self, topic: &str) -> Result<(), StreamError> {
+        match self.topics.made_anew(topic) {
+            Some(made_anew) => Err(StreamError::MadeAnew { topic: topic.to_owned(), made_anew }),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn last_error(&self) -> Option<String> {
@@ -267,6 +280,11 @@ impl ClientContext for Listener {
     }
 
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.topics.hear(facility, message);
+        // What it says for the topics' sake would drown the rest.
+        if level as i32 >= RDKafkaLogLevel::Debug as i32 {
+            return;
+        }
         tracing::debug!(facility, ?level, "librdkafka: {message}");
         if level as i32 <= RDKafkaLogLevel::Error as i32 {
             self.remember(message);

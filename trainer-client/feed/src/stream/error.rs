@@ -1,6 +1,7 @@
 //! What can go wrong between the broker and a document.
 
 use rdkafka::error::KafkaError;
+use sluice_kafka::MadeAnew;
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{ContextPolicy, RecordError};
 
@@ -138,6 +139,18 @@ pub enum StreamError {
         next_offset: i64,
         /// The end that the partition has.
         high: i64,
+    },
+    /// The topic was deleted and made anew while it was read.
+    #[error(
+        "topic {topic:?} was deleted and made anew while it was read (id {}, now {}): offsets of one mean nothing in the other; \
+         begin a new run",
+        .made_anew.earlier, .made_anew.later
+    )]
+    MadeAnew {
+        /// The topic.
+        topic: String,
+        /// Its ids, before and after.
+        made_anew: MadeAnew,
     },
     /// The topic's partitions cannot be dealt to the ranks.
     #[error("topic {topic:?}: {error}")]

@@ -64,6 +64,7 @@ impl Reader {
             }
             throttle.apply(&self.consumer, &self.topic, &self.tracks).map_err(|error| self.failed(error))?;
             self.poll()?;
+            self.consumer.context().check_topic(&self.topic)?;
             for lane in 0..self.tracks.len() {
                 if self.pass_on(lane)? {
                     throttle
@@ -211,6 +212,8 @@ impl Reader {
         let mut bytes: usize = self.tracks.iter().map(Track::buffered_bytes).sum();
         while let Some(polled) = self.consumer.poll(timeout) {
             timeout = Duration::ZERO;
+            // Before what was polled: the client tells of it before the first record of the new topic.
+            self.consumer.context().check_topic(&self.topic)?;
             match polled {
                 Ok(message) => {
                     let Some(track) = track_of(&mut self.tracks, message.partition()) else { continue };

@@ -18,6 +18,9 @@ def select(
 ) -> list[NDArray[np.bool_]]:
     """Chooses tokens of micro-batches, as the Rust trainer does: it is the same function.
 
+    With scope "batch" give all micro-batches of the step at once. With scope "running-quantile" call `selection.end_step` when
+    the step is done.
+
     Args:
         signals: for each micro-batch (or for the only one) arrays `[rows, length]` in nats by name: `loss` (of the model in
             training), `reference_loss`, and what the score needs of `entropy`, `history_loss` and `reference_entropy`. NaN

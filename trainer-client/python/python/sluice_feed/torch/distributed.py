@@ -47,22 +47,18 @@ class Ranks:
     def gather(self, rows: Tensor) -> Tensor:
         """``rows`` (``[own, k]``, integers) of all ranks, one rank's after the other's: ``[all, k]``.
 
-        Ranks may have different numbers of rows, and none.
+        Ranks may have different numbers of rows, and none; those who have fewer are filled up with zeros.
         """
         if self.size == 1:
             return rows
         # The one place where the host waits: how long the lists are cannot be told without asking.
         most = torch.tensor([len(rows)], device=rows.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
-        longest = int(most.item())
-        width = rows.shape[1]
-        padded = torch.zeros(longest, width + 1, dtype=torch.int64, device=rows.device)
-        padded[: len(rows), :width] = rows
-        padded[: len(rows), width] = 1
-        lists = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(lists, padded, group=self.group)
-        together = torch.cat(lists)
-        return together[together[:, width] == 1, :width]
+        filled = torch.zeros(int(most.item()), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        filled[: len(rows)] = rows
+        lists = [torch.empty_like(filled) for _ in range(self.size)]
+        dist.all_gather(lists, filled, group=self.group)
+        return torch.cat(lists)
 
     def device(self) -> torch.device:
         """A device that the group's backend takes tensors on, for a rank that has no tensor to go by."""

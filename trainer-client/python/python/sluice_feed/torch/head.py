@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,10 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from sluice_feed._core import ConfigurationError
 
-#: Logits held at a time, unless told otherwise: 128 MiB in float32.
-BLOCK_LOGITS = 1 << 25
-#: Rows of a block of the backward pass; its columns follow from :data:`BLOCK_LOGITS`.
-BACKWARD_ROWS = 4096
+#: Logits of a block on a CPU, unless told otherwise: 4 MiB in float32, which caches hold.
+CPU_BLOCK = 1 << 20
+#: Logits of a block elsewhere: 64 MiB in float32, so that products fill a GPU.
+GPU_BLOCK = 1 << 24
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -26,14 +28,20 @@ class Logits:
     scale: float = 1.0
     #: ``c`` of ``c * tanh(logits / c)`` (Gemma 2's ``final_logit_softcapping``, arXiv 2408.00118, section 2).
     softcap: float | None = None
-    #: Most logits that are held at a time.
-    block: int = BLOCK_LOGITS
+    #: Logits of a block, three of which are held at a time; ``None`` for what suits the device.
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0.0:
             raise ConfigurationError(f"logit_softcap must be above 0, not {self.softcap}; leave it out for no soft-cap")
-        if self.block < 1:
+        if self.block is not None and self.block < 1:
             raise ConfigurationError(f"block_logits must be at least 1, not {self.block}")
+
+    def block_of(self, rows: Tensor) -> tuple[int, int]:
+        """Rows and columns of a block: a square, as products are fastest, or wider where there are fewer rows."""
+        block = self.block or (CPU_BLOCK if rows.device.type == "cpu" else GPU_BLOCK)
+        height = max(1, min(len(rows), math.isqrt(block)))
+        return height, max(1, block // height)
 
     def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``[rows, columns]``, in float32, or in float64 for operands in float64."""
@@ -68,12 +76,29 @@ def _operand_dtype(hidden: Tensor) -> torch.dtype:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``; float32 where both are in half precision."""
-    if left.dtype not in HALF:
-        return left @ right
-    if hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    # Before PyTorch 2.8 the product itself is rounded to half precision.
-    return (left @ right).float()
+    # Types are settled here; autocast would round them again.
+    with torch.autocast(left.device.type, enabled=False):
+        if left.dtype not in HALF:
+            return left @ right
+        if hasattr(torch.ops.aten.mm, "dtype"):
+            return torch.mm(left, right, out_dtype=torch.float32)
+        # Before PyTorch 2.8 the product itself is rounded to half precision.
+        return (left @ right).float()
+
+
+def _columns(
+    weight: Tensor, bias: Tensor | None, width: int, operand: torch.dtype, wide: torch.dtype
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Weight and bias of ``width`` tokens of the vocabulary after the other, with the first one's number."""
+    for left in range(0, len(weight), width):
+        columns = slice(left, left + width)
+        yield left, weight[columns].to(operand), None if bias is None else bias[columns].to(wide)
+
+
+def _inside(labels: Tensor, left: int, width: int) -> tuple[Tensor, Tensor]:
+    """The labels' columns in a block that begins at ``left``, ``[k, 1]``, and whether they are in it at all."""
+    column = labels[:, None] - left
+    return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
 @torch.no_grad()
@@ -94,21 +119,30 @@ def row_losses(
     is a token.
     """
     wide, operand = wide_dtype(hidden), _operand_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        weight = weight.to(operand)
-        bias = None if bias is None else bias.to(wide)
-        losses = torch.empty(len(rows), dtype=wide, device=hidden.device)
-        log_sums = torch.empty_like(losses)
-        entropies = torch.empty_like(losses) if with_entropy else losses.new_empty(0)
-        step = max(1, logits.block // weight.shape[0])
-        for start in range(0, len(rows), step):
-            block = slice(start, start + step)
-            values = logits.of(hidden[rows[block]].to(operand), weight, bias)
-            log_sums[block] = values.logsumexp(dim=1)
-            losses[block] = log_sums[block] - values.gather(1, labels[rows[block], None]).view(-1)
+    losses = torch.empty(len(rows), dtype=wide, device=hidden.device)
+    log_sums = torch.empty_like(losses)
+    entropies = torch.empty_like(losses) if with_entropy else losses.new_empty(0)
+    height, width = logits.block_of(rows)
+    for top in range(0, len(rows), height):
+        block = slice(top, top + height)
+        states, targets = hidden[rows[block]].to(operand), labels[rows[block]]
+        of_label = torch.zeros(len(states), dtype=wide, device=hidden.device)
+        sums, within = [], []
+        for left, part, part_bias in _columns(weight, bias, width, operand, wide):
+            values = logits.of(states, part, part_bias)
+            column, is_inside = _inside(targets, left, len(part))
+            of_label += values.gather(1, column).masked_fill_(~is_inside, 0.0).view(-1)
+            sums.append(values.logsumexp(dim=1))
             if with_entropy:
-                probabilities = values.sub_(log_sums[block, None]).exp_()
-                entropies[block] = torch.special.entr(probabilities).sum(dim=1)
+                probabilities = values.sub_(sums[-1][:, None]).exp_()
+                within.append(torch.special.entr(probabilities).sum(dim=1))
+        of_columns = torch.stack(sums, dim=1)
+        log_sums[block] = of_columns.logsumexp(dim=1)
+        losses[block] = log_sums[block] - of_label
+        if with_entropy:
+            # The entropy of what block of columns it is, and the mean of the entropies within the blocks.
+            shares = (of_columns - log_sums[block, None]).exp()
+            entropies[block] = (torch.special.entr(shares) + shares * torch.stack(within, dim=1)).sum(dim=1)
     return losses, log_sums, entropies
 
 
@@ -153,9 +187,8 @@ class SumOfRows(torch.autograd.Function):
             torch.zeros_like(bias) if needs_bias else None,
         )
         rows = Rows(indices, labels, losses, log_sums, ctx.logits)
-        if len(rows.indices) > 0:
-            with torch.autocast(hidden.device.type, enabled=False):
-                _backward(hidden, weight, bias, rows, into=gradients, upstream=upstream)
+        if len(indices) > 0:
+            _backward(hidden, weight, bias, rows, into=gradients, upstream=upstream)
         return (*gradients, None)
 
 
@@ -169,21 +202,17 @@ def _backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *
     of_kept = torch.zeros(kept.shape, dtype=wide, device=kept.device)
     # Half precision could lose gradients that are scaled down before they are added up, so `upstream` comes last.
     upstream = upstream.to(wide)
-    height = min(len(kept), BACKWARD_ROWS, rows.logits.block)
-    width = max(1, rows.logits.block // height)
-    for left in range(0, len(weight), width):
+    height, width = rows.logits.block_of(rows.indices)
+    for left, part, part_bias in _columns(weight, bias, width, operand, wide):
         columns = slice(left, left + width)
-        part = weight[columns].to(operand)
-        part_bias = None if bias is None else bias[columns].to(wide)
         of_part = torch.zeros(part.shape, dtype=wide, device=kept.device)
         of_part_bias = torch.zeros(len(part), dtype=wide, device=kept.device)
         for top in range(0, len(kept), height):
             block = slice(top, top + height)
             values = rows.logits.of(kept[block], part, part_bias)
             gradient = (values - rows.log_sums[block, None]).exp_()
-            column = rows.labels[block, None] - left
-            is_inside = (column >= 0) & (column < len(part))
-            gradient.scatter_add_(1, column.clamp(0, len(part) - 1), -is_inside.to(wide))
+            column, is_inside = _inside(rows.labels[block], left, len(part))
+            gradient.scatter_add_(1, column, -is_inside.to(wide))
             gradient = rows.logits.backward_(gradient, values)
             if into.bias is not None:
                 of_part_bias += gradient.sum(dim=0)

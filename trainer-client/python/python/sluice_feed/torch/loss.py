@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sluice_feed._core import ConfigurationError, Selection
 from sluice_feed.torch.distributed import Ranks
-from sluice_feed.torch.head import BLOCK_LOGITS, HALF, Logits, Rows, SumOfRows, row_losses
+from sluice_feed.torch.head import HALF, Logits, Rows, SumOfRows, row_losses
 from sluice_feed.torch.selection import select
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class SelectiveLoss(NamedTuple):
         kept_count: Tokens kept by all ranks in this call: scalar, int64.
         token_losses: Loss of each token in nats, shape of the labels, without gradient: float32, or float64 for hidden
             states in float64. NaN where there is no label, and where a given mask made it unnecessary.
-        lost_count: Labelled tokens of this rank whose loss is not a number, so that they cannot be kept: scalar,
-            int64. A model that has broken down shows here, where its loss may not show it.
+        lost_count: Labelled tokens of this rank (of a given mask, if there is one) whose loss is not a number: scalar,
+            int64. They cannot be chosen, so a model that has broken down shows here where its loss may not show it.
     """
 
     loss: Tensor
@@ -50,7 +50,7 @@ def token_losses(
     logit_scale: float = ...,
     logit_softcap: float | None = ...,
     ignore_index: int = ...,
-    block_logits: int = ...,
+    block_logits: int | None = ...,
     return_entropy: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -65,7 +65,7 @@ def token_losses(
     logit_scale: float = ...,
     logit_softcap: float | None = ...,
     ignore_index: int = ...,
-    block_logits: int = ...,
+    block_logits: int | None = ...,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -79,12 +79,12 @@ def token_losses(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
-    block_logits: int = BLOCK_LOGITS,
+    block_logits: int | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss of every token in nats, without gradient; with ``return_entropy`` also the entropy of each prediction.
 
-    Logits are made in blocks of rows and forgotten. See :func:`selective_loss` for the arguments.
+    Logits are made in blocks and forgotten. See :func:`selective_loss` for the arguments.
 
     Returns:
         Tensors of the shape of ``labels``, float32 (float64 for hidden states in float64), NaN where there is no label.
@@ -94,7 +94,7 @@ def token_losses(
     """
     logits = Logits(logit_scale, logit_softcap, block_logits)
     flat, flat_labels = _checked(hidden, head_weight, bias, labels)
-    rows = (flat_labels != ignore_index).nonzero().view(-1)
+    rows = _rows(flat_labels != ignore_index, flat_labels, head_weight)
     losses, _, entropies = row_losses(
         flat, head_weight, bias, flat_labels, rows=rows, logits=logits, with_entropy=return_entropy
     )
@@ -123,12 +123,12 @@ def selective_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
-    block_logits: int = BLOCK_LOGITS,
+    block_logits: int | None = None,
 ) -> SelectiveLoss:
     """The mean loss of the tokens of a micro-batch that are worth learning from, to call ``backward()`` on.
 
     The head is run for every label without a graph, and tokens are chosen; then it is run again, in the backward pass,
-    for the kept ones alone. Logits are in memory ``block_logits`` at a time. A label of the position ``i`` is the token
+    for the kept ones alone. Logits are in memory a few blocks at a time. A label of the position ``i`` is the token
     that position ``i`` predicts: labels are already shifted.
 
     This is a collective: every rank of ``group`` calls it, also one whose micro-batch has no label. Its loss is then 0,
@@ -172,7 +172,8 @@ def selective_loss(
         logit_scale: Factor of the logits.
         logit_softcap: ``c`` of ``c * tanh(logits / c)``, after the scale.
         ignore_index: The label of positions that predict nothing.
-        block_logits: Most logits in memory at a time (4 bytes each, three times over).
+        block_logits: Logits of a block, of which three are in memory at a time, 4 bytes a logit. By default 2^20 on a
+            CPU, and 2^24 elsewhere.
 
     Raises:
         ConfigurationError: Not one of ``selection``, ``keep`` and ``kept`` was given; shapes, types or devices do not
@@ -187,7 +188,7 @@ def selective_loss(
     is_labelled = flat_labels != ignore_index
     if kept is None:
         chosen = _selection(selection, keep)
-        rows = is_labelled.nonzero().view(-1)
+        rows = _rows(is_labelled, flat_labels, head_weight)
         with_entropy = chosen.score == "entropy"
         losses, log_sums, entropies = row_losses(
             flat, head_weight, bias, flat_labels, rows=rows, logits=logits, with_entropy=with_entropy
@@ -211,7 +212,7 @@ def selective_loss(
                 f"kept must be a bool for each label, {tuple(labels.shape)}, not {kept.dtype} {tuple(kept.shape)}"
             )
         kept = kept.to(labels.device) & is_labelled.view(labels.shape)
-        rows = kept.reshape(-1).nonzero().view(-1)
+        rows = _rows(kept.reshape(-1), flat_labels, head_weight)
         losses, log_sums, _ = row_losses(flat, head_weight, bias, flat_labels, rows=rows, logits=logits)
         every_loss = _spread(losses, rows, labels)
         is_labelled = kept.reshape(-1)
@@ -262,9 +263,20 @@ def _mean(
 
 
 def _selection(selection: Selection | None, keep: float | str | None) -> Selection:
-    if selection is not None:
-        return selection
-    return Selection(keep=keep)
+    return Selection(keep=keep) if selection is None else selection
+
+
+def _rows(mask: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Indices of the positions in ``mask``, whose labels are all tokens."""
+    rows = mask.nonzero().view(-1)
+    if len(rows) > 0:
+        lowest, highest = (int(end) for end in torch.stack(labels[rows].aminmax()).tolist())
+        if lowest < 0 or highest >= len(weight):
+            raise ConfigurationError(
+                f"labels go from {lowest} to {highest}, but the head has {len(weight)} tokens, numbered from 0; is the"
+                " topic of another tokenizer than the model, or ignore_index another than the labels'?"
+            )
+    return rows
 
 
 def _spread(values: Tensor, rows: Tensor, like: Tensor) -> Tensor:
@@ -304,6 +316,6 @@ def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
         raise ConfigurationError(
             f"hidden is on {device}, head_weight on {weight.device} and labels on {labels.device}; move them"
         )
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     return hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)

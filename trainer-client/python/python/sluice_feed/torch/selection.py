@@ -31,6 +31,8 @@ DRAW_DIGITS = (48, 32, 16, 0)
 DIGIT = 1 << 16
 
 
+# A compiler may drop the addition of zero and fuse a product with a sum, and so choose otherwise.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def select(
     signals: Sequence[Signals],
@@ -79,7 +81,7 @@ def select(
 
     def rank(scores: list[Tensor], keep: float | None) -> list[Tensor]:
         if keep is None:
-            return [own >= torch.full_like(own, cast(float, selection.threshold)) for own in scores]
+            return [own >= cast(float, selection.threshold) for own in scores]
         eligible = [~own.isnan() for own in scores]
         if keep >= 1.0:
             return eligible

@@ -1,7 +1,5 @@
 //! `sluiced ingest`: text through a tokenizer to the documents topic.
 
-mod read;
-
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
@@ -16,12 +14,11 @@ use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProd
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
-use tokenizers::Tokenizer;
+use sluice_text::{EncodeError, Fields, Format, Text, TextReader, TextTokenizer};
 
 use crate::config::owned_property;
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, UNAVAILABLE, USAGE};
 use crate::kafka::{self, Hooks};
-pub use read::{Fields, Format, Text, open};
 
 /// Documents tokenized at once, over all cores.
 const CHUNK_DOCUMENTS: usize = 1024;
@@ -33,6 +30,11 @@ const OUTAGE_MS_MAX: &str = "120000";
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// Bad lines that are shown; all are counted.
 const SHOWN: u64 = 10;
+/// Fewest bytes of a token in a record. More tokens than this allows cannot fit, and are not made.
+const TOKEN_BYTES_MIN: u32 = 2;
+/// Bytes of text for each byte that a record may have. What has more does not fit: no tokenizer in use needs fewer than
+/// one token for eight bytes of text, which are two bytes of the record.
+const TEXT_BYTES_PER_RECORD_BYTE: usize = 4;
 
 /// What `sluiced ingest` was asked to do.
 #[derive(Clone, Debug)]
@@ -88,18 +90,8 @@ impl ProducerContext for Delivery {
 
 /// Ingests every file; bad lines are passed over, counted, and make the exit code 65.
 pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
-    let json = std::fs::read(&ingest.tokenizer)
-        .with_context(|| format!("cannot read the tokenizer {}", ingest.tokenizer.display()))
-        .exit_code(NO_INPUT)?;
-    let fingerprint = Fingerprint::of_bytes(&json);
-    let mut tokenizer = Tokenizer::from_bytes(&json)
-        .map_err(|error| anyhow!("{} is no tokenizer.json: {error}", ingest.tokenizer.display()))
-        .exit_code(DATA)?;
-    // A record holds the document's own tokens, neither cut nor padded, whatever the file says.
-    tokenizer.with_padding(None);
-    tokenizer.with_truncation(None).map_err(|error| anyhow!(error))?;
-    // Text that spells a special token is text.
-    tokenizer.set_encode_special_tokens(true);
+    let tokenizer = TextTokenizer::read(&ingest.tokenizer).map_err(ExitError::from)?;
+    let fingerprint = tokenizer.fingerprint();
     if let Some(problem) = ingest.properties.keys().find_map(|key| owned_property(key)) {
         return Err(anyhow!(problem)).exit_code(USAGE);
     }
@@ -187,7 +179,7 @@ fn style(template: &str) -> ProgressStyle {
 /// One call of `sluiced ingest` on its way through the files.
 struct Run<'a> {
     ingest: &'a Ingest,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     fingerprint: Fingerprint,
     producer: ThreadedProducer<Delivery>,
     progress: ProgressBar,
@@ -196,7 +188,13 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn file(&mut self, file: &Path) -> anyhow::Result<()> {
-        let documents = open(file, self.ingest.format, &self.ingest.fields, &self.progress)
+        let reader = TextReader {
+            format: self.ingest.format,
+            fields: self.ingest.fields.clone(),
+            text_bytes_max: TEXT_BYTES_PER_RECORD_BYTE * self.ingest.record_bytes_max as usize,
+        };
+        let documents = reader
+            .open(file, |raw| Box::new(self.progress.wrap_read(raw)))
             .with_context(|| format!("cannot read {}", file.display()))
             .exit_code(NO_INPUT)?;
         let mut chunk: Vec<Text> = Vec::new();
@@ -229,15 +227,25 @@ impl Run<'_> {
 
     fn chunk(&mut self, chunk: Vec<Text>) -> anyhow::Result<()> {
         let texts: Vec<&str> = chunk.iter().map(|text| text.text.as_str()).collect();
+        let most = self.ingest.record_bytes_max;
         // Without special tokens: what stands before a document is the scorer's policy, not the record's.
-        let encodings = self
-            .tokenizer
-            .encode_batch_fast(texts, false)
-            .map_err(|error| ExitError { code: DATA, error: anyhow!("the tokenizer fails: {error}") })?;
-        for (text, encoding) in chunk.into_iter().zip(encodings) {
+        let encoded = self.tokenizer.encode_all(&texts, (most / TOKEN_BYTES_MIN) as usize);
+        for (text, tokens) in chunk.into_iter().zip(encoded) {
+            let id = text.id;
+            let tokens = match tokens {
+                Ok(tokens) => tokens,
+                Err(EncodeError::TooMany { .. }) => {
+                    self.bad(|| tracing::warn!(id, "the document is larger than --record-bytes-max {most}"));
+                    continue;
+                }
+                Err(error) => {
+                    self.bad(|| tracing::warn!(id, "{error}"));
+                    continue;
+                }
+            };
             let document = TokenizedDocument {
-                id: text.id,
-                tokens: TokenIds::new(encoding.get_ids()),
+                id,
+                tokens: TokenIds::new(&tokens),
                 tokenizer: self.fingerprint,
                 source: text.source.unwrap_or_else(|| self.ingest.source.clone()),
                 attributes: BTreeMap::new(),
@@ -247,7 +255,6 @@ impl Run<'_> {
                 self.counts.documents += 1;
                 self.counts.tokens += tokens;
             } else {
-                let most = self.ingest.record_bytes_max;
                 self.bad(|| {
                     tracing::warn!(
                         id = document.id,

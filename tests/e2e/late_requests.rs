@@ -1,0 +1,95 @@
+//! Requests that arrive long after their sender has given up on them and gone on.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use sluice_tests::{Cluster, Daemon, Proxy, Request, golden};
+
+const BEFORE: usize = 10;
+const ALL: usize = 20;
+/// How long the client waits for an answer before it asks again.
+const IMPATIENT: [&str; 2] = ["--kafka-properties", "socket.timeout.ms=2000"];
+
+fn daemon(proxy: &Proxy) -> Daemon {
+    Daemon::start_with(&proxy.bootstrap_servers, &golden("tiny-llama"), &IMPATIENT)
+}
+
+/// A commit is kept back, and asked for again with success. It arrives in the middle of the next transaction, which has
+/// got no further than to everything but `missing`, and then the daemon is killed.
+fn a_late_commit_with(missing: Request) {
+    let complete = match missing {
+        Request::Produce => Request::TxnOffsetCommit,
+        _ => Request::Produce,
+    };
+    let cluster = Cluster::with_topics(1);
+    let proxy = Proxy::start(cluster.servers());
+    proxy.hold(Request::EndTxn);
+    let first = daemon(&proxy);
+    cluster.send(0..BEFORE, 20);
+    proxy.wait_held(Request::EndTxn);
+    proxy.let_pass(Request::EndTxn);
+    cluster.wait_scored(BEFORE);
+
+    let answers = proxy.answers(complete);
+    proxy.hold(missing);
+    cluster.send(BEFORE..ALL, 20);
+    proxy.wait_held(missing);
+    proxy.wait_answers(complete, answers + 1);
+    proxy.release(Request::EndTxn);
+    drop(first);
+
+    proxy.let_pass(missing);
+    let second = daemon(&proxy);
+    // What comes out behind it says that all the rest has come out, or never will.
+    cluster.send(ALL..ALL + 1, 20);
+    let last = format!("document-{ALL}");
+    second.wait("the last document", |_| cluster.scored_ids().contains(&last));
+    assert_eq!(second.stop().code(), Some(0));
+    cluster.assert_each_once(ALL + 1);
+}
+
+#[test]
+fn a_commit_that_arrives_late_commits_no_offsets_without_their_records() {
+    a_late_commit_with(Request::Produce);
+}
+
+#[test]
+fn a_commit_that_arrives_late_commits_no_records_without_their_offsets() {
+    a_late_commit_with(Request::TxnOffsetCommit);
+}
+
+/// It is as if another daemon had taken over its name, for the brokers. A service manager that stayed away would stay away
+/// for good.
+#[test]
+fn a_daemon_that_fences_itself_ends_with_what_starts_it_again() {
+    let cluster = Cluster::with_topics(1);
+    let proxy = Proxy::start(cluster.servers());
+    proxy.hold(Request::InitProducerId);
+    let mut first = daemon(&proxy);
+    proxy.wait_held(Request::InitProducerId);
+    proxy.let_pass(Request::InitProducerId);
+    cluster.send(0..BEFORE, 20);
+    cluster.wait_scored(BEFORE);
+    proxy.release(Request::InitProducerId);
+    cluster.send(BEFORE..ALL, 20);
+    first.wait_for_end(1);
+    assert!(first.log().contains("was repeated, and may have arrived once more"), "{}", first.log());
+
+    let second = daemon(&proxy);
+    cluster.wait_scored(ALL);
+    assert_eq!(second.stop().code(), Some(0));
+    cluster.assert_each_once(ALL);
+}
+
+#[test]
+fn connections_that_are_cut_while_nothing_happens_hold_up_nothing_afterwards() {
+    let cluster = Cluster::with_topics(1);
+    let proxy = Proxy::start(cluster.servers());
+    let daemon = daemon(&proxy);
+    cluster.send(0..BEFORE, 20);
+    cluster.wait_scored(BEFORE);
+    assert_eq!(daemon.metric("sluiced_producers_replaced_total"), 0, "nothing was in doubt");
+    proxy.cut();
+    cluster.send(BEFORE..ALL, 20);
+    cluster.wait_scored(ALL);
+    assert_eq!(daemon.stop().code(), Some(0));
+    cluster.assert_each_once(ALL);
+}
