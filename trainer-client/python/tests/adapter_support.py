@@ -119,7 +119,7 @@ class LaneStream:
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """Rows of micro-batches, as lists."""
+    """Rows of micro-batches without their padding, as lists."""
 
     NAMES = ("input_ids", "labels", "position_ids", "reference_loss", "reference_entropy", "segment_ids")
 
@@ -131,7 +131,9 @@ class Rows(Dataset[dict[str, Any]]):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: self.batches[index][name][0].tolist() for name in self.names}
+        batch = self.batches[index]
+        length = int((batch["segment_ids"] != 0).sum())
+        return {name: batch[name][0, :length].tolist() for name in self.names}
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -74,10 +74,27 @@ def test_micro_batches_of_a_step_may_be_more_than_the_trainer_knows_of(tmp_path:
 def test_last_step_of_a_stream_is_taken_though_it_is_short(tmp_path: Path) -> None:
     """The Trainer takes a step after as many micro-batches as accumulate, and would never take this one."""
     expected, model = plain_run(LaneStream([3, 2], 2), selection("batch"), steps=9)
-    trainer = run(tmp_path, selection("batch"), LaneStream([3, 2], 2), max_steps=100_000_000, gradient_accumulation_steps=2)
+    trainer = run(tmp_path, selection("batch"), LaneStream([3, 2], 2), max_steps=1000, gradient_accumulation_steps=2)
     assert len(expected) == 3
     assert_same_logs(logged(trainer), expected)
     assert_same_weights(trainer.model.state_dict(), model.state_dict())
+
+
+class Asked(LaneStream):
+    """It counts how often it was asked for a step."""
+
+    times = 0
+
+    def next_step(self) -> list[dict[str, Any]] | None:
+        self.times += 1
+        return super().next_step()
+
+
+def test_a_stream_is_not_asked_again_after_its_end(tmp_path: Path) -> None:
+    """The Trainer would ask up to max_steps, and then begin another epoch."""
+    stream = Asked([2, 1], 1)
+    run(tmp_path, selection("batch"), stream, max_steps=1000)
+    assert stream.times == 4
 
 
 def test_rows_of_a_dataset_are_learnt_from(tmp_path: Path) -> None:
@@ -156,6 +173,21 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     results = torchrun(2, cases, tmp_path)
     for case, result in zip(cases, results):
         expected, model = plain_run(LaneStream([4, 8], case["micro_batches"]), Selection(**case["selection"]), steps=9)
+        assert_same_logs(result["logs"], expected)
+        assert_same_weights(result["weights"], model.state_dict())
+
+
+def test_two_ranks_of_accelerates_fsdp2_take_the_steps_of_one(tmp_path: Path) -> None:
+    cases = []
+    for name in ("batch", "sequence"):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {"gradient_accumulation_steps": 2, "max_steps": 9, "fsdp": True, "fsdp_config": {"version": 2}}
+        case = {"selection": SELECTIONS[name], "micro_batches": 4, "arguments": settings}
+        cases.append({**case, "lengths": [4, 8], "folder": str(folder)})
+    for name, result in zip(("batch", "sequence"), torchrun(2, cases, tmp_path)):
+        expected, model = plain_run(LaneStream([4, 8], 4), selection(name), steps=9)
+        assert result["wrapped"] == "FSDPLlamaForCausalLM"
         assert_same_logs(result["logs"], expected)
         assert_same_weights(result["weights"], model.state_dict())
 

@@ -52,16 +52,35 @@ def logged(trainer: Any) -> list[dict[str, float]]:
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
+def allow_fsdp_on_cpus() -> None:
+    """accelerate has FSDP where there are GPUs, and takes DDP elsewhere, although its code for FSDP2 runs there as well."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    made = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **given: Any) -> None:
+        made(self, *args, fsdp_plugin=fsdp_plugin, **given)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
 def main(cases: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if any("fsdp" in case.get("arguments", {}) for case in cases):
+        allow_fsdp_on_cpus()
     for case in cases:
         stream = LaneStream(case["lengths"], case["micro_batches"], rank, world_size)
         folder, settings = Path(case["folder"]), case.get("arguments", {})
         trainer = run(folder, Selection(**case["selection"]), stream, case.get("resume"), **settings)
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        held = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        weights = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in held.items()}
         if rank == 0:
-            torch.save({"logs": logged(trainer), "weights": weights}, folder / "result.pt")
+            result = {"logs": logged(trainer), "weights": weights, "wrapped": type(trainer.model_wrapped).__name__}
+            torch.save(result, folder / "result.pt")
         trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     if torch.distributed.is_initialized():

@@ -111,7 +111,8 @@ def _parts(model: Any) -> tuple[nn.Module, nn.Linear]:
     if not is_decoder or not isinstance(head, nn.Linear):
         raise ConfigurationError(
             f"{type(model).__name__} is not a causal language model with a backbone and one linear head"
-            f" (its head is {type(head).__name__}); give an AutoModelForCausalLM, without an adapter on the head"
+            f" (its head is a {type(head).__module__}.{type(head).__name__}); give an AutoModelForCausalLM without"
+            " an adapter on the head"
         )
     return backbone, head
 
