@@ -132,6 +132,26 @@ fn the_whole_line_runs_over_tls_with_each_mechanism() {
     succeeded(&train.output().unwrap());
 }
 
+/// A broker that is busy, or a listener of another protocol, is not "no broker".
+#[test]
+fn who_takes_connections_and_answers_nothing_is_said_to() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let model = golden("tiny-llama");
+    let mut command = Command::new(binary("sluiced"));
+    command.args([
+        "validate",
+        "--model-path",
+        model.to_str().unwrap(),
+        "--kafka-bootstrap-servers",
+        &address,
+    ]);
+    let output = command.env("ORT_DYLIB_PATH", onnxruntime()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(69), "{said}");
+    assert!(said.contains("accepts connections at") && said.contains("security.protocol"), "{said}");
+}
+
 #[test]
 fn what_the_broker_refuses_is_said_without_a_secret() {
     let secure = Secure::start();

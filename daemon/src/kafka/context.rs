@@ -72,6 +72,11 @@ impl<H> Context<H> {
         Self { hooks, complaints: Complaints::default() }
     }
 
+    /// Whether broker and client have been found not to accept each other.
+    pub fn has_complained(&self) -> bool {
+        self.complaints.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// What this client does beside what all do.
     pub fn hooks(&self) -> &H {
         &self.hooks
