@@ -30,16 +30,10 @@ const SHUFFLE_BUFFER: usize = 256;
 
 /// CPU time, of all threads, and wall time of a batch of `setup`'s shape, the mean over many.
 pub fn batches(setup: &Setup, vocabulary: usize) -> anyhow::Result<serde_json::Value> {
-    let tokenizer = Fingerprint::of_bytes(b"random ids");
     let broker = sluice_tests::Broker::start(&["scored:4"]);
     let lengths = Lengths { median: 400.0, sigma: 1.0, longest: 2048 };
-    let mut records = Vec::with_capacity(DOCUMENTS);
-    for (number, tokens) in lengths.documents(DOCUMENTS, vocabulary as u32).into_iter().enumerate() {
-        let record = scored(format!("document-{number}"), &tokens, tokenizer)?;
-        records.push((record.document.id.clone(), record.encode()));
-    }
-    let borrowed: Vec<_> = records.iter().map(|(id, bytes)| (id.as_str(), Some(bytes.clone()))).collect();
-    produce(&broker.bootstrap_servers, TOPIC, &borrowed);
+    let texts = lengths.documents(DOCUMENTS, vocabulary as u32);
+    let tokenizer = write_topic(&broker.bootstrap_servers, TOPIC, &texts)?;
 
     let plan = Plan {
         topic: TOPIC.to_owned(),
@@ -71,6 +65,19 @@ pub fn batches(setup: &Setup, vocabulary: usize) -> anyhow::Result<serde_json::V
         "seconds": started.elapsed().as_secs_f64() / f64::from(count),
         "cpu_seconds": (cpu_seconds(std::process::id())? - cpu) / f64::from(count),
     }))
+}
+
+/// Fills a topic with documents of these tokens, and made-up losses; the fingerprint of their tokenizer.
+pub fn write_topic(bootstrap_servers: &str, topic: &str, texts: &[Vec<u32>]) -> anyhow::Result<Fingerprint> {
+    let tokenizer = Fingerprint::of_bytes(b"random ids");
+    let mut records = Vec::with_capacity(texts.len());
+    for (number, tokens) in texts.iter().enumerate() {
+        let record = scored(format!("document-{number}"), tokens, tokenizer)?;
+        records.push((record.document.id.clone(), record.encode()));
+    }
+    let borrowed: Vec<_> = records.iter().map(|(id, bytes)| (id.as_str(), Some(bytes.clone()))).collect();
+    produce(bootstrap_servers, topic, &borrowed);
+    Ok(tokenizer)
 }
 
 fn scored(id: String, tokens: &[u32], tokenizer: Fingerprint) -> anyhow::Result<ScoredDocument> {
