@@ -85,10 +85,23 @@ pub fn load(file: Option<&Path>, matches: &ArgMatches) -> Result<Config, ConfigE
 
 /// As [`load`], for a command that has no use for the settings outside `scope`.
 pub fn load_of(file: Option<&Path>, matches: &ArgMatches, scope: Scope) -> Result<Config, ConfigError> {
+    let keys = keys();
+    environment::check(&keys, std::env::vars_os()).map_err(ConfigError::Override)?;
+    let Some(path) = file else { return layered(&keys, None, matches, scope) };
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })?;
+    layered(&keys, Some((path, &text)), matches, scope)
+}
+
+/// Lays what `matches` has over the text of a file, and checks what comes of it.
+fn layered(
+    keys: &[Key],
+    file: Option<(&Path, &str)>,
+    matches: &ArgMatches,
+    scope: Scope,
+) -> Result<Config, ConfigError> {
     let mut table = toml::Table::new();
-    if let Some(path) = file {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })?;
+    if let Some((path, text)) = file {
         let text = text.trim_start_matches('\u{feff}');
         let invalid = |error: toml::de::Error| ConfigError::Invalid {
             path: path.to_owned(),
@@ -98,8 +111,6 @@ pub fn load_of(file: Option<&Path>, matches: &ArgMatches, scope: Scope) -> Resul
         toml::from_str::<Config>(text).map_err(invalid)?;
         table = toml::from_str(text).map_err(invalid)?;
     }
-    let keys = keys();
-    environment::check(&keys, std::env::vars_os()).map_err(ConfigError::Override)?;
     for key in keys.iter().filter(|key| scope.has(&key.path[0])) {
         let Some(values) = matches.get_many::<String>(&key.id()) else { continue };
         overlay(&mut table, key, &values.map(String::as_str).collect::<Vec<_>>())?;
@@ -113,6 +124,35 @@ pub fn load_of(file: Option<&Path>, matches: &ArgMatches, scope: Scope) -> Resul
     // Every problem begins with the key it is about.
     problems.retain(|problem| problem.split('.').next().is_some_and(|section| scope.has(section)));
     if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems(problems)) }
+}
+
+/// The layers of the configuration, without a process around them: for who tries many.
+pub struct Layers {
+    keys: Vec<Key>,
+    command: Command,
+}
+
+impl Default for Layers {
+    fn default() -> Self {
+        Self { keys: keys(), command: add_flags(Command::new("serve")) }
+    }
+}
+
+impl Layers {
+    /// What comes of the text of a file, variables of the environment and flags.
+    pub fn load(
+        &self,
+        file: &str,
+        environment: &[(&str, &str)],
+        flags: &[&str],
+    ) -> Result<Config, ConfigError> {
+        let variables = environment.iter().map(|(name, value)| (name.into(), value.into()));
+        environment::check(&self.keys, variables).map_err(ConfigError::Override)?;
+        let arguments = ["serve"].iter().chain(flags);
+        let matches = self.command.clone().try_get_matches_from(arguments);
+        let matches = matches.map_err(|error| ConfigError::Override(error.to_string()))?;
+        layered(&self.keys, Some((Path::new("file"), file)), &matches, Scope::Daemon)
+    }
 }
 
 /// Variables of the environment that look like ours and are not; they set nothing.

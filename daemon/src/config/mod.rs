@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use sluice_schemas::names;
 use sluice_schemas::record::{ContextPolicy, LossFormat};
 
-pub use layers::{ConfigError, Scope, add_flags, add_flags_of, foreign_variables, load, load_of};
+pub use layers::{ConfigError, Layers, Scope, add_flags, add_flags_of, foreign_variables, load, load_of};
 pub use properties::{canonical_property, owned_property};
 pub use reference::{example, reference};
 

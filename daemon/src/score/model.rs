@@ -91,14 +91,10 @@ impl Model {
         let mut parts = vec![("model.onnx".to_owned(), graph_digest)];
         let data_folder = resolve_external_data(&mut model, folder, &mut parts)?;
         let data_files = parts[1..].iter().map(|(name, _)| name.clone()).collect();
-        let mut findings = match &model.graph {
-            Some(graph) => findings::rounded_rotary_tables(graph, data_folder.as_deref()).exit_code(DATA)?,
-            None => Vec::new(),
-        };
-        let report =
-            graft(&mut model, entropies).with_context(|| path.display().to_string()).exit_code(DATA)?;
-        let inputs = model_inputs(&model);
-        let widened = device == Device::Cpu && widen(&mut model);
+        let Rewritten { report, mut findings, inputs, widened } =
+            rewrite(&mut model, data_folder.as_deref(), device, entropies)
+                .with_context(|| path.display().to_string())
+                .exit_code(DATA)?;
 
         let config_path = folder.join("config.json");
         let config: ModelConfig = if config_path.exists() {
@@ -146,6 +142,36 @@ impl Model {
             bos_token: config.bos_token_id.as_u64().and_then(|id| u32::try_from(id).ok()),
         })
     }
+}
+
+/// What was found in a graph, and done to it.
+#[derive(Debug)]
+pub struct Rewritten {
+    /// As [`Model::report`].
+    pub report: GraftReport,
+    /// As [`Model::findings`], as far as the graph shows them.
+    pub findings: Vec<Finding>,
+    /// As [`Model::inputs`].
+    pub inputs: Vec<(String, DataType)>,
+    /// As [`Model::widened`].
+    pub widened: bool,
+}
+
+/// Grafts the loss head onto a graph whose external data lie in `data_folder`, and fits it to what `device` can compute.
+pub fn rewrite(
+    model: &mut ModelProto,
+    data_folder: Option<&Path>,
+    device: Device,
+    entropies: bool,
+) -> anyhow::Result<Rewritten> {
+    let findings = match &model.graph {
+        Some(graph) => findings::rounded_rotary_tables(graph, data_folder)?,
+        None => Vec::new(),
+    };
+    let report = graft(model, entropies)?;
+    let inputs = model_inputs(model);
+    let widened = device == Device::Cpu && widen(model);
+    Ok(Rewritten { report, findings, inputs, widened })
 }
 
 fn model_inputs(model: &ModelProto) -> Vec<(String, DataType)> {

@@ -93,16 +93,22 @@ impl TextReader {
         file: &Path,
         through: impl FnOnce(Box<dyn Read + Send>) -> Box<dyn Read + Send>,
     ) -> anyhow::Result<Documents> {
-        let is_standard_input = file.as_os_str() == "-";
-        let raw: Box<dyn Read + Send> =
-            if is_standard_input { Box::new(std::io::stdin()) } else { Box::new(File::open(file)?) };
-        let mut reader = compression::decompress(through(raw))?;
+        if file.as_os_str() == "-" {
+            // Lines in any case, whose first need not be there yet.
+            let format = if self.format == Format::Text { Format::Text } else { Format::Jsonl };
+            return Self { format, ..self.clone() }.read("stdin", through(Box::new(std::io::stdin())));
+        }
         // The path as it was given: files of the same name in two folders must not share ids.
-        let name = if is_standard_input { "stdin".to_owned() } else { file.to_string_lossy().into_owned() };
+        self.read(&file.to_string_lossy(), through(Box::new(File::open(file)?)))
+    }
+
+    /// The documents of what `raw` reads, under `name`.
+    pub fn read(&self, name: &str, raw: Box<dyn Read + Send>) -> anyhow::Result<Documents> {
+        let mut reader = compression::decompress(raw)?;
         let is_lines = match self.format {
             Format::Jsonl => true,
             Format::Text => false,
-            Format::Auto if is_standard_input || is_named_lines(&name) => true,
+            Format::Auto if is_named_lines(name) => true,
             Format::Auto => {
                 let head = compression::head(&mut reader, |head| {
                     head.len() > BLANK_BYTES_MAX || begins_with_object(head).is_some()
@@ -112,7 +118,7 @@ impl TextReader {
                 is_lines
             }
         };
-        let settings = self.clone();
+        let (name, settings) = (name.to_owned(), self.clone());
         Ok(Documents { reader, name, settings, is_lines, line: 0, buffer: Vec::new(), ended: false })
     }
 }
