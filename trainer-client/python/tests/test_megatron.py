@@ -7,13 +7,10 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 import torch
 import torch.distributed as dist
 from adapter_support import CLIP, RATE, LaneStream, plain_step, tiny_llama, token_losses
+from megatron.core.pipeline_parallel import schedules
 from sluice_feed import ConfigurationError, Selection
 from sluice_feed.megatron import inputs, selective_loss_func
 from torch_support import in_processes
@@ -48,7 +45,6 @@ def own_schedule(function: Function, losses: torch.Tensor) -> tuple[torch.Tensor
 
 def megatrons_schedule(function: Function, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What Megatron makes of what a loss_func returns."""
-    schedules = pytest.importorskip("megatron.core.pipeline_parallel.schedules")
     config = SimpleNamespace(calculate_per_token_loss=True, timers=None)
     total, count = schedules.forward_step_calc_loss(
         None, losses, function, config, None, False, 3, [], cp_group_size=1, is_last_stage=True

@@ -141,7 +141,8 @@ def test_a_tied_head_adds_both_gradients() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_llama_of_transformers_has_its_own_loss_when_all_is_kept(tied: bool) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=tied, **sizes)
     llama = transformers.LlamaForCausalLM(config)

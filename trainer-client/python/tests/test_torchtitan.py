@@ -8,10 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("torchtitan.trainer")
-
 import torch
 from adapter_support import CLIP, RATE, LaneStream, plain_step, tiny_llama
 from sluice_feed import ConfigurationError, Selection, StateError

@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
 import torch
 from adapter_support import CLIP, RATE, LaneStream, Rows, micro_batch, plain_run, plain_step, tiny_llama, token_losses
 from sluice_feed import Selection, StateError

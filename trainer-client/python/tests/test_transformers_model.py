@@ -6,10 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
 import torch
 from adapter_support import LaneStream, Rows, micro_batch, tiny_llama, token_losses
 from sluice_feed import ConfigurationError, RankError, Selection

@@ -6,10 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("trl")
-
 import torch
 from adapter_support import LaneStream, Rows, plain_run, tiny_llama
 from datasets import Dataset
