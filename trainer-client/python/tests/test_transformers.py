@@ -31,6 +31,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "union": {"keep": 0.4, "entropy_keep": 0.3, "score": "union"},
     "schedule": {"keep": "linear:1.0:0.4", "steps": 4},
     "draws": {"keep": 0.5, "score": "random", "seed": 7},
+    "draws of rows": {"keep": 0.5, "score": "random", "scope": "sequence", "seed": 7},
 }
 
 
