@@ -9,11 +9,12 @@ use sluice_schemas::names;
 use sluice_text::{Fields, Format, output};
 
 use crate::config::{self, Config, Scope};
+use crate::dead_letters::Replay;
 use crate::exit::{ExitCode as _, USAGE};
 use crate::ingest::Ingest;
 use crate::logging;
 use crate::model_tools::{self, ScoreText};
-use crate::{dev_broker, ingest, serve, tokenizer, topics};
+use crate::{dead_letters, dev_broker, ingest, serve, tokenizer, topics};
 
 /// Scores a stream of tokenized documents with a reference model.
 #[derive(Debug, Parser)]
@@ -40,6 +41,9 @@ enum Command {
     /// Manage topics.
     #[command(subcommand)]
     Topics(TopicsCommand),
+    /// Look after records that could not be scored.
+    #[command(subcommand)]
+    DeadLetters(DeadLettersCommand),
     /// Run a broker in memory, for trying things out; prints its address.
     DevBroker(DevBrokerArgs),
 }
@@ -200,6 +204,36 @@ enum TopicsCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum DeadLettersCommand {
+    /// Bring dead letters of one reason back to the documents topic, each once however often this runs.
+    Replay(ReplayArgs),
+}
+
+#[derive(Debug, Args)]
+struct ReplayArgs {
+    /// Brokers to begin with, as HOST:PORT, separated by commas.
+    #[arg(long, env = "SLUICED_KAFKA_BOOTSTRAP_SERVERS", value_name = "HOST:PORT")]
+    bootstrap_servers: String,
+    /// Topic of dead letters.
+    #[arg(long, default_value = names::DEAD_LETTER_TOPIC, env = "SLUICED_KAFKA_DEAD_LETTER_TOPIC", value_name = "NAME")]
+    dead_letter_topic: String,
+    /// Topic that they come back to; letters that came from another stay.
+    #[arg(long, default_value = names::DOCUMENTS_TOPIC, env = "SLUICED_KAFKA_DOCUMENTS_TOPIC", value_name = "NAME")]
+    documents_topic: String,
+    /// The reason in their header `sluice-error`, such as `foreign_tokenizer`.
+    #[arg(long, value_name = "REASON")]
+    reason: String,
+    /// Only say how many there are.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    kafka: PropertyArgs,
+    /// Most bytes of one record, as the broker's message.max.bytes.
+    #[arg(long, default_value_t = 1_000_000, value_name = "N")]
+    record_bytes_max: u32,
+}
+
 #[derive(Debug, Args)]
 struct DevBrokerArgs {
     /// A topic to create, as NAME:PARTITIONS; may be repeated.
@@ -279,6 +313,15 @@ pub fn run() -> anyhow::Result<()> {
         Command::Topics(TopicsCommand::Create { bootstrap_servers, replication, kafka, topics }) => {
             topics::create(&bootstrap_servers, &kafka.resolve()?, &topics, replication)
         }
+        Command::DeadLetters(DeadLettersCommand::Replay(args)) => dead_letters::replay(&Replay {
+            bootstrap_servers: args.bootstrap_servers,
+            dead_letter_topic: args.dead_letter_topic,
+            documents_topic: args.documents_topic,
+            reason: args.reason,
+            dry_run: args.dry_run,
+            properties: args.kafka.resolve()?,
+            record_bytes_max: args.record_bytes_max,
+        }),
         Command::DevBroker(args) => dev_broker::run(&args.topics, args.until_stdin_closes),
         Command::Model(ModelCommand::Inspect { json, device, folder }) => {
             model_tools::inspect(&folder, &device, json)

@@ -24,6 +24,13 @@ const FAILURES_MAX: usize = 3;
 /// Longest wait before a loop looks whether it should stop.
 const TURN: Duration = Duration::from_millis(100);
 
+/// Stands for no document.
+const PROBE: u64 = u64::MAX;
+
+fn is_probe(batch: &Batch) -> bool {
+    batch.windows.first().is_some_and(|window| window.document == PROBE)
+}
+
 /// A batch and what the model made of it.
 pub type Run = (Batch, anyhow::Result<Scores>);
 
@@ -55,6 +62,8 @@ pub struct Dispatcher<'a> {
     ladder: Ladder,
     metrics: &'a Metrics,
     notices: Notices,
+    /// Documents that the model failed on alone, until it is known whether they or the device are at fault.
+    suspects: Vec<(u64, anyhow::Error)>,
     /// Documents in a row that the model failed on.
     failures: usize,
     /// When the look-ahead last began to fill.
@@ -79,6 +88,7 @@ impl<'a> Dispatcher<'a> {
             ladder,
             metrics,
             notices: Notices::default(),
+            suspects: Vec::new(),
             failures: 0,
             waiting_since: Instant::now(),
         }
@@ -123,6 +133,9 @@ impl<'a> Dispatcher<'a> {
     /// What of `batch` is still to be computed.
     fn wanted(&mut self, batch: Batch) -> Option<Batch> {
         let Self { assembler, ledger, ladder, .. } = self;
+        if is_probe(&batch) {
+            return Some(batch);
+        }
         let is_wanted =
             |window: &&Window| assembler.wants(window.document, |ticket| ledger.is_wanted(ticket));
         let wanted: Vec<Window> = batch.windows.iter().filter(is_wanted).cloned().collect();
@@ -140,10 +153,30 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
+    /// A batch that ran in the warm-up, and that nothing in a document can make fail.
+    fn probe(&self) -> Batch {
+        let len = self.ladder.lengths().into_iter().find(|&len| len >= 2).unwrap_or(2);
+        let tokens = vec![0; len].into();
+        let window = Window { document: PROBE, tokens, span: 0..len, bos: None, first_scored: 1 };
+        Batch::new(vec![window], self.ladder)
+    }
+
     /// Takes in what the model made of a batch. Halves of one that failed come back from [`Self::next_batch`]; a
-    /// document that fails alone becomes a dead letter. An error means that the model is broken.
+    /// document that fails alone becomes a dead letter once another batch has shown that the device is well. An error means
+    /// that the model is broken, or the device.
     pub fn finish(&mut self, (batch, scored): Run) -> anyhow::Result<()> {
         match scored {
+            Ok(_) if is_probe(&batch) => {
+                for (document, error) in std::mem::take(&mut self.suspects) {
+                    let finished = self.assembler.failed(document, MODEL_FAILED, &format!("{error:#}"));
+                    self.complete(finished);
+                }
+            }
+            Err(error) if is_probe(&batch) => {
+                return Err(error).context(
+                    "the device fails on a batch that it ran before, so that no document is at fault; nothing is given up",
+                );
+            }
             Ok(scores) => {
                 self.failures = 0;
                 self.metrics.model_tokens.inc_by(batch.real_tokens() as u64);
@@ -185,9 +218,8 @@ impl<'a> Dispatcher<'a> {
                         .context(format!("the model failed on {} documents in a row", self.failures));
                 }
                 if let Some(window) = batch.windows.first() {
-                    let finished =
-                        self.assembler.failed(window.document, MODEL_FAILED, &format!("{error:#}"));
-                    self.complete(finished);
+                    self.suspects.push((window.document, error));
+                    self.retries.push(self.probe());
                 }
             }
         }

@@ -5,6 +5,7 @@ pub mod assemble;
 pub mod batch;
 pub mod cli;
 pub mod config;
+pub mod dead_letters;
 pub mod dev_broker;
 pub mod device;
 pub mod device_memory;

@@ -62,7 +62,7 @@ pub struct Metrics {
     pub aborts: IntCounter,
     /// Times that the broker, or a look at the group, kept this daemon from publishing what another has taken over.
     pub fences: IntCounterVec,
-    /// Producers given up because a call did not return, and replaced.
+    /// Producers replaced because one of their requests may have been under way still, or a call did not return.
     pub producers_replaced: IntCounter,
     /// Offset commits that failed; the next one covers them.
     pub commit_failures: IntCounter,
@@ -175,7 +175,7 @@ impl Metrics {
             )?,
             producers_replaced: counter(
                 "sluiced_producers_replaced_total",
-                "Producers that did not return from a call and were replaced.",
+                "Producers that were replaced: one of their requests may have been under way still, or a call did not return.",
             )?,
             commit_failures: counter("sluiced_commit_failures_total", "Offset commits that failed.")?,
             rebalances: counter(

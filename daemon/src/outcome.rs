@@ -8,6 +8,11 @@ pub const RECORD_TOO_LARGE: &str = "record_too_large";
 /// Reason for a dead letter: the model failed on this document alone.
 pub const MODEL_FAILED: &str = "model_failed";
 
+/// Reasons that are more likely ours than a document's where many have them: another model or tokenizer than the documents
+/// were made with, or a device that computes nonsense.
+const OURS: [&str; 5] =
+    ["foreign_tokenizer", "token_beyond_vocabulary", "non_finite_loss", "negative_loss", MODEL_FAILED];
+
 /// What became of a record.
 #[derive(Debug)]
 pub enum Outcome {
@@ -79,6 +84,14 @@ impl DeadLetter {
 }
 
 impl Outcome {
+    /// Why the record could not be scored, where that is more likely our fault than its own.
+    pub fn our_fault(&self) -> Option<&'static str> {
+        match self {
+            Self::Scored(_) => None,
+            Self::DeadLetter(letter) => OURS.into_iter().find(|reason| *reason == letter.reason),
+        }
+    }
+
     /// The dead letter to publish in place of a record that is too large; nothing where it cannot be made smaller.
     pub fn shrink(&self) -> Option<DeadLetter> {
         match self {
@@ -133,6 +146,18 @@ mod tests {
             (None, 0, Omitted::PayloadAndKey),
         ];
         assert_eq!(shapes, expected);
+    }
+
+    #[test]
+    fn reasons_of_ours_are_reasons_that_there_are() {
+        let known = sluice_schemas::record::RecordError::CODES;
+        for reason in OURS.into_iter().filter(|reason| *reason != MODEL_FAILED) {
+            assert!(known.contains(&reason), "{reason}");
+            let letter = DeadLetter::new(None, Bytes::new(), reason, "");
+            assert_eq!(Outcome::DeadLetter(letter).our_fault(), Some(reason));
+        }
+        let letter = DeadLetter::new(None, Bytes::new(), "malformed", "");
+        assert_eq!(Outcome::DeadLetter(letter).our_fault(), None);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::metrics::Metrics;
 use crate::score::model::Model;
 use crate::score::policy::context_policy;
 use crate::score::runtime::SessionOptions;
+use crate::score::self_test::self_test;
 use crate::score::warm_up::warm_up;
 use crate::score::{Score, Scorer, Scores};
 
@@ -107,9 +108,13 @@ impl Reference {
         );
     }
 
-    /// Runs the shapes that scoring will meet; says how many there were.
+    /// Runs the shapes that scoring will meet, and tries what losses rest on; says how many shapes there were.
     pub fn warm_up(&mut self, config: &Config) -> anyhow::Result<usize> {
-        warm_up(&mut self.scorer, self.device, self.policy, &config.batch).exit_code(DATA)
+        let shapes = warm_up(&mut self.scorer, self.device, self.policy, &config.batch).exit_code(DATA)?;
+        let identity = &self.model.identity;
+        let who = (identity.vocabulary, identity.precision);
+        self_test(&mut self.scorer, who, self.policy, &config.batch).exit_code(DATA)?;
+        Ok(shapes)
     }
 }
 

@@ -146,8 +146,8 @@ fn stress(seed: u64, bos: Bos) -> u64 {
                 Outcome::Scored(scored) => scored,
                 Outcome::DeadLetter(letter) => {
                     assert_eq!(letter.reason, MODEL_FAILED, "{}", letter.detail);
-                    let document = TokenizedDocument::decode(letter.payload.clone()).unwrap();
-                    assert!(poisoned.remove(&document.id), "{} was not given up", document.id);
+                    let id = TokenizedDocument::decode(letter.payload.clone()).unwrap().id;
+                    assert!(poisoned.remove(&id), "{id}, which nothing failed on, was given up");
                     continue;
                 }
             };
@@ -202,4 +202,56 @@ fn a_document_is_handed_over_with_the_last_of_its_windows_whatever_is_tried_agai
     assembler.take_back(document);
     let handed_over: Vec<_> = (0..3).map(|_| assembler.hand_over(document)).collect();
     assert_eq!(handed_over, [None, None, Some(ticket)]);
+}
+
+fn dispatcher<'a>(
+    ledger: &'a Ledger<Outcome>,
+    settings: &'a BatchSettings,
+    metrics: &'a Metrics,
+) -> Dispatcher<'a> {
+    ledger.assign([0, 1, 2]);
+    let context = ContextPolicy { window: 64, stride: 32, bos: Bos::None };
+    let record = RecordPolicy { model: identity(), context, loss_format: LossFormat::F32, entropies: false };
+    let mut dispatcher = Dispatcher::new(record, ledger, settings, metrics);
+    for id in 0..DOCUMENTS {
+        dispatcher.accept(job(ledger, id, &[1, 2, 3, 4]));
+    }
+    dispatcher
+}
+
+const DOCUMENTS: usize = 6;
+
+/// A sticky error of the device, such as those of CUDA after which every call fails.
+#[test]
+fn a_device_that_fails_for_good_gives_up_no_document() {
+    let (ledger, settings, metrics) = (Ledger::default(), BatchSettings::default(), Metrics::new().unwrap());
+    let mut dispatcher = dispatcher(&ledger, &settings, &metrics);
+    let failed = (0..100).find_map(|_| {
+        let batch = dispatcher.next_batch().unwrap();
+        dispatcher.finish((batch, Err(anyhow::anyhow!("CUDA failure 719")))).err()
+    });
+    let error = format!("{:#}", failed.unwrap());
+    assert!(error.contains("no document is at fault") && error.contains("719"), "{error}");
+    assert!(ledger.take(usize::MAX, Duration::ZERO, Duration::ZERO).is_empty(), "nothing may be committed");
+}
+
+#[test]
+fn a_document_is_given_up_once_the_device_is_known_to_be_well() {
+    const BAD: u64 = 2;
+    let (ledger, settings, metrics) = (Ledger::default(), BatchSettings::default(), Metrics::new().unwrap());
+    let mut dispatcher = dispatcher(&ledger, &settings, &metrics);
+    while let Some(batch) = dispatcher.next_batch() {
+        let is_bad = batch.windows.iter().any(|window| window.document == BAD);
+        let scored = if is_bad { Err(anyhow::anyhow!("a bad document")) } else { Ok(model(&batch)) };
+        dispatcher.finish((batch, scored)).unwrap();
+    }
+    let group = ledger.take(usize::MAX, Duration::ZERO, Duration::ZERO);
+    let reasons: Vec<_> = group
+        .iter()
+        .filter_map(|taken| match &taken.outcome {
+            Outcome::Scored(_) => None,
+            Outcome::DeadLetter(letter) => Some((letter.reason, letter.detail.as_str())),
+        })
+        .collect();
+    assert_eq!((group.len(), reasons), (DOCUMENTS, vec![("model_failed", "a bad document")]));
 }

@@ -17,7 +17,7 @@ use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_schemas::onnx::tensor_proto::DataLocation;
 use sluice_schemas::onnx::{ModelProto, NodeProto, StringStringEntryProto, TensorProto};
 use sluice_schemas::record::{Bos, ContextPolicy};
-use sluice_tests::{binary, golden, onnxruntime};
+use sluice_tests::{Leak, binary, golden, onnxruntime, write_leaking_model};
 
 fn read(folder: &Path) -> ModelProto {
     ModelProto::decode(std::fs::read(folder.join("model.onnx")).unwrap().as_slice()).unwrap()
@@ -190,6 +190,26 @@ fn what_is_wrong_with_a_folder_has_its_exit_code() {
     assert!(error.contains("is not an ONNX file, or is cut short"), "{error}");
     std::fs::remove_file(&file).unwrap();
     assert_eq!(inspect(folder.path()).0, 66);
+}
+
+/// Such a model's losses look good, and a trainer would choose by them.
+#[test]
+fn a_model_that_sees_what_it_should_not_is_refused_by_what_it_sees() {
+    let words = [
+        (Leak::Next, "the model sees what follows a token"),
+        (Leak::Company, "the model mixes the rows of a batch"),
+        (Leak::Padding, "the model sees its padding"),
+    ];
+    for (leak, words) in words {
+        let folder = tempfile::tempdir().unwrap();
+        write_leaking_model(folder.path(), leak);
+        let path = folder.path().to_str().unwrap();
+        // No broker is asked before the model is known to be good.
+        let output = sluiced(&["validate", "--model-path", path, "--kafka-bootstrap-servers", "127.0.0.1:9"]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(65), "{leak:?}: {error}");
+        assert!(error.contains(words), "{leak:?}: {error}");
+    }
 }
 
 #[test]

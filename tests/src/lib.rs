@@ -25,7 +25,7 @@ pub use prometheus::{Prometheus, promtool};
 pub use proxy::{Proxy, Request};
 pub use topic::{Record, produce, produce_keyless, produce_to, read_all};
 pub use trainer::Trainer;
-pub use trapped_model::{TRAP, write_greedy_model, write_hanging_model};
+pub use trapped_model::{Leak, TRAP, write_greedy_model, write_hanging_model, write_leaking_model};
 
 /// The repository's root.
 pub fn root() -> PathBuf {

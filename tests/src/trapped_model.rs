@@ -54,6 +54,39 @@ pub fn write_greedy_model(folder: &Path) {
     });
 }
 
+/// How a model sees more than what stands before a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leak {
+    /// It reads the next token in place of each.
+    Next,
+    /// It reads other tokens where its row is not alone.
+    Company,
+    /// It reads other tokens where its row is longer.
+    Padding,
+}
+
+/// Writes a model to `folder` whose losses depend on what they should not.
+pub fn write_leaking_model(folder: &Path, leak: Leak) {
+    write(folder, |graph| {
+        if leak == Leak::Next {
+            let (one, end, minus_one, axis) =
+                (graph.ints(&[1]), graph.ints(&[FOR_EVER]), graph.ints(&[-1]), graph.ints(&[1]));
+            let rest = graph.node("Slice", &[IDS, &one, &end, &axis], vec![]);
+            let last = graph.node("Slice", &[IDS, &minus_one, &end, &axis], vec![]);
+            let next = graph.node("Concat", &[&rest, &last], vec![int_attribute("axis", 1)]);
+            return graph.node("Sub", &[&next, IDS], vec![]);
+        }
+        let shape = graph.node("Shape", &[IDS], vec![]);
+        let axis = graph.ints(&[i64::from(leak == Leak::Padding)]);
+        let size = graph.node("Gather", &[&shape, &axis], vec![]);
+        // Rows are padded to multiples of eight.
+        let step = graph.ints(&[if leak == Leak::Padding { 8 } else { 1 }]);
+        let steps = graph.node("Div", &[&size, &step], vec![]);
+        let one = graph.ints(&[1]);
+        graph.node("Sub", &[&steps, &one], vec![])
+    });
+}
+
 /// The golden model, to whose token ids the zero that `trap` names is added.
 fn write(folder: &Path, trap: impl FnOnce(&mut GraphBuilder) -> String) {
     for file in ["tokenizer.json", "config.json"] {

@@ -213,6 +213,12 @@ pub struct Limits {
     pub drain_seconds: u64,
     /// Age of a loop's last sign of life, in seconds, at which `/live` fails.
     pub stalled_seconds: u64,
+    /// How many of the last records are looked at for `limits.failing_percent`.
+    pub failing_records: usize,
+    /// How many in a hundred of them may be dead letters for a reason that is more likely the model's or the device's than
+    /// theirs (another tokenizer, tokens beyond the vocabulary, losses that are no losses, a model that fails). Beyond that
+    /// the daemon ends before it commits them.
+    pub failing_percent: usize,
 }
 
 impl Default for Limits {
@@ -223,6 +229,8 @@ impl Default for Limits {
             publish_delay_ms: 100,
             drain_seconds: 30,
             stalled_seconds: 120,
+            failing_records: 1000,
+            failing_percent: 50,
         }
     }
 }
@@ -319,6 +327,7 @@ impl Config {
             ("batch.length_steps", self.batch.length_steps),
             ("limits.in_flight_tokens", self.limits.in_flight_tokens),
             ("limits.publish_tokens", self.limits.publish_tokens),
+            ("limits.failing_records", self.limits.failing_records),
             ("kafka.record_bytes_max", self.kafka.record_bytes_max as usize),
         ] {
             demand(value > 0, format!("{key} must be at least 1"));
@@ -330,6 +339,8 @@ impl Config {
             ("limits.publish_delay_ms", self.limits.publish_delay_ms, 60_000),
             ("limits.drain_seconds", self.limits.drain_seconds, 86_400),
             ("limits.stalled_seconds", self.limits.stalled_seconds, 86_400),
+            ("limits.failing_records", self.limits.failing_records as u64, 1 << 24),
+            ("limits.failing_percent", self.limits.failing_percent as u64, 100),
         ] {
             demand(value <= most, format!("{key} is {value}; it may be at most {most}"));
         }

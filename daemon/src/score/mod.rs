@@ -12,6 +12,7 @@ pub mod model;
 pub mod names;
 pub mod policy;
 pub mod runtime;
+pub mod self_test;
 pub mod warm_up;
 mod widen;
 

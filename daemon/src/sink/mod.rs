@@ -4,6 +4,7 @@
 //! outcome once, whatever is killed. *At least once*: offsets are committed after the broker has confirmed the
 //! records, and what lies between the two is published again by the next daemon.
 
+mod breaker;
 mod error;
 mod headers;
 mod producer;
@@ -29,6 +30,7 @@ use crate::ledger::{Group, Ledger, Ticket};
 use crate::metrics::Metrics;
 use crate::notice::Notices;
 use crate::outcome::{DeadLetter, Outcome};
+use breaker::Breaker;
 use error::{Failure, is_too_large};
 use headers::headers;
 use producer::{RecordProducer, wait_delivered};
@@ -55,6 +57,7 @@ pub struct Sink<'a> {
     metrics: &'a Metrics,
     health: &'a Health,
     notices: Notices,
+    breaker: Breaker,
     /// Down while the transactions coordinator does not answer.
     coordinator: Condition,
     /// Down while every transaction is aborted for the same reason.
@@ -77,6 +80,7 @@ impl<'a> Sink<'a> {
         let topics = Arc::default();
         let producer = new_producer(config, &topics)?;
         let notices = Notices::default();
+        let breaker = Breaker::new(config.limits.failing_records, config.limits.failing_percent);
         let delivery = config.kafka.delivery;
         let coordinator = health.condition(Wait::Coordinator);
         coordinator.set_down(delivery == Delivery::ExactlyOnce);
@@ -92,6 +96,7 @@ impl<'a> Sink<'a> {
             metrics,
             health,
             notices,
+            breaker,
             coordinator,
             publishing,
             begun,
@@ -129,6 +134,7 @@ impl<'a> Sink<'a> {
                 }
                 continue;
             }
+            self.check_reasons(&group)?;
             let timer = self.metrics.publish_seconds.start_timer();
             match self.delivery {
                 Delivery::ExactlyOnce => self.deliver_exactly_once(&mut group)?,
@@ -139,6 +145,32 @@ impl<'a> Sink<'a> {
             self.count(&group);
             self.ledger.release(&group);
         }
+    }
+
+    /// Fails before `group` is published where too many of the last records have failed for a reason of ours.
+    fn check_reasons(&mut self, group: &Group<Outcome>) -> anyhow::Result<()> {
+        for taken in group {
+            let fault = taken.outcome.our_fault();
+            if let (true, Some(reason)) = (self.breaker.count(fault.is_some()), fault) {
+                let detail = match &taken.outcome {
+                    Outcome::DeadLetter(letter) => letter.detail.as_str(),
+                    Outcome::Scored(_) => "",
+                };
+                let limits = &self.config.limits;
+                return Err(anyhow!(
+                    "more than {} % of the last {} records could not be scored for a reason that is hardly theirs, at last \
+                     partition {}, offset {}: {reason}, {detail}; none of these is committed. Check \
+                     model.path and its tokenizer, or allow more with limits.failing_percent; `sluiced dead-letters replay` \
+                     brings back what came before",
+                    limits.failing_percent,
+                    limits.failing_records,
+                    taken.ticket.partition,
+                    taken.ticket.offset,
+                ))
+                .exit_code(DATA);
+            }
+        }
+        Ok(())
     }
 
     /// Warns of the first dead letter of its reason at once, and of later ones together.

@@ -58,10 +58,13 @@ impl Hooks for Answers {
 
 /// Whether a line of librdkafka's log (2.12: `rd_kafka_broker_set_error`, `rd_kafka_broker_timeout_scan`) says that
 /// requests have lost their connection, or that their time is up. It sends them once more by itself and says so nowhere
-/// else. A connection that was never made has carried none.
+/// else. A connection that was never made has carried none, and the first one to a broker, which is closed once all brokers
+/// are known, none of a transaction.
 fn leaves_unanswered(facility: &str, message: &str) -> bool {
+    const FIRST: &str = "/bootstrap: ";
     const MADE: [&str; 2] = ["in state UP", "in state REAUTH"];
     match facility {
+        _ if message.contains(FIRST) => false,
         "REQTMOUT" => true,
         // A long line has lost its end, with the state.
         "FAIL" => !message.contains("in state ") || MADE.iter().any(|state| message.contains(state)),
@@ -215,6 +218,7 @@ mod tests {
             ("FAIL", "Disconnected (after 2012ms in state UP) (_TRANSPORT)", true),
             ("FAIL", "1 request(s) timed out: disconnect (after 9ms in state REAUTH) (_TIMED_OUT)", true),
             ("REQTMOUT", "Timed out EndTxnRequest in flight (after 2003ms, timeout #0)", true),
+            ("FAIL", "[thrd:a:9/bootstrap]: a:9/bootstrap: Decommissioning (after 7ms in state UP)", false),
             ("FAIL", "Connect to ipv4#127.0.0.1:9 failed: refused (after 0ms in state CONNECT)", false),
             ("STATE", "Broker changed state TRY_CONNECT -> CONNECT", false),
         ];

@@ -1,0 +1,93 @@
+//! A wrong model turns documents into dead letters, not many of them, and they come back once it is gone.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::path::Path;
+use std::process::Command;
+
+use bytes::Bytes;
+use sluice_tests::{Cluster, Daemon, binary, golden, produce, read_all};
+
+const DOCUMENTS: usize = 40;
+const DEAD_LETTERS: &str = "sluice.dead-letters";
+
+/// The golden model with another tokenizer's file.
+fn write_foreign_model(folder: &Path) {
+    for file in ["model.onnx", "config.json", "tokenizer.json"] {
+        std::fs::copy(golden("tiny-llama").join(file), folder.join(file)).unwrap();
+    }
+    let tokenizer = std::fs::read_to_string(folder.join("tokenizer.json")).unwrap();
+    std::fs::write(folder.join("tokenizer.json"), tokenizer + "\n").unwrap();
+}
+
+/// What `sluiced dead-letters replay` prints.
+fn replay(cluster: &Cluster, reason: &str, flags: &[&str]) -> String {
+    let output = Command::new(binary("sluiced"))
+        .args(["dead-letters", "replay", "--bootstrap-servers", cluster.servers(), "--reason", reason])
+        .args(flags)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn dead_letters_come_back_once_when_their_reason_is_gone() {
+    let cluster = Cluster::with_topics(2);
+    let folder = tempfile::tempdir().unwrap();
+    write_foreign_model(folder.path());
+    produce(cluster.servers(), "sluice.documents", &[("broken", Some(Bytes::from_static(b"no document")))]);
+    cluster.send(0..DOCUMENTS, 20);
+    let wrong = Daemon::start_with(cluster.servers(), folder.path(), &[]);
+    wrong.wait("dead letters", |daemon| daemon.finished() > DOCUMENTS);
+    assert_eq!(wrong.stop().code(), Some(0));
+
+    let dry = replay(&cluster, "foreign_tokenizer", &["--dry-run"]);
+    let counted =
+        format!("{DOCUMENTS} dead letters of reason foreign_tokenizer would come back to sluice.documents\n");
+    assert_eq!(dry, counted.clone() + "1 of reason malformed stay\n");
+    let right = cluster.daemon(&[]);
+    let back = replay(&cluster, "foreign_tokenizer", &[]);
+    assert_eq!(back, counted.replace("would come back", "came back") + "1 of reason malformed stay\n");
+    cluster.wait_scored(DOCUMENTS);
+    let again = replay(&cluster, "foreign_tokenizer", &[]);
+    assert!(again.starts_with("0 dead letters of reason foreign_tokenizer came back"), "{again}");
+
+    // A topic that was emptied by deleting it holds other letters, at offsets that were read before.
+    assert_eq!(right.stop().code(), Some(0));
+    cluster.kafka.delete_topic(DEAD_LETTERS);
+    cluster.kafka.create_topic(DEAD_LETTERS, 1);
+    cluster.send(DOCUMENTS..DOCUMENTS + 5, 20);
+    let wrong = Daemon::start_with(cluster.servers(), folder.path(), &[]);
+    wrong.wait("dead letters", |daemon| daemon.finished() == 5);
+    assert_eq!(wrong.stop().code(), Some(0));
+    let right = cluster.daemon(&[]);
+    assert!(replay(&cluster, "foreign_tokenizer", &[]).starts_with("5 dead letters"));
+    cluster.wait_scored(DOCUMENTS + 5);
+    assert_eq!(right.stop().code(), Some(0));
+    cluster.assert_each_once(DOCUMENTS + 5);
+}
+
+#[test]
+fn a_daemon_that_fails_on_most_records_ends_before_it_commits_them() {
+    const LOOKED_AT: usize = 20;
+    let cluster = Cluster::with_topics(2);
+    let folder = tempfile::tempdir().unwrap();
+    write_foreign_model(folder.path());
+    cluster.send(0..DOCUMENTS, 20);
+    let records = LOOKED_AT.to_string();
+    let mut wrong = Daemon::start_with(
+        cluster.servers(),
+        folder.path(),
+        &["--limits-failing-records", &records, "--limits-failing-percent", "50"],
+    );
+    wrong.wait_for_end(65);
+    assert!(wrong.log().contains("foreign_tokenizer"), "{}", wrong.log());
+    let lost = read_all(cluster.servers(), DEAD_LETTERS).len();
+    assert!(lost <= LOOKED_AT / 2, "{lost} were committed");
+
+    let right = cluster.daemon(&[]);
+    assert!(replay(&cluster, "foreign_tokenizer", &[]).starts_with(&format!("{lost} dead letters")));
+    cluster.wait_scored(DOCUMENTS);
+    assert_eq!(right.stop().code(), Some(0));
+    cluster.assert_each_once(DOCUMENTS);
+}
