@@ -41,9 +41,10 @@ pub(crate) fn raised(error: FeedError) -> PyErr {
         | FeedError::PropertyValue(_)
         | FeedError::OwnedProperty(_)
         | FeedError::Shard { .. } => ConfigurationError::new_err(message),
-        FeedError::Snapshot(_) | FeedError::Removed { .. } | FeedError::Shorter { .. } => {
-            StateError::new_err(message)
-        }
+        FeedError::Snapshot(_)
+        | FeedError::Removed { .. }
+        | FeedError::Shorter { .. }
+        | FeedError::MadeAnew { .. } => StateError::new_err(message),
         FeedError::OtherRank | FeedError::SeveralReferences | FeedError::Agreement(_) => {
             RankError::new_err(message)
         }
