@@ -93,3 +93,33 @@ fn connections_that_are_cut_while_nothing_happens_hold_up_nothing_afterwards() {
     assert_eq!(daemon.stop().code(), Some(0));
     cluster.assert_each_once(ALL);
 }
+
+/// The broker that alone has the transactions' own topic.
+const COORDINATOR: usize = 3;
+
+/// What freezes a virtual machine: requests wait in its sockets and are served when it wakes, in the order in which they
+/// came, while their sender has asked again and again.
+#[test]
+fn a_coordinator_that_freezes_and_thaws_loses_and_doubles_nothing() {
+    const ROUNDS: usize = 3;
+    let cluster = Cluster::start(3);
+    let settings = [("cleanup.policy", "compact"), ("min.insync.replicas", "1")];
+    cluster.kafka.create_topic_on(COORDINATOR as i32, "__transaction_state", 4, &settings);
+    for topic in ["sluice.documents", "sluice.scored", "sluice.dead-letters"] {
+        cluster.kafka.create_topic(topic, 2);
+    }
+    let daemon = cluster.daemon(&IMPATIENT);
+    cluster.send(0..BEFORE, 20);
+    cluster.wait_scored(BEFORE);
+    for round in 1..=ROUNDS {
+        let frozen = cluster.kafka.freeze(COORDINATOR);
+        cluster.send(round * BEFORE..(round + 1) * BEFORE, 20);
+        daemon.wait("a word on it", |daemon| daemon.get("/ready").0 == 503);
+        drop(frozen);
+        cluster.wait_scored((round + 1) * BEFORE);
+        daemon.wait("readiness", |daemon| daemon.get("/ready").0 == 200);
+    }
+    assert!(daemon.metric("sluiced_producers_replaced_total") > 0);
+    assert_eq!(daemon.stop().code(), Some(0));
+    cluster.assert_each_once((ROUNDS + 1) * BEFORE);
+}

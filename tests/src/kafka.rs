@@ -59,6 +59,13 @@ impl Kafka {
         self.run(&["stop", "--node", &node.to_string()]);
     }
 
+    /// SIGSTOP to a broker, until the value that is returned is dropped.
+    pub fn freeze(&self, node: usize) -> Frozen {
+        let frozen = Frozen(self.process_ids()[node - 1]);
+        frozen.signal("-STOP");
+        frozen
+    }
+
     /// Starts the brokers that do not run.
     pub fn start_again(&self) {
         self.run(&["start"]);
@@ -151,6 +158,22 @@ impl Kafka {
 
     fn admin(&self) -> AdminClient<DefaultClientContext> {
         ClientConfig::new().set("bootstrap.servers", &self.bootstrap_servers).create().unwrap()
+    }
+}
+
+/// A broker that is frozen, and goes on when this value goes.
+pub struct Frozen(u32);
+
+impl Frozen {
+    fn signal(&self, name: &str) {
+        // Fails where the process has ended, which is for the test to see.
+        let _ = Command::new("kill").arg(name).arg(self.0.to_string()).status();
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.signal("-CONT");
     }
 }
 

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 pub use broker::Broker;
 pub use cluster::Cluster;
 pub use daemon::{Daemon, http_get};
-pub use kafka::{Kafka, Shape};
+pub use kafka::{Frozen, Kafka, Shape};
 pub use machine::Machine;
 pub use prometheus::{Prometheus, promtool};
 pub use proxy::{Proxy, Request};
