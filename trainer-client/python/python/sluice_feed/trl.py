@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from sluice_feed._core import ConfigurationError
 from sluice_feed.transformers.data import gives_steps
@@ -27,7 +27,8 @@ class SelectiveSFTTrainer(SelectiveMixin, SFTTrainer):  # type: ignore[misc]
             raise ConfigurationError("give args=SFTConfig(...): preparation of the dataset is switched off in it")
         if getattr(settings, "packing", False):
             raise ConfigurationError("packing takes reference losses from their tokens; a stream's rows are packed already")
-        settings.dataset_kwargs = {**(settings.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        given: Any = settings.dataset_kwargs
+        settings.dataset_kwargs = {**(given or {}), "skip_prepare_dataset": True}
         # TRL looks at a first row before anything is read.
         stand_in = Dataset.from_list([{"input_ids": [0], "labels": [-100]}])
         super().__init__(*args, train_dataset=stand_in if gives_steps(train_dataset) else train_dataset, **kwargs)
