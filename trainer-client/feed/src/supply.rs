@@ -20,7 +20,7 @@ use crate::turns::{Outlook, RankState, Turns};
 pub enum Agreed {
     /// Every rank has what it needs: [`Supply::take`] gives the step's micro-batches.
     Ready,
-    /// A lane has ended, so others must give more: fill and agree once more.
+    /// A lane has ended, so others must give more, or a rank still waits for documents: fill and agree once more.
     Again,
     /// All lanes have ended and nothing is left of them.
     Ended,
@@ -130,6 +130,8 @@ impl Supply {
         match outlook.state() {
             RankState::Failed => return Agreed::Failed,
             RankState::Stopped => return Agreed::Stopped,
+            // What lanes have left is not known of all ranks.
+            RankState::Waiting => return Agreed::Again,
             RankState::Well if outlook.has_several_references() => return Agreed::SeveralReferences,
             RankState::Well => {}
         }

@@ -32,6 +32,8 @@ pub enum RankState {
     Failed,
     /// It was asked to stop.
     Stopped,
+    /// It waits for documents, and has said so rather than keep the others waiting without a word.
+    Waiting,
     /// It has what it needs for the next step.
     Well,
 }
@@ -69,6 +71,16 @@ impl Outlook {
         Self::new(RankState::Failed, lanes, std::iter::empty())
     }
 
+    /// The outlook of a rank that was asked to stop.
+    pub fn stopped(lanes: usize) -> Self {
+        Self::new(RankState::Stopped, lanes, std::iter::empty())
+    }
+
+    /// The outlook of a rank that still waits for documents.
+    pub fn waiting(lanes: usize) -> Self {
+        Self::new(RankState::Waiting, lanes, std::iter::empty())
+    }
+
     /// The state of the worst rank.
     pub fn state(&self) -> RankState {
         self.state
@@ -85,6 +97,7 @@ impl Outlook {
         let state = match *state {
             state if state == RankState::Well as i64 => RankState::Well,
             state if state == RankState::Stopped as i64 => RankState::Stopped,
+            state if state == RankState::Waiting as i64 => RankState::Waiting,
             _ => RankState::Failed,
         };
         let unshown = ([UNSHOWN; 2 * SHOWN], &[][..]);
@@ -176,6 +189,10 @@ mod tests {
         assert_eq!((all.state(), &all.left[..]), (RankState::Stopped, &[2, 0, OPEN, OPEN][..]));
         assert_eq!(Outlook::from_values(&Outlook::failed(4).values()).state(), RankState::Failed);
         assert_eq!(Outlook::from_values(&[]).state(), RankState::Failed);
+        let [stopped, waiting] = [Outlook::stopped(4), Outlook::waiting(4)];
+        assert_eq!(Outlook::from_values(&waiting.values()), waiting);
+        assert!(RankState::Failed < stopped.state() && stopped.state() < waiting.state());
+        assert!(waiting.state() < one.state(), "one that waits holds up those that do not");
     }
 
     #[test]

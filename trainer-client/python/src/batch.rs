@@ -8,7 +8,7 @@ use sluice_feed::cut::Piece;
 /// What PyTorch's losses take for a position that predicts nothing.
 const IGNORE_INDEX: i64 = -100;
 
-/// A micro-batch of packed sequences.
+/// A micro-batch of packed sequences. The last ones of a partition may have fewer rows than the others.
 ///
 /// Arrays have the shape `[rows, sequence_length]` unless they say otherwise, belong to Python, and may be changed.
 #[pyclass(frozen, get_all, module = "sluice_feed")]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -17,8 +17,8 @@ use sluice_feed::snapshot::Snapshot;
 use sluice_feed::stream::{
     Broker, Decoder, Extent, Shard, StreamError as FeedError, TopicKind, first_context,
 };
-use sluice_feed::supply::Agreed;
-use sluice_feed::turns::Outlook;
+use sluice_feed::supply::{Agreed, Buffered};
+use sluice_feed::turns::{Outlook, RankState};
 use sluice_schemas::fingerprint::Fingerprint;
 
 use crate::batch::{Batch, Columns};
@@ -27,6 +27,9 @@ use crate::metrics::Counts;
 
 /// Longest wait between looks at whether Ctrl-C was pressed.
 const POLL: Duration = Duration::from_millis(50);
+/// A rank that has waited for documents for so long says so to the others, which hear meanwhile that it is there, and it
+/// hears whether they have stopped or failed.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// A rank's lanes (partitions of the topic) as micro-batches.
 ///
@@ -38,10 +41,21 @@ pub(crate) struct Feed {
     state: Mutex<Option<State>>,
     stop: Arc<AtomicBool>,
     counts: Arc<Counts>,
+    /// What is known without waiting for a `fill` that goes on.
+    reached: Mutex<Reached>,
     process: u32,
     lanes: usize,
     own: Vec<usize>,
     shape: BatchShape,
+}
+
+/// How far the feed had come when it was last looked at.
+#[derive(Clone, Default)]
+struct Reached {
+    step: u64,
+    documents: u64,
+    buffered: Buffered,
+    reference_model: Option<String>,
 }
 
 struct State {
@@ -97,7 +111,7 @@ impl Feed {
         let stop = Arc::new(AtomicBool::new(false));
         let broker = Broker::new(bootstrap_servers, properties.into_iter().collect()).map_err(raised)?;
         let broker = broker.observed(Arc::clone(&counts) as _);
-        let feed = interruptible(py, &stop, || {
+        let feed = interruptible(py, &stop, None, || {
             let snapshot = state.map(|parts| joined(&parts, vocab_size)).transpose()?;
             let len = match (sequence_length, &snapshot) {
                 (Some(len), _) => len,
@@ -116,7 +130,8 @@ impl Feed {
         let (lanes, shape) = (feed.lanes(), feed.shape());
         let state = Mutex::new(Some(State { feed, given: vec![] }));
         let own = shard.own(lanes).collect();
-        Ok(Self { state, stop, counts, process: std::process::id(), lanes, own, shape })
+        let (reached, process) = (Mutex::default(), std::process::id());
+        Ok(Self { state, stop, counts, reached, process, lanes, own, shape })
     }
 
     /// Partitions of the whole topic.
@@ -162,9 +177,23 @@ impl Feed {
     /// other: ranks agree by the smallest of each.
     fn fill(&self, py: Python<'_>) -> PyResult<Vec<i64>> {
         self.check_process()?;
-        let fill = || self.lock().as_mut().map(|state| state.feed.fill());
-        let outlook = interruptible(py, &self.stop, fill)?.ok_or_else(closed)?;
-        Ok(outlook.map_err(raised)?.values())
+        let fill = || {
+            self.lock().as_mut().map(|state| {
+                let outlook = state.feed.fill();
+                self.look_at(&state.feed);
+                outlook
+            })
+        };
+        let outlook =
+            interruptible(py, &self.stop, Some(SILENCE), fill)?.ok_or_else(closed)?.map_err(raised)?;
+        // One that nobody has asked to stop has waited for too long to keep silent.
+        let is_waiting = outlook.state() == RankState::Stopped && !self.stop.load(Ordering::Relaxed);
+        Ok(if is_waiting { Outlook::waiting(self.lanes) } else { outlook }.values())
+    }
+
+    /// What a rank that was asked to stop gives instead: all ranks stop before the next step.
+    fn stopped(&self) -> Vec<i64> {
+        Outlook::stopped(self.lanes).values()
     }
 
     /// What a rank that has failed gives instead, so that the others need not wait for it.
@@ -196,6 +225,7 @@ impl Feed {
                 (columns, packed.clone())
             });
             let columns: Vec<(Columns, PackedBatch)> = columns.collect();
+            self.look_at(&state.feed);
             (state.feed.step(), columns)
         })?;
         taken.into_iter().map(|(columns, packed)| Batch::new(py, step, &packed, columns)).collect()
@@ -220,10 +250,16 @@ impl Feed {
         Ok(dictionary)
     }
 
+    /// Takes back the micro-batches of the step given last: they come again.
+    fn put_back(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, |state| state.feed.put_back(std::mem::take(&mut state.given)))
+    }
+
     /// Fingerprint in hexadecimal digits of the model that made the reference losses, once a document has shown it.
     #[getter]
-    fn reference_model(&self, py: Python<'_>) -> PyResult<Option<String>> {
-        self.with(py, |state| state.feed.reference_model().map(|model| model.to_string()))
+    fn reference_model(&self) -> PyResult<Option<String>> {
+        self.check_process()?;
+        Ok(self.reached().reference_model.clone())
     }
 
     /// What people should know of how the plan meets the contexts that the reference model saw so far, a sentence each.
@@ -233,8 +269,9 @@ impl Feed {
 
     /// Counts of the stream by name.
     fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let (documents, buffered, step) =
-            self.with(py, |state| (state.feed.documents(), state.feed.buffered(), state.feed.step()))?;
+        self.check_process()?;
+        // Not out of the feed itself, which `fill` may hold for as long as it waits.
+        let Reached { step, documents, buffered, .. } = self.reached().clone();
         let dictionary = PyDict::new(py);
         dictionary.set_item("steps_total", step)?;
         dictionary.set_item("documents_total", documents)?;
@@ -248,6 +285,20 @@ impl Feed {
 impl Feed {
     fn lock(&self) -> MutexGuard<'_, Option<State>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reached(&self) -> MutexGuard<'_, Reached> {
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes how far the feed has come.
+    fn look_at(&self, feed: &Inner) {
+        *self.reached() = Reached {
+            step: feed.step(),
+            documents: feed.documents(),
+            buffered: feed.buffered(),
+            reference_model: feed.reference_model().map(|model| model.to_string()),
+        };
     }
 
     /// Runs with the state, and without the GIL, which another thread that holds the state may be waiting for.
@@ -329,9 +380,14 @@ fn named<T: serde::de::DeserializeOwned>(setting: &str, name: &str) -> PyResult<
         .map_err(|error| refused(format!("{setting}: {error}")))
 }
 
-/// Runs what may wait for long, on a thread of its own and without the GIL, while this one looks for Ctrl-C; then `stop` is
-/// set until the other has given up, and the exception is raised.
-fn interruptible<T: Send>(py: Python<'_>, stop: &AtomicBool, run: impl FnOnce() -> T + Send) -> PyResult<T> {
+/// Runs what may wait for long, on a thread of its own and without the GIL, while this one looks for Ctrl-C; then, or after
+/// `limit`, `stop` is set until the other has given up. After Ctrl-C the exception is raised.
+fn interruptible<T: Send>(
+    py: Python<'_>,
+    stop: &AtomicBool,
+    limit: Option<Duration>,
+    run: impl FnOnce() -> T + Send,
+) -> PyResult<T> {
     py.detach(|| {
         std::thread::scope(|scope| {
             let (done, is_done) = mpsc::sync_channel::<()>(0);
@@ -340,7 +396,7 @@ fn interruptible<T: Send>(py: Python<'_>, stop: &AtomicBool, run: impl FnOnce() 
                 drop(done);
                 outcome
             });
-            let asked_before = stop.load(Ordering::Relaxed);
+            let (begun, mut is_over) = (Instant::now(), false);
             let mut interrupted = Ok(());
             while let Err(mpsc::RecvTimeoutError::Timeout) = is_done.recv_timeout(POLL) {
                 if interrupted.is_ok() {
@@ -350,16 +406,18 @@ fn interruptible<T: Send>(py: Python<'_>, stop: &AtomicBool, run: impl FnOnce() 
                     )]
                     let checked = Python::attach(|py| py.check_signals());
                     interrupted = checked;
-                    if interrupted.is_err() {
-                        stop.store(true, Ordering::Relaxed);
-                    }
+                }
+                if !is_over && (interrupted.is_err() || limit.is_some_and(|limit| begun.elapsed() > limit)) {
+                    // Unless somebody else has set it, for good.
+                    is_over =
+                        stop.compare_exchange(false, true, Ordering::Relaxed, Ordering::Relaxed).is_ok();
                 }
             }
             let outcome = running.join();
-            if let Err(exception) = interrupted {
-                stop.store(asked_before, Ordering::Relaxed);
-                return Err(exception);
+            if is_over {
+                stop.store(false, Ordering::Relaxed);
             }
+            interrupted?;
             outcome.map_err(|_| {
                 PyRuntimeError::new_err("the feed panicked: this is a fault of sluice_feed; see its message")
             })

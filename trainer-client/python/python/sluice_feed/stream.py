@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -80,8 +81,9 @@ class ScoredStream:
         first_token: str = "skip",
         digests: bool = False,
     ) -> None:
-        _check(batch_size, sequence_length, micro_batches, epochs, shuffle_buffer)
         self.rank, self.world_size = rank_and_world_size(rank, world_size)
+        if isinstance(reference_models, str):
+            raise ConfigurationError("reference_models is a list of fingerprints, not one text")
         self._group = group
         self._digests = digests
         self._feed: _core.Feed | None = None
@@ -89,6 +91,9 @@ class ScoredStream:
         # Whether micro-batches of the last step are still to be given.
         self._is_within_step = False
         self._stop_asked = False
+        self._is_closed = False
+        # The iteration that is given micro-batches: the last one begun.
+        self._iteration: object = None
         self._told: set[str] = set()
         fingerprint, vocab_size = fingerprint_and_vocab_size(tokenizer, vocab_size)
         self._settings: dict[str, Any] = {
@@ -96,15 +101,17 @@ class ScoredStream:
             "properties": _with_certificates(dict(properties or {})),
             "topic": topic,
             "tokenizer": fingerprint,
-            "vocab_size": vocab_size,
-            "rows": batch_size,
-            "sequence_length": sequence_length,
-            "micro_batches": self.world_size if micro_batches is None else micro_batches,
+            "vocab_size": _whole("vocab_size", vocab_size, 1, (1 << 32) - 1),
+            "rows": _whole("batch_size", batch_size, 1, 1 << 20),
+            "sequence_length": _whole_or_none("sequence_length", sequence_length, 2, 1 << 24),
+            "micro_batches": _whole(
+                "micro_batches", self.world_size if micro_batches is None else micro_batches, 1, 1 << 20
+            ),
             "rank": self.rank,
             "world_size": self.world_size,
-            "epochs": epochs,
-            "shuffle_buffer": shuffle_buffer,
-            "seed": seed,
+            "epochs": _whole_or_none("epochs", epochs, 1, 1 << 63),
+            "shuffle_buffer": _whole("shuffle_buffer", shuffle_buffer, 1, 1 << 40),
+            "seed": _whole("seed", seed, 0, (1 << 64) - 1),
             "attend_across_documents": attend_across_documents,
             "first_token": first_token,
             "unequal_contexts": unequal_contexts,
@@ -113,11 +120,17 @@ class ScoredStream:
         }
 
     def __iter__(self) -> Iterator[Any]:
-        """Micro-batches of this rank, `Batch` after `Batch`; every rank is given as many as any other."""
+        """Micro-batches of this rank, `Batch` after `Batch`; every rank is given as many as any other.
+
+        An iteration that is left in the middle of a step gives that step again when the next one begins. All ranks iterate
+        alike.
+        """
         for batches in self.steps():
+            iteration = self._iteration
             for number, batch in enumerate(batches, start=1):
                 self._is_within_step = number < len(batches)
                 yield batch
+                self._check_iteration(iteration)
 
     def steps(self) -> Iterator[list[Any]]:
         """For each step the micro-batches of this rank, of which all ranks have as many.
@@ -126,19 +139,32 @@ class ScoredStream:
             StreamError: the topic cannot be read on, or holds what this run cannot use.
             RankError: another rank has failed, or reads another run; every rank raises one.
         """
+        iteration = self._iteration = object()
         feed = self._opened()
-        while not self._stop_asked and self._agrees_on_step(feed):
-            batches = feed.take(with_digests=self._digests)
+        if self._is_within_step:
+            feed.put_back()
             self._is_within_step = False
+        while self._agrees_on_step(feed):
+            # Whatever interrupts this, the state stands before a step that was not given.
+            self._is_within_step = True
+            batches = [self._convert(batch) for batch in feed.take(with_digests=self._digests)]
             self._tell(feed.notices())
-            yield [self._convert(batch) for batch in batches]
+            self._is_within_step = False
+            yield batches
+            self._check_iteration(iteration)
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank must keep to go on from here: the bytes of each of its lanes (partitions), by number.
 
         It stands after the last step all of whose micro-batches were given. The states of all ranks of one step make the
-        state of the run: `merge_state_dicts`, or a distributed checkpoint, which keeps lanes under names of their own.
+        state of the run: `merge_state_dicts`, or a distributed checkpoint, which keeps lanes under names of their own. In
+        the middle of a step it stands before that step. Connects if it must, which all ranks do together.
+
+        Raises:
+            StateError: the stream is closed: its state was to be taken before.
         """
+        if self._is_closed:
+            raise StateError("the stream is closed and does not know any more where it stood: take its state before")
         return {"format": STATE_FORMAT, "lanes": self._opened().snapshot(self._is_within_step)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -148,15 +174,18 @@ class ScoredStream:
             StateError: it is no state, or, once the stream is read, it is of a run with another tokenizer, reference model
                 or plan, which is named, or lacks lanes of this rank.
         """
-        if not isinstance(state, Mapping) or not isinstance(state.get("lanes"), Mapping):
+        lanes = state.get("lanes") if isinstance(state, Mapping) else None
+        if not isinstance(lanes, Mapping):
             raise StateError('this is no state of a ScoredStream: it has no "lanes"')
+        if any(not str(lane).isdigit() or part is None or isinstance(part, (int, str)) for lane, part in lanes.items()):
+            raise StateError("this is no state of a ScoredStream: its lanes are not bytes by the number of a lane")
         if state.get("format") != STATE_FORMAT:
             raise StateError(f"this state is of format {state.get('format')}, and this version reads format {STATE_FORMAT}")
         self.close()
-        self._state = state
+        self._state, self._is_closed = state, False
 
     def stop(self) -> None:
-        """Ends the iteration on all ranks before the next step; a signal handler may call it."""
+        """Ends the iteration on all ranks before the next step; a signal handler or another thread may call it."""
         self._stop_asked = True
         if self._feed is not None:
             self._feed.stop()
@@ -165,7 +194,8 @@ class ScoredStream:
         """Ends the reading and gives back its memory. What is read afterwards begins anew, or from a loaded state."""
         if self._feed is not None:
             self._feed.close()
-        self._feed, self._is_within_step = None, False
+            self._is_closed = True
+        self._feed, self._is_within_step, self._stop_asked = None, False, False
 
     def metrics(self) -> dict[str, Any]:
         """Counts of this rank's stream by name; empty before it is first read. Those that only grow end in `_total`."""
@@ -173,12 +203,12 @@ class ScoredStream:
 
     @property
     def lanes(self) -> int:
-        """Partitions of the topic. Connects if it must."""
+        """Partitions of the topic. Connects if it must, which all ranks do together."""
         return self._opened().lanes
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a row. Connects if it must."""
+        """Tokens of a row. Connects if it must, which all ranks do together."""
         return self._opened().shape[1]
 
     @property
@@ -208,15 +238,20 @@ class ScoredStream:
                 feed = _core.Feed(**self._settings, state=self._own_state())
             except BaseException:
                 # The others must hear of it, or they would wait for ever.
-                group.minimum([0])
+                group.minimum([0] + [1] * self.world_size)
                 raise
-            if group.minimum([1]) != [1]:
+            is_opened, *missing = group.minimum([1] + [int(rank != self.rank) for rank in range(self.world_size)])
+            if not is_opened:
                 raise RankError("another rank could not open the stream; see what it says")
+            if any(missing):
+                raise RankError(
+                    f"no stream has rank {missing.index(1)} of {self.world_size}: each rank has a number of its own, from 0"
+                )
             if not all_equal(group, feed.identity()):
                 raise RankError(
                     "the ranks of the group do not read the same run: the topic, tokenizer, settings or state differ"
                 )
-            self._feed = feed
+            self._feed, self._is_closed = feed, False
         return self._feed
 
     def _own_state(self) -> list[bytes] | None:
@@ -236,7 +271,7 @@ class ScoredStream:
         assert self._group is not None
         while True:
             try:
-                values = feed.fill()
+                values = feed.stopped() if self._stop_asked else feed.fill()
             except BaseException:
                 # The others must hear of it, or they would wait for ever.
                 self._group.minimum(feed.failed())
@@ -244,6 +279,10 @@ class ScoredStream:
             agreed = feed.agree(self._group.minimum(values))
             if agreed != "again":
                 return agreed == "ready"
+
+    def _check_iteration(self, iteration: object) -> None:
+        if self._iteration is not iteration:
+            raise RuntimeError("another iteration of this stream has begun, and micro-batches go there: use one at a time")
 
     def _tell(self, notices: list[str]) -> None:
         for notice in notices:
@@ -269,23 +308,19 @@ def merge_state_dicts(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"format": STATE_FORMAT, "lanes": lanes}
 
 
-def _check(
-    batch_size: int,
-    sequence_length: int | None,
-    micro_batches: int | None,
-    epochs: int | None,
-    shuffle_buffer: int,
-) -> None:
-    lowest = [
-        ("batch_size", batch_size, 1),
-        ("sequence_length", sequence_length, 2),
-        ("micro_batches", micro_batches, 1),
-        ("epochs", epochs, 1),
-        ("shuffle_buffer", shuffle_buffer, 1),
-    ]
-    for name, value, least in lowest:
-        if value is not None and value < least:
-            raise ConfigurationError(f"{name} must be at least {least}, not {value}")
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    """A setting that is a whole number, whatever type of number it is."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ConfigurationError(f"{name} must be a whole number, not {value!r}") from None
+    if not least <= number <= most:
+        raise ConfigurationError(f"{name} must be at least {least} and at most {most}, not {number}")
+    return number
+
+
+def _whole_or_none(name: str, value: Any, least: int, most: int) -> int | None:
+    return None if value is None else _whole(name, value, least, most)
 
 
 def _with_certificates(properties: dict[str, str]) -> dict[str, str]:

@@ -30,7 +30,8 @@ def fingerprint_and_vocab_size(tokenizer: str | os.PathLike[str], vocab_size: in
         content = path.read_bytes()
     except OSError as error:
         raise ConfigurationError(
-            f"cannot read the tokenizer {path}: {error.strerror}; give the {FILE} that the documents were made with"
+            f"cannot read the tokenizer {path}: {error.strerror}; give the {FILE} that the documents were made with, its"
+            " folder, or its SHA-256 in lower-case digits (a name on the Hub is none of these)"
         ) from None
     return hashlib.sha256(content).hexdigest(), _highest_id(path, content) + 1 if vocab_size is None else vocab_size
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import Make
-from sluice_feed import ConfigurationError, ScoredStream, StateError, StreamError, merge_state_dicts
+from sluice_feed import ConfigurationError, RankError, ScoredStream, StateError, StreamError, merge_state_dicts
 from sluice_feed import torch as feed_torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -178,6 +178,9 @@ def test_what_is_no_state_is_refused(make: Make) -> None:
         make().load_state_dict({"step": 3})
     with pytest.raises(StateError, match="format 9"):
         make().load_state_dict({"format": 9, "lanes": {}})
+    for lanes in ({"x": b""}, {"0": None}, {"0": "text"}, {"0": 1 << 30}):
+        with pytest.raises(StateError, match="its lanes are not bytes"):
+            make().load_state_dict({"format": 1, "lanes": lanes})
     stream = make()
     stream.load_state_dict({"format": 1, "lanes": {"0": b"nonsense"}})
     with pytest.raises(StateError, match="not a whole file"):
@@ -190,6 +193,12 @@ def test_wrong_settings_are_refused_in_words(make: Make, tmp_path: Path) -> None
         ({"rank": 1, "world_size": None}, "give rank and world_size"),
         ({"tokenizer": tmp_path / "absent.json"}, "cannot read the tokenizer"),
         ({"vocab_size": None}, "give vocab_size"),
+        ({"vocab_size": -1}, "vocab_size must be at least 1"),
+        ({"batch_size": "2"}, "batch_size must be a whole number, not '2'"),
+        ({"micro_batches": 1 << 40}, "micro_batches must be at least 1 and at most"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"tokenizer": "HuggingFaceTB/SmolLM2-135M"}, "a name on the Hub is none of these"),
+        ({"reference_models": "84b4"}, "a list of fingerprints"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             make(**changes)
@@ -298,6 +307,118 @@ def test_another_thread_ends_it(make: Make, wanted: list[str]) -> None:
         if batches[0].step == 3:
             stream.stop()
     assert given == wanted[:24], "after the step that was given, and before the next"
+
+
+def test_a_stop_on_one_rank_stops_all_before_the_same_step(make: Make) -> None:
+    group = Threads(2)
+    streams = [make(rank=rank, world_size=2, group=group.member(rank)) for rank in range(2)]
+    steps: list[list[int]] = [[], []]
+
+    def read(rank: int) -> None:
+        for batches in streams[rank].steps():
+            steps[rank].append(batches[0].step)
+            if rank == 0 and len(steps[0]) == 3:
+                streams[0].stop()
+
+    run_all([lambda rank=rank: read(rank) for rank in range(2)])
+    assert steps == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_a_rank_that_waits_for_documents_hears_that_another_has_stopped(make: Make) -> None:
+    """The topic is followed beyond its end: every rank waits, and only one is asked to stop."""
+    group = Threads(2)
+    streams = [make(rank=rank, world_size=2, group=group.member(rank), epochs=None) for rank in range(2)]
+    given = [0, 0]
+
+    def read(rank: int) -> None:
+        for _ in streams[rank].steps():
+            given[rank] += 1
+
+    def stop() -> None:
+        # A partition is empty, so ranks wait before the first step.
+        while not streams[0].metrics():
+            time.sleep(0.1)
+        time.sleep(2)
+        # What is known of a stream is to be had while it waits.
+        assert streams[0].metrics()["steps_total"] == given[0] == 0
+        streams[0].stop()
+
+    run_all([lambda: read(0), lambda: read(1), stop])
+    assert given == [0, 0]
+
+
+def run_all(works: list[Any]) -> None:
+    """Runs each in a thread; all must end by themselves, and well."""
+    failures: list[BaseException] = []
+
+    def run(work: Any) -> None:
+        try:
+            work()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while any(thread.is_alive() for thread in threads) and not failures and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not failures, failures
+    assert not any(thread.is_alive() for thread in threads), "none waits for ever"
+
+
+def test_two_streams_of_one_rank_are_refused(make: Make) -> None:
+    group = Threads(2)
+    streams = [make(rank=0, world_size=2, group=group.member(member)) for member in range(2)]
+    refused: list[str] = []
+
+    def read(stream: ScoredStream) -> None:
+        try:
+            next(iter(stream))
+        except RankError as error:
+            refused.append(str(error))
+
+    run_all([lambda stream=stream: read(stream) for stream in streams])
+    assert len(refused) == 2 and all("no stream has rank 1 of 2" in message for message in refused)
+
+
+def test_a_closed_stream_has_no_state(make: Make, wanted: list[str]) -> None:
+    with make() as stream:
+        assert digests(islice(stream, 8)) == wanted[:8]
+        state = stream.state_dict()
+    with pytest.raises(StateError, match="take its state before"):
+        stream.state_dict()
+    assert digests(islice(stream, 3)) == wanted[:3], "what is read afterwards begins anew"
+    stream.load_state_dict(state)
+    assert digests(islice(stream, 3)) == wanted[8:11]
+
+
+def test_an_iteration_that_is_left_within_a_step_gives_it_again(make: Make, wanted: list[str]) -> None:
+    stream = make()
+    assert digests(islice(stream, 11)) == wanted[:11]
+    assert digests(islice(stream, 9)) == wanted[8:17]
+    one, other = iter(stream), iter(stream)
+    next(one)
+    next(other)
+    with pytest.raises(RuntimeError, match="another iteration"):
+        next(one)
+
+
+def test_an_interrupted_step_is_not_lost(make: Make, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = make()
+    given = digests(islice(stream, 8))
+
+    def interrupted(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(stream))
+    monkeypatch.undo()
+    resumed = make()
+    resumed.load_state_dict(stream.state_dict())
+    assert given + digests(resumed) == wanted
+    assert given + digests(stream) == wanted
 
 
 def test_metrics_count(make: Make) -> None:

@@ -65,6 +65,8 @@ def select(
     Raises:
         ConfigurationError: A list that the score looks at is missing or of another shape; numbers do not fit.
     """
+    if step < 1:
+        raise ConfigurationError("steps are counted from 1: give enumerate(stream, start=1)")
     if row_len < 1:
         raise ConfigurationError(f"row_len must be at least 1 position, not {row_len}")
     ranks = Ranks(group)
