@@ -94,6 +94,12 @@ def python_environment(name: str, requirements: Path, *, whole_list: bool = Fals
     return python
 
 
+def require_python(version: tuple[int, int]) -> None:
+    """Fails where another Python runs this script than the one whose wheels are locked."""
+    if sys.version_info[:2] != version:
+        fail(f"the wheels are locked for Python {version[0]}.{version[1]}; run this script with that one")
+
+
 def build(root: Path, program: str) -> Path:
     """Builds the repository's programs as `ops/test` and `ops/demo` do, so that nothing is compiled twice; one's path."""
     command = ["cargo", "build", "--release", "--locked", "--quiet", "--workspace", "--bins"]
