@@ -273,7 +273,8 @@ def test_ctrl_c_ends_the_wait_for_more_and_the_stream_can_be_read_on() -> None:
     script = """
 import json, os, signal, sys, threading
 from sluice_feed import ScoredStream
-stream = ScoredStream(rank=0, world_size=1, **{**json.loads(os.environ["SLUICE_TEST_STREAM"]), "topic": "long", "epochs": None})
+settings = {**json.loads(os.environ["SLUICE_TEST_STREAM"]), "topic": "long", "epochs": None}
+stream = ScoredStream(rank=0, world_size=1, **settings)
 given = 0
 try:
     for batch in stream:
