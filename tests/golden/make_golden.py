@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
 
+import kept_backward
 import slm_step
 from llama import Config, Llama, fill
 
@@ -194,6 +195,7 @@ def main() -> None:
     (HERE / "losses.json").write_text(json.dumps(golden) + "\n")
 
     slm_step.write(HERE / "slm_step.json")
+    kept_backward.write(HERE / "kept_backward.json")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Int, Tensor};
 use sluice_feed::batch::Batch;
 
+use super::attention::{AttentionShape, Visible};
+use super::backward::Backward;
 use super::config::ModelConfig;
-use super::device::is_cpu;
 use super::layers::{
-    AttentionShape, AttentionTape, MlpTape, NormTape, Rotary, Rows, Visible, mlp, mlp_backward, rms_norm,
+    AttentionTape, Flow, MlpTape, NormTape, Rotary, attention, attention_backward, mlp_backward, rms_norm,
     rms_norm_backward,
 };
+use super::rows::{Rows, indices};
 use super::weights::{Layer, Weights};
 
 /// Some rows of a batch, as tensors.
@@ -27,6 +29,8 @@ pub(super) struct Tape {
     group: Group,
     layers: Vec<Saved>,
     norm: NormTape,
+    /// The rows that it was kept for.
+    flow: Flow,
 }
 
 /// What is kept of a layer between its forward and its backward pass: a handful, so their size does not matter.
@@ -44,10 +48,38 @@ struct LayerTape {
     mlp: MlpTape,
 }
 
+impl LayerTape {
+    /// Its rows that gradients flow into.
+    fn take(self, flow: &Flow, shape: AttentionShape) -> Self {
+        let Self { input_norm, attention, mlp_norm, mlp } = self;
+        Self {
+            input_norm: input_norm.take(&flow.below),
+            attention: attention.take(flow, shape.heads),
+            mlp_norm: mlp_norm.take(&flow.rows),
+            mlp: mlp.take(&flow.rows),
+        }
+    }
+}
+
+/// What a forward pass keeps for a backward pass.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Record<'a> {
+    /// Nothing: losses alone are wanted.
+    Nothing,
+    /// What enters each layer, which runs forward once more when its gradient is wanted.
+    Inputs,
+    /// All that a gradient needs.
+    Tapes,
+    /// All that a gradient needs at these rows of the group, ascending, which flows into no others.
+    TapesOf(&'a [u32]),
+}
+
 /// Gradients of a group's body.
 pub(super) struct BodyGradients {
-    /// With respect to the embedded tokens, `[n, hidden]`.
+    /// With respect to the embedded tokens that a gradient flows into, `[tokens, hidden]`.
     pub embedded: Tensor<2>,
+    /// Which those are, `[tokens]`.
+    pub tokens: Tensor<1, Int>,
     pub layers: Vec<Layer<Tensor<2>>>,
     pub norm: Tensor<2>,
 }
@@ -69,7 +101,7 @@ impl BodyGradients {
     pub fn add(self, other: Self) -> Self {
         let layers =
             self.layers.into_iter().zip(other.layers).map(|(a, b)| a.zip_with(b, |a, b| a + b)).collect();
-        Self { embedded: self.embedded, layers, norm: self.norm + other.norm }
+        Self { layers, norm: self.norm + other.norm, ..self }
     }
 }
 
@@ -93,125 +125,127 @@ impl Group {
         };
         let span = rows.start * len..rows.end * len;
         let positions = indices(&batch.positions[span.clone()], device);
-        let angles = |table: &Tensor<2>| {
-            table
-                .clone()
-                .select(0, positions.clone())
-                .reshape([shape.rows, len, 1, shape.head_dim / 2])
-                .cast(dtype)
-        };
+        let angles = |table: &Tensor<2>| table.clone().select(0, positions.clone()).cast(dtype);
         let rotary = Rotary { cosine: angles(&tables.0), sine: angles(&tables.1) };
-        let visible = visible(&batch.segments[span.clone()], shape, device);
+        let visible = Visible::of(&batch.segments[span.clone()], len, device);
         Self { shape, tokens: indices(&batch.tokens[span], device), rotary, visible }
     }
+
+    /// What attention has to know of it.
+    fn seen(&self) -> (AttentionShape, &Rotary, &Visible) {
+        (self.shape, &self.rotary, &self.visible)
+    }
 }
 
-/// What each token of some rows may look at, given the tokens' segments.
-fn visible(segments: &[u32], shape: AttentionShape, device: &Device) -> Visible {
-    let len = shape.len;
-    if is_cpu(device) {
-        let spans = segments.chunks_exact(len).flat_map(|segments| {
-            let mut start = 0;
-            (0..len).map(move |i| {
-                if i > 0 && segments[i] != segments[i - 1] {
-                    start = i;
-                }
-                start..i + 1
-            })
-        });
-        return Visible::Spans(spans.collect());
-    }
-    let mut hidden = Vec::with_capacity(segments.len() * len);
-    for segments in segments.chunks_exact(len) {
-        for (i, own) in segments.iter().enumerate() {
-            hidden.extend(segments.iter().enumerate().map(|(j, other)| j > i || other != own));
-        }
-    }
-    Visible::Mask(Tensor::from_data(TensorData::new(hidden, [shape.rows, 1, len, len]), device))
-}
-
-/// Final normed hidden states of a group, `[n, hidden]`. With `recomputes`, layers keep their inputs alone, and run forward
-/// once more, with the same bits, when their gradient is wanted.
+/// Final normed hidden states of a group, `[n, hidden]`, and what `record` says of the way there.
 pub(super) fn forward(
     group: Group,
     weights: &Weights<Tensor<2>>,
     eps: f64,
-    recomputes: bool,
-) -> (Tensor<2>, Tape) {
-    let mut x = weights.embedding.clone().select(0, group.tokens.clone());
+    record: Record<'_>,
+) -> (Tensor<2>, Option<Tape>) {
+    let tokens = group.shape.rows * group.shape.len;
+    let (all, mut x) = (Flow::all(tokens), weights.embedding.clone().select(0, group.tokens.clone()));
+    let flow = match record {
+        Record::TapesOf(rows) => Flow::within(Rows::some(tokens, rows, &x.device())),
+        _ => Flow::all(tokens),
+    };
     let mut layers = Vec::with_capacity(weights.layers.len());
     for layer in &weights.layers {
-        if recomputes {
-            layers.push(Saved::Input(x.clone()));
-            x = layer_forward(x, layer, &group, eps).0;
-        } else {
-            let (output, tape) = layer_forward(x, layer, &group, eps);
-            layers.push(Saved::Tape(Box::new(tape)));
-            x = output;
+        let input = (record == Record::Inputs).then(|| x.clone());
+        let (output, tape) = layer_forward(x, layer, &group, eps, &all);
+        x = output;
+        match record {
+            Record::Nothing => {}
+            Record::Inputs => layers.extend(input.map(Saved::Input)),
+            Record::Tapes => layers.push(Saved::Tape(Box::new(tape))),
+            Record::TapesOf(_) => layers.push(Saved::Tape(Box::new(tape.take(&flow, group.shape)))),
         }
     }
     let (hidden_states, norm) = rms_norm(x, &weights.norm, eps);
-    (hidden_states, Tape { group, layers, norm })
+    let tape = (record != Record::Nothing).then(|| Tape { group, layers, norm: norm.take(&flow.rows), flow });
+    (hidden_states, tape)
 }
 
+/// A layer's output and its tape, both at some rows of its input.
 fn layer_forward(
     x: Tensor<2>,
     weights: &Layer<Tensor<2>>,
     group: &Group,
     eps: f64,
+    flow: &Flow,
 ) -> (Tensor<2>, LayerTape) {
-    let (normed, input_norm) = rms_norm(x.clone(), &weights.input_norm, eps);
-    let (attended, attention) = group.shape.forward(normed, weights, &group.rotary, &group.visible);
-    let x = x + attended;
-    let (normed, mlp_norm) = rms_norm(x.clone(), &weights.mlp_norm, eps);
-    let (output, mlp) = mlp(normed, weights);
-    (x + output, LayerTape { input_norm, attention, mlp_norm, mlp })
+    let (x, tape) = half_forward(x, weights, group, eps, flow);
+    let LayerTape { mlp, .. } = tape;
+    let (output, mlp) = mlp.output(weights);
+    (x + output, LayerTape { mlp, ..tape })
 }
 
-/// Gradients of [`forward`], given that of its output in some rows of the group (ascending; none elsewhere). Above the last
-/// layer's keys and values a row's gradient is its own, so what else there is of that layer costs the kept rows alone.
+/// A layer's tape, and what its MLP's output is added to.
+fn half_forward(
+    x: Tensor<2>,
+    weights: &Layer<Tensor<2>>,
+    group: &Group,
+    eps: f64,
+    flow: &Flow,
+) -> (Tensor<2>, LayerTape) {
+    let (normed, input_norm) = rms_norm(x.clone(), &weights.input_norm, eps);
+    let (attended, attention) = attention(normed, weights, group.seen(), flow);
+    let x = flow.rows.take(x) + attended;
+    let (normed, mlp_norm) = rms_norm(x.clone(), &weights.mlp_norm, eps);
+    let input_norm = input_norm.take(&flow.below);
+    (x, LayerTape { input_norm, attention, mlp_norm, mlp: MlpTape::of(normed, weights) })
+}
+
+/// Gradients of [`forward`], given that of its output in the `kept` rows of the group (ascending; none elsewhere).
+///
+/// Above the last layer's keys and values a row's gradient is its own, so what else there is of that layer costs the kept
+/// rows alone; with [`Backward::Kept`] everything does.
 pub(super) fn backward(
     d_hidden: Tensor<2>,
     kept: &[u32],
     weights: &Weights<Tensor<2>>,
     tape: Tape,
-    eps: f64,
+    (eps, through): (f64, Backward),
 ) -> BodyGradients {
-    let Tape { group, layers: tapes, norm } = tape;
+    let Tape { group, layers: tapes, norm, flow: taped } = tape;
     let tokens = group.shape.rows * group.shape.len;
-    let mut rows = if kept.len() == tokens {
-        Rows::all(tokens)
-    } else {
-        Rows::some(tokens, indices(kept, &d_hidden.device()))
+    let rows = || Rows::some(tokens, kept, &d_hidden.device());
+    let mut flow = match through {
+        Backward::Exact => Flow { rows: rows(), below: Rows::all(tokens) },
+        Backward::Kept => Flow::within(rows()),
     };
+    // A tape that was kept for these rows alone has them already.
+    let is_whole = taped.rows.are_all();
+    let norm = if is_whole { norm.take(&flow.rows) } else { norm };
     let d_hidden = d_hidden.cast(weights.embedding.dtype());
-    let (mut d_x, norm) = rms_norm_backward(d_hidden, &weights.norm, norm.take(&rows));
+    let (mut d_x, norm) = rms_norm_backward(d_hidden, &weights.norm, norm);
     let mut layers = Vec::with_capacity(tapes.len());
     for (weights, saved) in weights.layers.iter().zip(tapes).rev() {
-        let tape = match saved {
-            Saved::Tape(tape) => *tape,
-            Saved::Input(x) => layer_forward(x, weights, &group, eps).1,
+        let tape = match (saved, through) {
+            (Saved::Tape(tape), _) if is_whole => tape.take(&flow, group.shape),
+            (Saved::Tape(tape), _) => *tape,
+            // With all rows, as the pass forward had them: products of other shapes may round otherwise.
+            (Saved::Input(x), Backward::Exact) => {
+                half_forward(x, weights, &group, eps, &Flow::all(tokens)).1.take(&flow, group.shape)
+            }
+            (Saved::Input(x), Backward::Kept) => half_forward(x, weights, &group, eps, &flow).1,
         };
-        let (d_normed, [gate, up, down]) = mlp_backward(d_x.clone(), weights, tape.mlp.take(&rows));
-        let (d_residual, mlp_norm) =
-            rms_norm_backward(d_normed, &weights.mlp_norm, tape.mlp_norm.take(&rows));
+        let (d_normed, [gate, up, down]) = mlp_backward(d_x.clone(), weights, tape.mlp);
+        let (d_residual, mlp_norm) = rms_norm_backward(d_normed, &weights.mlp_norm, tape.mlp_norm);
         d_x = d_x + d_residual;
         let (d_normed, [query, key, value, output]) =
-            group.shape.backward(d_x.clone(), weights, &group.rotary, tape.attention, &rows);
+            attention_backward(d_x.clone(), weights, group.seen(), tape.attention, &flow);
         let (d_residual, input_norm) = rms_norm_backward(d_normed, &weights.input_norm, tape.input_norm);
-        d_x = rows.spread(d_x) + d_residual;
-        rows = Rows::all(tokens);
+        d_x = flow.rows.spread_to(&flow.below, d_x) + d_residual;
+        if through == Backward::Exact {
+            flow = Flow::all(tokens);
+        }
         let gradients = Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down };
         // Sums over groups and micro-batches are f32, whatever the products were.
         layers.push(gradients.map(|gradient| gradient.cast(FloatDType::F32)));
     }
     layers.reverse();
-    BodyGradients { embedded: d_x.cast(FloatDType::F32), layers, norm }
-}
-
-/// Host indices as an integer tensor.
-pub(super) fn indices(values: &[u32], device: &Device) -> Tensor<1, Int> {
-    let values: Vec<i64> = values.iter().map(|&value| i64::from(value)).collect();
-    let count = values.len();
-    Tensor::from_data(TensorData::new(values, [count]), device)
+    let tokens = flow.below.take_ids(group.tokens);
+    BodyGradients { embedded: d_x.cast(FloatDType::F32), tokens, layers, norm }
 }

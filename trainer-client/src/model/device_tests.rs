@@ -9,7 +9,7 @@ use sluice_feed::select::Needs;
 
 use super::{DeviceName, reason};
 use crate::model::optimizer::AdamWConfig;
-use crate::model::{BurnLearner, ModelConfig};
+use crate::model::{Backward, BurnLearner, ModelConfig};
 use crate::training::learner::{Learner, Measured};
 
 thread_local! {
@@ -82,10 +82,11 @@ fn kept(batch: &Batch) -> Vec<u32> {
 }
 
 /// What three steps of two micro-batches measured, and the weights after them.
-fn train(config: ModelConfig, recomputes: bool) -> (Vec<Measured>, Vec<f32>) {
+fn train(config: ModelConfig, backward: Backward, recomputes: bool) -> (Vec<Measured>, Vec<f32>) {
     let mut learner = BurnLearner::new(config, AdamWConfig::default(), 1).unwrap();
     learner.keep_history(0.5);
     learner.recompute_activations(recomputes);
+    learner.flow_through(backward);
     let needs = Needs { entropy: true, history_loss: true, ..Needs::default() };
     let batch = batch();
     let mut measured = Vec::new();
@@ -109,11 +110,17 @@ fn worst(left: &[f32], right: &[f32]) -> f32 {
 
 #[test]
 fn tensor_operations_train_as_the_passes_of_the_cpu_do() {
-    for (kv_heads, tied) in [(4, false), (2, false), (1, true)] {
-        let (expected, weights) = train(config(kv_heads, tied), false);
+    for (kv_heads, tied, backward) in [
+        (4, false, Backward::Exact),
+        (2, false, Backward::Exact),
+        (1, true, Backward::Exact),
+        (4, true, Backward::Kept),
+        (2, false, Backward::Kept),
+    ] {
+        let (expected, weights) = train(config(kv_heads, tied), backward, false);
         for recomputes in [false, true] {
             ACTS_AS_A_GPU.set(true);
-            let (measured, others) = train(config(kv_heads, tied), recomputes);
+            let (measured, others) = train(config(kv_heads, tied), backward, recomputes);
             ACTS_AS_A_GPU.set(false);
             for (expected, found) in expected.iter().zip(&measured) {
                 assert!(worst(&expected.losses, &found.losses) < 1e-4);

@@ -7,14 +7,14 @@
 //! kept rows are computed again, which bounds memory whatever the batch and the vocabulary.
 
 use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Tensor};
-use sluice_feed::batch::{Batch, NO_TARGET};
+use sluice_feed::batch::NO_TARGET;
 
-use super::decoder::indices;
 use super::device::is_cpu;
 use super::host::{from_host, on_host, to_host};
 use super::kernels::{self, RowSum};
 use super::layers::{linear, linear_weight_backward};
 use super::parallel;
+use super::rows::indices;
 
 /// Fewest columns in a block, below which matrix products lose their speed.
 const BLOCK_COLUMNS_MIN: usize = 256;
@@ -85,17 +85,18 @@ pub(super) struct Predictions {
     pub entropies: Vec<f32>,
 }
 
-/// Losses of every position's target in f32, and entropies where they are asked for.
+/// Losses of every position's target ([`NO_TARGET`] where it has none) in f32, and entropies where they are asked for.
 pub(super) fn predict(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
-    batch: &Batch,
+    targets: &[u32],
     keep: Keep,
     wants_entropies: bool,
     device: &Device,
 ) -> (Predictions, Forward) {
+    let count = targets.len();
     let (positions, targets): (Vec<u32>, Vec<u32>) = (0u32..)
-        .zip(&batch.targets)
+        .zip(targets)
         .filter(|&(_, &target)| target != NO_TARGET)
         .map(|(position, &target)| (position, target))
         .unzip();
@@ -130,7 +131,7 @@ pub(super) fn predict(
             blocks.push(block);
         }
     }
-    let nothing = || vec![f32::NAN; batch.targets.len()];
+    let nothing = || vec![f32::NAN; count];
     let mut predictions =
         Predictions { losses: nothing(), entropies: if wants_entropies { nothing() } else { vec![] } };
     let mut log_sums = Vec::with_capacity(rows);

@@ -4,49 +4,14 @@
 //! forward function returns its output and a tape of what its `_backward` needs; `d_x` is the gradient of the
 //! loss with respect to `x`.
 
-use std::ops::Range;
+use burn::tensor::activation::sigmoid;
+use burn::tensor::{FloatDType, Tensor};
 
-use burn::tensor::activation::{sigmoid, softmax};
-use burn::tensor::{Bool, FloatDType, IndexingUpdateOp, Int, Tensor};
-
+use super::attention::{Attended, AttentionShape, Projected, Visible};
 use super::host::{from_host, on_host, to_host};
 use super::kernels;
+use super::rows::Rows;
 use super::weights::Layer;
-
-/// The rows of a group that a gradient flows into.
-pub(super) struct Rows {
-    /// Tokens of the group.
-    tokens: usize,
-    /// Which of them, ascending; none for all of them.
-    some: Option<Tensor<1, Int>>,
-}
-
-impl Rows {
-    /// All `tokens` rows.
-    pub fn all(tokens: usize) -> Self {
-        Self { tokens, some: None }
-    }
-
-    /// These rows of `tokens`.
-    pub fn some(tokens: usize, rows: Tensor<1, Int>) -> Self {
-        Self { tokens, some: Some(rows) }
-    }
-
-    /// Those rows of a matrix of all.
-    pub fn take(&self, x: Tensor<2>) -> Tensor<2> {
-        match &self.some {
-            Some(rows) => x.select(0, rows.clone()),
-            None => x,
-        }
-    }
-
-    /// The inverse of [`Rows::take`], with zeros between.
-    pub fn spread(&self, x: Tensor<2>) -> Tensor<2> {
-        let Some(rows) = &self.some else { return x };
-        let zeros = Tensor::zeros([self.tokens, x.dims()[1]], (&x.device(), x.dtype()));
-        zeros.select_assign(0, rows.clone(), x, IndexingUpdateOp::Add)
-    }
-}
 
 /// `x W^T` for a weight stored `[out, in]`.
 pub(super) fn linear(x: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
@@ -98,210 +63,170 @@ pub(super) fn rms_norm_backward(
     (((d_normed - normed * along) * inverse_rms).cast(dtype), d_weight)
 }
 
-/// Rotary angles of a group's tokens: cosines and sines, `[rows, len, 1, head_dim / 2]`.
+/// Rotary angles of some tokens.
 pub(super) struct Rotary {
-    pub cosine: Tensor<4>,
-    pub sine: Tensor<4>,
+    /// Cosines and sines, `[tokens, head_dim / 2]`.
+    pub cosine: Tensor<2>,
+    pub sine: Tensor<2>,
 }
 
 impl Rotary {
-    /// Rotates `[rows, len, heads, head_dim]` in the rotate-half form of Hugging Face's Llama: dimension `i` is
-    /// paired with `i + head_dim / 2` (Su et al., arXiv 2104.09864, pairs neighbours instead).
-    fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
-        let (first, second) = halves(x);
-        let (cosine, sine) = (&self.cosine, &self.sine);
-        let turned_first = first.clone() * cosine.clone() - second.clone() * sine.clone();
-        let turned_second = second * cosine.clone() + first * sine.clone();
-        Tensor::cat(vec![turned_first, turned_second], 3)
+    /// Those of some of the tokens.
+    fn take(&self, rows: &Rows) -> Self {
+        Self { cosine: rows.take(self.cosine.clone()), sine: rows.take(self.sine.clone()) }
+    }
+
+    /// Rotates `[tokens, heads * head_dim]` in the rotate-half form of Hugging Face's Llama, and multiplies it by `scale`:
+    /// dimension `i` of a head is paired with `i + head_dim / 2` (Su et al., arXiv 2104.09864, pairs neighbours instead).
+    fn rotate(&self, x: Tensor<2>, scale: f32) -> Tensor<2> {
+        self.turn(x, 1.0, scale)
     }
 
     /// Gradient of [`Rotary::rotate`]: the rotation backwards.
-    fn rotate_backward(&self, d_y: Tensor<4>) -> Tensor<4> {
-        let (first, second) = halves(d_y);
-        let (cosine, sine) = (&self.cosine, &self.sine);
-        let turned_first = first.clone() * cosine.clone() + second.clone() * sine.clone();
-        let turned_second = second * cosine.clone() - first * sine.clone();
-        Tensor::cat(vec![turned_first, turned_second], 3)
+    fn rotate_backward(&self, d_y: Tensor<2>, scale: f32) -> Tensor<2> {
+        self.turn(d_y, -1.0, scale)
+    }
+
+    fn turn(&self, x: Tensor<2>, turns: f32, scale: f32) -> Tensor<2> {
+        let (shape, device, half) = (x.dims(), x.device(), self.cosine.dims()[1]);
+        if on_host(&x) {
+            let mut values = to_host(x);
+            let (cosine, sine) = (to_host(self.cosine.clone()), to_host(self.sine.clone()));
+            kernels::attention::rotate(&mut values, 2 * half, (&cosine, &sine), turns, scale);
+            return from_host(values, shape, &device);
+        }
+        let [tokens, width] = shape;
+        let heads = width / (2 * half);
+        let angles = |x: &Tensor<2>| x.clone().reshape([tokens, 1, half]);
+        let (cosine, sine) = (angles(&self.cosine), angles(&self.sine).mul_scalar(turns));
+        let x = x.reshape([tokens, heads, 2 * half]);
+        let (first, second) = (x.clone().narrow(2, 0, half), x.narrow(2, half, half));
+        let turned_first = first.clone() * cosine.clone() - second.clone() * sine.clone();
+        let turned_second = second * cosine + first * sine;
+        Tensor::cat(vec![turned_first, turned_second], 2).reshape(shape).mul_scalar(scale)
     }
 }
 
-fn halves(x: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-    let half = x.dims()[3] / 2;
-    (x.clone().narrow(3, 0, half), x.narrow(3, half, half))
-}
-
-/// What each token of a group may look at: itself, so that no row of a softmax is empty, and what stands before it in its
-/// segment. There is one of a group.
-#[allow(clippy::large_enum_variant)]
-pub(super) enum Visible {
-    /// On the CPU: the span of its row for each token, `[rows * len]`.
-    Spans(Vec<Range<usize>>),
-    /// Elsewhere: true where a token (third dimension) must not look at another (fourth), `[rows, 1, len, len]`.
-    Mask(Tensor<4, Bool>),
-}
-
-/// Shape of a group's attention.
-#[derive(Clone, Copy)]
-pub(super) struct AttentionShape {
-    pub rows: usize,
-    pub len: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-}
-
-/// What the gradient of attention needs. Query heads that share a key head are stacked into one matrix, so
-/// neither keys nor values are ever repeated.
+/// What the gradient of attention and its projections needs.
 pub(super) struct AttentionTape {
-    /// Layer input, `[n, hidden]`.
+    /// Input of the projections.
     x: Tensor<2>,
-    /// Rotated and scaled queries, `[rows, kv_heads, heads / kv_heads * len, head_dim]`.
-    query: Tensor<4>,
-    /// Rotated keys, `[rows, kv_heads, len, head_dim]`.
-    key: Tensor<4>,
-    /// Values, `[rows, kv_heads, len, head_dim]`.
-    value: Tensor<4>,
-    /// Attention probabilities, `[rows, kv_heads, heads / kv_heads * len, len]`.
-    probabilities: Tensor<4>,
-    /// Heads' outputs, `[rows, kv_heads, heads / kv_heads * len, head_dim]`.
-    attended: Tensor<4>,
+    projected: Projected,
+    attended: Attended,
 }
 
-impl AttentionShape {
-    fn scale(self) -> f64 {
-        1.0 / (self.head_dim as f64).sqrt()
-    }
-
-    /// `[n, heads * head_dim]` to `[rows, len, heads, head_dim]`.
-    fn split(self, x: Tensor<2>) -> Tensor<4> {
-        let heads = x.dims()[1] / self.head_dim;
-        x.reshape([self.rows, self.len, heads, self.head_dim])
-    }
-
-    /// `[rows, len, heads, head_dim]` to `[rows, kv_heads, heads / kv_heads * len, head_dim]`.
-    fn stack(self, x: Tensor<4>) -> Tensor<4> {
-        let stacked = x.dims()[2] / self.kv_heads * self.len;
-        x.swap_dims(1, 2).reshape([self.rows, self.kv_heads, stacked, self.head_dim])
-    }
-
-    /// The inverse of [`AttentionShape::stack`].
-    fn unstack(self, x: Tensor<4>) -> Tensor<4> {
-        let heads = x.dims()[2] / self.len * self.kv_heads;
-        x.reshape([self.rows, heads, self.len, self.head_dim]).swap_dims(1, 2)
-    }
-
-    /// `[rows, len, heads, head_dim]` to `[n, heads * head_dim]`.
-    fn merge(self, x: Tensor<4>) -> Tensor<2> {
-        let heads = x.dims()[2];
-        x.reshape([self.rows * self.len, heads * self.head_dim])
-    }
-
-    /// Grouped-query attention with its projections.
-    pub(super) fn forward(
-        self,
-        x: Tensor<2>,
-        weights: &Layer<Tensor<2>>,
-        rotary: &Rotary,
-        visible: &Visible,
-    ) -> (Tensor<2>, AttentionTape) {
-        let query = rotary.rotate(self.split(linear(x.clone(), &weights.query)));
-        let query = self.stack(query.mul_scalar(self.scale()));
-        let key = self.stack(rotary.rotate(self.split(linear(x.clone(), &weights.key))));
-        let value = self.stack(self.split(linear(x.clone(), &weights.value)));
-        let scores = query.clone().matmul(key.clone().transpose());
-        let probabilities = self.softmax(scores, visible);
-        let attended = probabilities.clone().matmul(value.clone());
-        let output = linear(self.merge(self.unstack(attended.clone())), &weights.output);
-        (output, AttentionTape { x, query, key, value, probabilities, attended })
-    }
-
-    /// Softmax over the tokens that each may look at, in f32 whatever the scores are.
-    fn softmax(self, scores: Tensor<4>, visible: &Visible) -> Tensor<4> {
-        let (stacked, dtype, device) = (scores.dims(), scores.dtype(), scores.device());
-        let scores = scores.cast(FloatDType::F32);
-        let probabilities = match visible {
-            Visible::Spans(spans) => {
-                let mut values = to_host(scores);
-                kernels::masked_softmax(&mut values, self.len, spans, self.heads);
-                from_host(values, stacked, &device)
-            }
-            Visible::Mask(hidden) => {
-                let scores = scores.reshape([self.rows, self.heads, self.len, self.len]);
-                softmax(scores.mask_fill(hidden.clone(), f32::NEG_INFINITY), 3).reshape(stacked)
-            }
-        };
-        probabilities.cast(dtype)
-    }
-
-    /// Gradients of [`AttentionShape::forward`]: `d_x`, then those of the four projections' weights. `d_output` holds the
-    /// rows that a gradient flows into.
-    pub(super) fn backward(
-        self,
-        d_output: Tensor<2>,
-        weights: &Layer<Tensor<2>>,
-        rotary: &Rotary,
-        tape: AttentionTape,
-        rows: &Rows,
-    ) -> (Tensor<2>, [Tensor<2>; 4]) {
-        let AttentionTape { x, query, key, value, probabilities, attended } = tape;
-        let d_attended = self.stack(self.split(rows.spread(d_output.clone().matmul(weights.output.clone()))));
-        // The softmax's row sums over `len` scores equal sums over `head_dim` outputs (Dao et al.,
-        // arXiv 2205.14135, section 3.1): far fewer.
-        let along = (d_attended.clone() * attended.clone()).cast(FloatDType::F32).sum_dim(3);
-        let d_output_weight = linear_weight_backward(d_output, rows.take(self.merge(self.unstack(attended))));
-        let d_value = probabilities.clone().transpose().matmul(d_attended.clone());
-        let d_scores = softmax_backward(d_attended.matmul(value.transpose()), probabilities, along);
-        let d_key = d_scores.clone().transpose().matmul(query);
-        let d_query = d_scores.matmul(key).mul_scalar(self.scale());
-
-        let d_query = rows.take(self.merge(rotary.rotate_backward(self.unstack(d_query))));
-        let d_key = self.merge(rotary.rotate_backward(self.unstack(d_key)));
-        let d_value = self.merge(self.unstack(d_value));
-        let d_x = rows.spread(d_query.clone().matmul(weights.query.clone()))
-            + d_key.clone().matmul(weights.key.clone())
-            + d_value.clone().matmul(weights.value.clone());
-        let d_weights = [
-            linear_weight_backward(d_query, rows.take(x.clone())),
-            linear_weight_backward(d_key, x.clone()),
-            linear_weight_backward(d_value, x),
-            d_output_weight,
-        ];
-        (d_x, d_weights)
+impl AttentionTape {
+    /// Its rows that gradients flow into; keys and values stay whole, for queries look at all of them.
+    pub fn take(self, flow: &Flow, heads: usize) -> Self {
+        let Self { x, projected: Projected { query, key, value }, attended } = self;
+        let rows = &flow.rows;
+        Self {
+            x: flow.below.take(x),
+            projected: Projected { query: rows.take(query), key, value },
+            attended: Attended {
+                output: rows.take(attended.output),
+                log_sums: rows.take_values(attended.log_sums, heads),
+            },
+        }
     }
 }
 
-/// Gradient of a softmax with respect to its scores, given that of its result and the row sums of their product.
-fn softmax_backward(d_result: Tensor<4>, result: Tensor<4>, along: Tensor<4>) -> Tensor<4> {
-    if !on_host(&d_result) {
-        let dtype = d_result.dtype();
-        return ((d_result.cast(FloatDType::F32) - along) * result.cast(FloatDType::F32)).cast(dtype);
-    }
-    let (shape, device) = (d_result.dims(), d_result.device());
-    let mut values = to_host(d_result);
-    kernels::softmax_backward(&mut values, &to_host(result), &to_host(along), shape[3]);
-    from_host(values, shape, &device)
+/// Where a layer's gradient flows: for each row of its output that has one, into that row of the layer.
+pub(super) struct Flow {
+    /// Rows of queries, of the MLP, and of everything above the keys and values.
+    pub rows: Rows,
+    /// Rows of keys and values, and of the layer's input: those, or all.
+    pub below: Rows,
 }
 
-/// What the gradient of the MLP needs; all but `x` are `[n, intermediate]`.
+impl Flow {
+    /// All of a group's tokens.
+    pub fn all(tokens: usize) -> Self {
+        Self { rows: Rows::all(tokens), below: Rows::all(tokens) }
+    }
+
+    /// Some rows of a group, and no others.
+    pub fn within(rows: Rows) -> Self {
+        Self { below: rows.clone(), rows }
+    }
+}
+
+/// Grouped-query attention with its projections, at some rows of the input; keys and values are those of all.
+pub(super) fn attention(
+    x: Tensor<2>,
+    weights: &Layer<Tensor<2>>,
+    (shape, rotary, visible): (AttentionShape, &Rotary, &Visible),
+    flow: &Flow,
+) -> (Tensor<2>, AttentionTape) {
+    let Flow { rows, below } = flow;
+    let key = rotary.rotate(linear(x.clone(), &weights.key), 1.0);
+    let value = linear(x.clone(), &weights.value);
+    let query = linear(rows.take(x.clone()), &weights.query);
+    let query = rotary.take(rows).rotate(query, shape.scale());
+    let projected = Projected { query, key, value };
+    let attended = shape.attend(&projected, visible, rows);
+    let output = linear(attended.output.clone(), &weights.output);
+    (output, AttentionTape { x: below.take(x), projected, attended })
+}
+
+/// Gradients of [`attention`]: `d_x`, at the rows below, then those of the four projections' weights.
+pub(super) fn attention_backward(
+    d_output: Tensor<2>,
+    weights: &Layer<Tensor<2>>,
+    (shape, rotary, visible): (AttentionShape, &Rotary, &Visible),
+    tape: AttentionTape,
+    flow: &Flow,
+) -> (Tensor<2>, [Tensor<2>; 4]) {
+    let AttentionTape { x, projected, attended } = tape;
+    let Flow { rows, below } = flow;
+    let d_attended = d_output.clone().matmul(weights.output.clone());
+    let d_output_weight = linear_weight_backward(d_output, attended.output.clone());
+    let [d_query, d_key, d_value] = shape.backward(d_attended, projected, attended, visible, (rows, below));
+
+    let d_query = rotary.take(rows).rotate_backward(d_query, shape.scale());
+    let d_key = rotary.take(below).rotate_backward(d_key, 1.0);
+    let d_x = rows.spread_to(below, d_query.clone().matmul(weights.query.clone()))
+        + d_key.clone().matmul(weights.key.clone())
+        + d_value.clone().matmul(weights.value.clone());
+    // Where they are not the same rows, those of the queries are some of all.
+    let x_of_queries = if below.are_all() { rows.take(x.clone()) } else { x.clone() };
+    let d_weights = [
+        linear_weight_backward(d_query, x_of_queries),
+        linear_weight_backward(d_key, x.clone()),
+        linear_weight_backward(d_value, x),
+        d_output_weight,
+    ];
+    (d_x, d_weights)
+}
+
+/// What the gradient of the MLP needs.
 pub(super) struct MlpTape {
     x: Tensor<2>,
+    /// `[.., intermediate]`.
     gate: Tensor<2>,
+    /// `[.., intermediate]`.
     up: Tensor<2>,
 }
 
 impl MlpTape {
+    /// The first half of the gated MLP `(silu(x G^T) * (x U^T)) D^T` (Shazeer, arXiv 2002.05202).
+    pub fn of(x: Tensor<2>, weights: &Layer<Tensor<2>>) -> Self {
+        let gate = linear(x.clone(), &weights.gate);
+        let up = linear(x.clone(), &weights.up);
+        Self { x, gate, up }
+    }
+
+    /// The second half, and the same tape.
+    pub fn output(self, weights: &Layer<Tensor<2>>) -> (Tensor<2>, Self) {
+        let Self { x, gate, up } = self;
+        let (inner, gate, up) = gated(gate, up);
+        (linear(inner, &weights.down), Self { x, gate, up })
+    }
+
     /// Its rows that a gradient flows into.
     pub fn take(self, rows: &Rows) -> Self {
         Self { x: rows.take(self.x), gate: rows.take(self.gate), up: rows.take(self.up) }
     }
-}
-
-/// Gated MLP: `(silu(x G^T) * (x U^T)) D^T` (Shazeer, arXiv 2002.05202).
-pub(super) fn mlp(x: Tensor<2>, weights: &Layer<Tensor<2>>) -> (Tensor<2>, MlpTape) {
-    let gate = linear(x.clone(), &weights.gate);
-    let up = linear(x.clone(), &weights.up);
-    let (inner, gate, up) = gated(gate, up);
-    (linear(inner, &weights.down), MlpTape { x, gate, up })
 }
 
 /// `silu(gate) * up`, and both of them again.
@@ -315,7 +240,7 @@ fn gated(gate: Tensor<2>, up: Tensor<2>) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
     (from_host(inner, shape, &device), from_host(gate, shape, &device), from_host(up, shape, &device))
 }
 
-/// Gradients of [`mlp`]: `d_x`, then those of gate, up and down.
+/// Gradients of the gated MLP: `d_x`, then those of gate, up and down.
 pub(super) fn mlp_backward(
     d_output: Tensor<2>,
     weights: &Layer<Tensor<2>>,

@@ -3,7 +3,9 @@
 //! - [`config`]: the shape of a model, to and from Hugging Face's `config.json`;
 //! - [`weights`]: every weight under its Hugging Face name, and its seeded start;
 //! - [`checkpoint`]: those weights in a folder; [`optimizer`]: AdamW;
-//! - `layers`: the decoder's operations, each with its gradient; `decoder`: the body made of them;
+//! - `layers`: the decoder's operations, each with its gradient; `attention`: what a token looks at, in blocks; `decoder`: the
+//!   body made of them;
+//! - [`backward`]: what a gradient flows through; `rows`: the rows of matrices that it flows into;
 //! - [`device`]: where a model computes, and in which precision;
 //! - `host`: values between a device and this process's memory;
 //! - `kernels`: what the CPU does in one pass over slices where tensor operations take several;
@@ -13,6 +15,8 @@
 //! The body's gradient is written out next to each operation instead of being recorded by Burn's autodiff, which keeps what
 //! no gradient needs and knows no operation of `kernels`. Groups of rows run side by side (see `parallel`).
 
+mod attention;
+pub mod backward;
 pub mod checkpoint;
 pub mod config;
 pub(crate) mod decoder;
@@ -24,9 +28,11 @@ mod layers;
 pub mod learner;
 pub mod optimizer;
 mod parallel;
+mod rows;
 pub mod weights;
 
 pub use crate::run::tensors::NamedTensor;
+pub use backward::Backward;
 pub use config::ModelConfig;
 pub use device::{Device, DeviceName, Precision};
 pub use learner::BurnLearner;

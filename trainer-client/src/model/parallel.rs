@@ -9,6 +9,7 @@ use std::sync::{Mutex, OnceLock};
 use std::thread;
 
 use burn::tensor::Device;
+use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::device::is_cpu;
@@ -53,4 +54,23 @@ pub(super) fn map<T: Send, R: Send>(workers: usize, items: Vec<T>, work: impl Fn
     });
     drop(queue);
     results.into_iter().flatten().collect()
+}
+
+/// Applies `work` to every item, as many at a time as the pool has threads in which this is called (one within [`map`]), and
+/// `take` to each result, in the order of the items.
+pub(super) fn in_waves<T: Send, R: Send>(
+    items: Vec<T>,
+    work: impl Fn(T) -> R + Sync,
+    mut take: impl FnMut(R),
+) {
+    let threads = rayon::current_num_threads();
+    let mut items = items.into_iter();
+    loop {
+        let wave: Vec<T> = items.by_ref().take(threads).collect();
+        match wave.len() {
+            0 => break,
+            1 => wave.into_iter().for_each(|item| take(work(item))),
+            _ => wave.into_par_iter().map(&work).collect::<Vec<R>>().into_iter().for_each(&mut take),
+        }
+    }
 }

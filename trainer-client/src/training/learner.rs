@@ -59,6 +59,22 @@ pub trait Learner {
     /// waits for [`Learner::update`].
     fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>);
 
+    /// As [`Learner::accumulate`], for positions that were chosen beforehand: what a step needs of dropped ones is then known
+    /// before the forward pass, and is not kept. `measured` is called between the two passes, with what `needs` asks for;
+    /// without `needs` with the losses of the kept positions alone.
+    fn accumulate_chosen(
+        &mut self,
+        batch: &Batch,
+        kept: &[u32],
+        needs: Option<Needs>,
+        measured: &mut dyn FnMut(&Measured),
+    ) {
+        self.accumulate(batch, needs.unwrap_or_default(), &mut |found| {
+            measured(found);
+            kept.to_vec()
+        });
+    }
+
     /// An optimizer step along the gradient of the mean loss over every token kept since the last one. Where no
     /// token was kept, and where a kept loss or the gradient is not finite, which shows in the outcome, the weights
     /// stay as they are.

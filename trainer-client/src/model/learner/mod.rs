@@ -1,19 +1,21 @@
 //! The decoder, its optimizer and its files behind [`Learner`].
 
 mod passes;
+mod purpose;
 
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{Tensor, TensorData};
-use sluice_feed::batch::Batch;
+use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::select::Needs;
 
+use super::backward::Backward;
 use super::checkpoint::{HISTORY_FILE, OPTIMIZER_FILE, read_weights};
 use super::config::{CONFIG_FILE, ModelConfig};
 use super::decoder;
 use super::device::{Device, Precision};
-use super::head::Keep;
+use super::head::{self, Keep};
 use super::host::{from_host, on_host, to_host};
 use super::kernels;
 use super::optimizer::{
@@ -23,6 +25,7 @@ use super::weights::{self, Weights};
 use crate::run::files::write_whole;
 use crate::run::tensors::{NamedTensor, read_tensors, write_tensors};
 use crate::training::learner::{Learner, Measured, StepOutcome, WEIGHTS_FILE};
+use purpose::{Forward, Purpose};
 
 /// A Llama-style decoder in training with AdamW, on Burn.
 pub struct BurnLearner {
@@ -40,6 +43,7 @@ pub struct BurnLearner {
     history: Option<History>,
     precision: Precision,
     recomputes: bool,
+    backward: Backward,
 }
 
 /// What has been accumulated since the last optimizer step.
@@ -93,6 +97,7 @@ impl BurnLearner {
             history: None,
             precision: Precision::default(),
             recomputes: false,
+            backward: Backward::default(),
         })
     }
 
@@ -112,6 +117,11 @@ impl BurnLearner {
     /// memory and more time for the same bits (Chen et al., arXiv 1604.06174).
     pub fn recompute_activations(&mut self, recomputes: bool) {
         self.recomputes = recomputes;
+    }
+
+    /// What gradients flow through from here on.
+    pub fn flow_through(&mut self, backward: Backward) {
+        self.backward = backward;
     }
 
     /// Opens a Hugging Face style folder (`config.json`, `model.safetensors`) on the CPU, with the optimizer's
@@ -164,8 +174,8 @@ impl BurnLearner {
 
     /// Gradients, before clipping, of the mean loss over `kept` positions (as [`Learner::step`] takes them).
     pub fn gradients(&self, batch: &Batch, kept: &[u32]) -> Vec<NamedTensor> {
-        let forward = self.forward(&self.weights, batch, true);
-        let (_, predicted) = self.predict(&self.weights, &forward, batch, Keep::Exponentials, false);
+        let forward = self.forward(&self.weights, batch, Purpose::Gradient);
+        let (_, predicted) = self.predict(&self.weights, &forward, &batch.targets, Keep::Exponentials, false);
         let sums = self.backward(batch, forward, predicted, kept).into_vec();
         let means = sums.into_iter().map(|sum| sum.div_scalar(kept.len() as f64)).collect();
         weights::download(&self.config, means)
@@ -187,6 +197,30 @@ impl BurnLearner {
         }
         self.move_history();
         norm
+    }
+
+    /// Adds the gradient of the sum of the kept losses to what waits for an optimizer step.
+    fn add_gradients(
+        &mut self,
+        batch: &Batch,
+        (forward, predicted): (Forward, head::Forward),
+        kept: &[u32],
+        losses: &[f32],
+    ) {
+        assert!(kept.is_sorted_by(|a, b| a < b), "selected positions must ascend without repeats");
+        if kept.is_empty() {
+            return;
+        }
+        let loss_sum: f64 = kept.iter().map(|&position| f64::from(losses[position as usize])).sum();
+        let gradients = self.backward(batch, forward, predicted, kept);
+        self.waiting = Some(match self.waiting.take() {
+            None => Waiting { gradients, kept: kept.len(), loss_sum },
+            Some(waiting) => Waiting {
+                gradients: waiting.gradients.zip_with(gradients, |a, b| a + b),
+                kept: waiting.kept + kept.len(),
+                loss_sum: waiting.loss_sum + loss_sum,
+            },
+        });
     }
 
     fn move_history(&mut self) {
@@ -232,31 +266,38 @@ impl BurnLearner {
 
 impl Learner for BurnLearner {
     fn measure(&self, batch: &Batch, needs: Needs) -> Measured {
-        let forward = self.forward(&self.weights, batch, false);
-        let (predictions, _) = self.predict(&self.weights, &forward, batch, Keep::Nothing, needs.entropy);
+        let forward = self.forward(&self.weights, batch, Purpose::Losses);
+        let (predictions, _) =
+            self.predict(&self.weights, &forward, &batch.targets, Keep::Nothing, needs.entropy);
         self.measured(predictions, batch, needs)
     }
 
     fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>) {
-        let forward = self.forward(&self.weights, batch, true);
+        let forward = self.forward(&self.weights, batch, Purpose::Gradient);
         let (predictions, predicted) =
-            self.predict(&self.weights, &forward, batch, Keep::Exponentials, needs.entropy);
+            self.predict(&self.weights, &forward, &batch.targets, Keep::Exponentials, needs.entropy);
         let measured = self.measured(predictions, batch, needs);
         let kept = select(&measured);
-        assert!(kept.is_sorted_by(|a, b| a < b), "selected positions must ascend without repeats");
-        if kept.is_empty() {
-            return;
-        }
-        let loss_sum: f64 = kept.iter().map(|&position| f64::from(measured.losses[position as usize])).sum();
-        let gradients = self.backward(batch, forward, predicted, &kept);
-        self.waiting = Some(match self.waiting.take() {
-            None => Waiting { gradients, kept: kept.len(), loss_sum },
-            Some(waiting) => Waiting {
-                gradients: waiting.gradients.zip_with(gradients, |a, b| a + b),
-                kept: waiting.kept + kept.len(),
-                loss_sum: waiting.loss_sum + loss_sum,
-            },
-        });
+        self.add_gradients(batch, (forward, predicted), &kept, &measured.losses);
+    }
+
+    fn accumulate_chosen(
+        &mut self,
+        batch: &Batch,
+        kept: &[u32],
+        needs: Option<Needs>,
+        measured: &mut dyn FnMut(&Measured),
+    ) {
+        let forward = self.forward(&self.weights, batch, Purpose::GradientOf(kept));
+        // Of the others nobody wants to know.
+        let of_kept = needs.is_none().then(|| targets_at(&batch.targets, kept));
+        let targets = of_kept.as_deref().unwrap_or(&batch.targets);
+        let needs = needs.unwrap_or_default();
+        let (predictions, predicted) =
+            self.predict(&self.weights, &forward, targets, Keep::Exponentials, needs.entropy);
+        let found = self.measured(predictions, batch, needs);
+        measured(&found);
+        self.add_gradients(batch, (forward, predicted), kept, &found.losses);
     }
 
     fn update(&mut self, learning_rate: f64) -> StepOutcome {
@@ -304,6 +345,15 @@ impl Learner for BurnLearner {
         self.load_optimizer(folder)?;
         self.load_history(folder)
     }
+}
+
+/// The targets at some positions, ascending, and none elsewhere.
+fn targets_at(targets: &[u32], positions: &[u32]) -> Vec<u32> {
+    let mut some = vec![NO_TARGET; targets.len()];
+    for &position in positions {
+        some[position as usize] = targets[position as usize];
+    }
+    some
 }
 
 fn fresh_moments(tensors: &[Tensor<2>], device: &burn::tensor::Device) -> Vec<Moments> {

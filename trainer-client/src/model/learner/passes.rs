@@ -1,11 +1,15 @@
 //! A batch forward and back through the whole model, in groups of rows.
 
+use std::ops::Range;
+
 use burn::tensor::{IndexingUpdateOp, Tensor};
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::select::Needs;
 
+use super::purpose::{Forward, Purpose};
 use super::{BurnLearner, History};
-use crate::model::decoder::{self, BodyGradients, Group, Tape, indices};
+use crate::model::Backward;
+use crate::model::decoder::{self, BodyGradients, Group, Record, Tape};
 use crate::model::device::is_cpu;
 use crate::model::head::{self, Keep, Predictions};
 use crate::model::parallel;
@@ -16,17 +20,21 @@ use crate::training::learner::Measured;
 /// Fixed, because the groups decide the order in which gradients are added.
 const GROUP_TOKENS: usize = 1024;
 
-/// A forward pass over the body.
-pub(super) struct Forward {
-    /// Final hidden states, `[tokens, hidden]`.
-    hidden: Tensor<2>,
-    /// One for each group of rows, in order; none if only losses are wanted.
-    tapes: Vec<Tape>,
+/// Those of ascending flat positions that are in each group of rows, counted from its first token.
+fn by_group(positions: &[u32], groups: &[Range<usize>], len: usize) -> Vec<Vec<u32>> {
+    let mut rest = positions;
+    let own = |rows: &Range<usize>| {
+        let (start, end) = ((rows.start * len) as u32, (rows.end * len) as u32);
+        let (own, others) = rest.split_at(rest.partition_point(|&position| position < end));
+        rest = others;
+        own.iter().map(|position| position - start).collect()
+    };
+    groups.iter().map(own).collect()
 }
 
 impl BurnLearner {
     /// Rows of a batch that go through the body together.
-    fn groups(&self, batch: &Batch) -> Vec<std::ops::Range<usize>> {
+    fn groups(&self, batch: &Batch) -> Vec<Range<usize>> {
         let rows = match parallel::workers(&self.device) {
             1 if !is_cpu(&self.device) => batch.rows,
             _ => (GROUP_TOKENS / batch.len).max(1),
@@ -40,30 +48,49 @@ impl BurnLearner {
         weights.clone().map(|weight| if weight.dims()[0] == 1 { weight } else { weight.cast(dtype) })
     }
 
-    pub(super) fn forward(&self, weights: &Weights<Tensor<2>>, batch: &Batch, keep_tapes: bool) -> Forward {
+    pub(super) fn forward(
+        &self,
+        weights: &Weights<Tensor<2>>,
+        batch: &Batch,
+        purpose: Purpose<'_>,
+    ) -> Forward {
         self.check(batch);
         let (weights, dtype) = (&self.computing(weights), self.precision.dtype());
-        let run = |rows| {
-            let group = Group::new(batch, rows, &self.config, &self.rotary_tables, dtype, &self.device);
-            let (hidden, tape) =
-                decoder::forward(group, weights, self.config.rms_norm_eps, self.recomputes || !keep_tapes);
-            (hidden, keep_tapes.then_some(tape))
+        let groups = self.groups(batch);
+        let kept = match purpose {
+            Purpose::GradientOf(kept) => by_group(kept, &groups, batch.len).into_iter().map(Some).collect(),
+            Purpose::Losses | Purpose::Gradient => vec![None; groups.len()],
         };
+        let run = |(rows, kept): (Range<usize>, Option<Vec<u32>>)| {
+            let group = Group::new(batch, rows, &self.config, &self.rotary_tables, dtype, &self.device);
+            let record = match (purpose, &kept) {
+                (Purpose::Losses, _) => Record::Nothing,
+                (Purpose::GradientOf(_), Some(kept)) if kept.is_empty() => Record::Nothing,
+                _ if self.recomputes => Record::Inputs,
+                (Purpose::GradientOf(_), Some(kept)) if self.backward == Backward::Kept => {
+                    Record::TapesOf(kept)
+                }
+                _ => Record::Tapes,
+            };
+            decoder::forward(group, weights, self.config.rms_norm_eps, record)
+        };
+        let work = groups.into_iter().zip(kept).collect();
         let (hidden, tapes): (Vec<_>, Vec<_>) =
-            parallel::map(parallel::workers(&self.device), self.groups(batch), run).into_iter().unzip();
-        Forward { hidden: Tensor::cat(hidden, 0), tapes: tapes.into_iter().flatten().collect() }
+            parallel::map(parallel::workers(&self.device), work, run).into_iter().unzip();
+        Forward { hidden: Tensor::cat(hidden, 0), tapes }
     }
 
+    /// What the head says of every position with a target, `targets` being the batch's or some of them.
     pub(super) fn predict(
         &self,
         weights: &Weights<Tensor<2>>,
         forward: &Forward,
-        batch: &Batch,
+        targets: &[u32],
         keep: Keep,
         wants_entropies: bool,
     ) -> (Predictions, head::Forward) {
         let weight = weights.head().clone().cast(self.precision.dtype());
-        head::predict(&forward.hidden, &weight, batch, keep, wants_entropies, &self.device)
+        head::predict(&forward.hidden, &weight, targets, keep, wants_entropies, &self.device)
     }
 
     /// Losses under the history.
@@ -71,8 +98,8 @@ impl BurnLearner {
         let Some(History { weights, .. }) = &self.history else {
             panic!("a history loss was asked for, but the learner keeps no history");
         };
-        let forward = self.forward(weights, batch, false);
-        self.predict(weights, &forward, batch, Keep::Nothing, false).0.losses
+        let forward = self.forward(weights, batch, Purpose::Losses);
+        self.predict(weights, &forward, &batch.targets, Keep::Nothing, false).0.losses
     }
 
     pub(super) fn measured(&self, predictions: Predictions, batch: &Batch, needs: Needs) -> Measured {
@@ -90,23 +117,22 @@ impl BurnLearner {
         kept: &[u32],
     ) -> Weights<Tensor<2>> {
         let Forward { hidden, tapes } = forward;
-        let (weights, eps) = (&self.computing(&self.weights), self.config.rms_norm_eps);
+        let (weights, how) = (&self.computing(&self.weights), (self.config.rms_norm_eps, self.backward));
         let head = head::gradients(&hidden, weights.head(), predicted, kept, &self.device);
+        drop(hidden);
         let workers = parallel::workers(&self.device);
-        let mut remaining = kept;
         let mut work = Vec::with_capacity(tapes.len());
-        for (tape, rows) in tapes.into_iter().zip(self.groups(batch)) {
-            let (start, end) = ((rows.start * batch.len) as u32, (rows.end * batch.len) as u32);
-            let count = remaining.partition_point(|&position| position < end);
-            let first = kept.len() - remaining.len();
-            let own: Vec<u32> = remaining[..count].iter().map(|position| position - start).collect();
-            remaining = &remaining[count..];
+        let mut first = 0;
+        for (tape, own) in tapes.into_iter().zip(by_group(kept, &self.groups(batch), batch.len)) {
+            let count = own.len();
             // Nothing flows back into a group of which nothing was kept.
-            let flows = (count > 0).then(|| (tape, own, head.hidden.clone().narrow(0, first, count)));
-            work.push((flows, (end - start) as usize));
+            if let Some(tape) = tape.filter(|_| count > 0) {
+                work.push((tape, own, head.hidden.clone().narrow(0, first, count)));
+            }
+            first += count;
         }
         let mut work = work.into_iter();
-        let mut embedded = Vec::new();
+        let (mut embedded, mut tokens) = (Vec::new(), Vec::new());
         let mut body: Option<BodyGradients> = None;
         loop {
             // As many groups at a time as there are workers, so that no more gradients than those are in memory;
@@ -115,25 +141,19 @@ impl BurnLearner {
             if wave.is_empty() {
                 break;
             }
-            let run = |(flows, tokens): (Option<(Tape, Vec<u32>, Tensor<2>)>, usize)| {
-                let gradients =
-                    flows.map(|(tape, own, d_hidden)| decoder::backward(d_hidden, &own, weights, tape, eps));
-                (gradients, tokens)
+            let run = |(tape, own, d_hidden): (Tape, Vec<u32>, Tensor<2>)| {
+                decoder::backward(d_hidden, &own, weights, tape, how)
             };
-            for (gradients, tokens) in parallel::map(workers, wave, run) {
-                let Some(gradients) = gradients else {
-                    embedded.push(Tensor::zeros([tokens, self.config.hidden_size], &self.device));
-                    continue;
-                };
+            for gradients in parallel::map(workers, wave, run) {
                 embedded.push(gradients.embedded.clone());
+                tokens.push(gradients.tokens.clone());
                 body = Some(match body {
                     Some(sum) => sum.add(gradients),
                     None => gradients,
                 });
             }
         }
-        let tokens = indices(&batch.tokens, &self.device);
-        let embedded = Tensor::cat(embedded, 0);
+        let (embedded, tokens) = (Tensor::cat(embedded, 0), Tensor::cat(tokens, 0));
         let scatter = |into: Tensor<2>| into.select_assign(0, tokens, embedded, IndexingUpdateOp::Add);
         let (embedding, head) = if self.config.tie_word_embeddings {
             (scatter(head.weight), None)

@@ -5,7 +5,7 @@
 
 #![allow(clippy::inline_always)]
 
-use std::ops::Range;
+pub(super) mod attention;
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -140,43 +140,6 @@ pub(super) fn scale_rows(values: &mut [f32], columns: usize, factors: &[f32]) {
     );
 }
 
-/// Softmax of rows of `len` scores over what each may look at, zero elsewhere. `visible` holds the spans of consecutive rows
-/// of a matrix `[len, len]`, which is repeated `repeats` times for each of its owners.
-pub(super) fn masked_softmax(scores: &mut [f32], len: usize, visible: &[Range<usize>], repeats: usize) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let matrices = scores.chunks_exact_mut(len * len).zip((0..).map(|index| index / repeats));
-            for (matrix, owner) in matrices {
-                for (row, span) in matrix.chunks_exact_mut(len).zip(&visible[owner * len..]) {
-                    row[..span.start].fill(0.0);
-                    row[span.end..].fill(0.0);
-                    let row = &mut row[span.clone()];
-                    let max = max(row);
-                    let factor = 1.0 / map_sum(row, |x| exp(x - max), |_, e| e);
-                    for x in row {
-                        *x *= factor;
-                    }
-                }
-            }
-        },
-    );
-}
-
-/// Gradient of a softmax with respect to its scores, in place of that of its result: `(d_p - along) * p`, where `along` is the
-/// row's own sum of `d_p * p`.
-pub(super) fn softmax_backward(d_result: &mut [f32], result: &[f32], along: &[f32], len: usize) {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let rows = d_result.chunks_exact_mut(len).zip(result.chunks_exact(len));
-            for ((d_row, row), &along) in rows.zip(along) {
-                d_row.iter_mut().zip(row).for_each(|(d, &p)| *d = (*d - along) * p);
-            }
-        },
-    );
-}
-
 /// `silu(gate) * up`.
 pub(super) fn gated(gate: &[f32], up: &[f32]) -> Vec<f32> {
     Arch::new().dispatch(
@@ -267,18 +230,20 @@ pub(crate) fn adamw(
     });
 }
 
+/// Numbers from -10 to 10 for tests.
+#[cfg(test)]
+fn noise(count: usize) -> Vec<f32> {
+    let mut state = 1u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state as f32 / u32::MAX as f32 * 20.0 - 10.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn noise(count: usize) -> Vec<f32> {
-        let mut state = 1u32;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state as f32 / u32::MAX as f32 * 20.0 - 10.0
-        };
-        (0..count).map(|_| next()).collect()
-    }
 
     #[test]
     fn exp_is_that_of_double_precision() {
@@ -304,23 +269,6 @@ mod tests {
             assert!((f64::from(sums.weighted) - weighted).abs() < 1e-5);
             for (value, logit) in values[row * columns..][..columns].iter().zip(&logits) {
                 assert!((f64::from(*value) - (logit - max).exp()).abs() < 1e-6);
-            }
-        }
-    }
-
-    #[test]
-    fn a_masked_softmax_sees_its_span_alone() {
-        let len = 5;
-        let visible = [0..1, 0..2, 2..3, 2..4, 2..5];
-        let mut scores = noise(2 * len * len);
-        let before = scores.clone();
-        masked_softmax(&mut scores, len, &visible, 2);
-        for (index, (row, scores)) in scores.chunks(len).zip(before.chunks(len)).enumerate() {
-            let span = &visible[index % len];
-            let sum: f32 = scores[span.clone()].iter().map(|x| x.exp()).sum();
-            for (column, (found, score)) in row.iter().zip(scores).enumerate() {
-                let expected = if span.contains(&column) { score.exp() / sum } else { 0.0 };
-                assert!((found - expected).abs() < 1e-5, "{index} {column}");
             }
         }
     }
