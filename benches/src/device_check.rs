@@ -10,7 +10,7 @@ const STEPS: usize = 20;
 
 /// Trains a tiny run on a device and on the CPU, and compares the losses of every step.
 pub fn check(device: DeviceName, precision: Precision) -> anyhow::Result<Value> {
-    let setup = Setup { device, precision, size: Size::Tiny, rows: 4, len: 64 };
+    let setup = Setup { device, precision, size: Size::Tiny, rows: 4, len: 64, document: None };
     let on_device = losses(&setup)?;
     let on_cpu = losses(&Setup { device: DeviceName::Cpu, precision: Precision::F32, ..setup })?;
     let squares: f64 = on_device.iter().zip(&on_cpu).map(|(a, b)| (a - b).powi(2)).sum();
@@ -32,5 +32,7 @@ pub fn check(device: DeviceName, precision: Precision) -> anyhow::Result<Value> 
 fn losses(setup: &Setup) -> anyhow::Result<Vec<f64>> {
     let mut learner = setup.learner(setup.model(VOCABULARY))?;
     let batch = setup.batch(VOCABULARY);
-    (0..STEPS).map(|_| Ok(step(&mut learner, &batch, true)?["loss"].as_f64().unwrap_or(f64::NAN))).collect()
+    (0..STEPS)
+        .map(|_| Ok(step(&mut learner, &batch, "slm".parse()?)?["loss"].as_f64().unwrap_or(f64::NAN)))
+        .collect()
 }

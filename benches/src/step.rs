@@ -13,8 +13,8 @@ use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::select::{KeepRatio, Needs, Objective, Score, Thresholds, Turn};
 use sluice_text::output::print_line;
 use sluice_trainer::model::optimizer::AdamWConfig;
-use sluice_trainer::model::{BurnLearner, DeviceName, ModelConfig, Precision};
-use sluice_trainer::training::learner::Learner as _;
+use sluice_trainer::model::{Backward, BurnLearner, DeviceName, ModelConfig, Precision};
+use sluice_trainer::training::learner::{Learner as _, Measured};
 
 use crate::process::{cpu_seconds, forget_peak, peak_bytes, resident_bytes};
 
@@ -40,6 +40,9 @@ pub struct Setup {
     /// Tokens in a sequence.
     #[arg(long, default_value_t = 256)]
     pub len: usize,
+    /// Tokens in a document, of which a sequence holds as many as fit; the last one is cut [default: one document a sequence]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub document: Option<u64>,
 }
 
 /// A Llama-style body; its name says about how many parameters it comes to.
@@ -91,18 +94,21 @@ impl Setup {
         Ok(learner)
     }
 
-    /// Random tokens, a document a row; what the reference says of them is random too.
+    /// Random tokens in documents; what the reference says of them is random too.
     pub fn batch(&self, vocabulary: usize) -> Batch {
         let Self { rows, len, .. } = *self;
         let mut random = fastrand::Rng::with_seed(5);
         // Together, so that a batch of fewer rows is the beginning of this one.
         let drawn = |_| (random.u32(0..vocabulary as u32), 5.0 + 5.0 * random.f32());
         let (tokens, drawn): (Vec<u32>, Vec<f32>) = (0..rows * len).map(drawn).unzip();
-        let ends = |index: usize| (index + 1).is_multiple_of(len);
+        let document = self.document.map_or(len, |document| len.min(document as usize));
+        let ends =
+            |index: usize| (index + 1).is_multiple_of(len) || (index % len + 1).is_multiple_of(document);
         let targets = (0..rows * len).map(|i| if ends(i) { NO_TARGET } else { tokens[i + 1] }).collect();
         let reference = (0..rows * len).map(|i| if ends(i) { f32::NAN } else { drawn[i] }).collect();
-        let positions = (0..rows).flat_map(|_| 0..len as u32).collect();
-        let segments = vec![1; tokens.len()];
+        let within = |index: usize| (index % len % document) as u32;
+        let positions = (0..rows * len).map(within).collect();
+        let segments = (0..rows * len).map(|index| (index % len / document) as u32 + 1).collect();
         Batch { rows, len, segments, positions, targets, reference, tokens, reference_entropy: vec![] }
     }
 
@@ -118,7 +124,8 @@ impl Setup {
             ("--rows", self.rows.to_string()),
             ("--len", self.len.to_string()),
         ];
-        pairs.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
+        let document = self.document.map(|document| ("--document", document.to_string()));
+        pairs.into_iter().chain(document).flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
     }
 }
 
@@ -128,24 +135,51 @@ pub fn head_alone(setup: &Setup, vocabulary: usize) -> ModelConfig {
     ModelConfig { heads: 1, kv_heads: 1, ..narrow }
 }
 
-/// Takes steps as the lines of standard input say, and prints what each of them cost: `VOCABULARY plain` or
-/// `VOCABULARY slm` for the model, `VOCABULARY memory` for the memory of the loss.
+/// One way to take a step: `plain`, or `slm`, `kept` and `chosen` with the percentage that is kept behind a hyphen, 60 without.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Variant {
+    /// Share of the tokens that is learnt from; 1 for a plain step.
+    keep: f64,
+    backward: Backward,
+    /// Whether the tokens are chosen before the forward pass, as they are where the model has no say.
+    chooses_beforehand: bool,
+}
+
+impl std::str::FromStr for Variant {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let (name, percent) = text.split_once('-').unwrap_or((text, "60"));
+        let (backward, chooses_beforehand) = match name {
+            "plain" => return Ok(Self { keep: 1.0, backward: Backward::Exact, chooses_beforehand: false }),
+            "slm" => (Backward::Exact, false),
+            "kept" => (Backward::Kept, false),
+            "chosen" => (Backward::Kept, true),
+            unknown => bail!("no such step: {unknown}"),
+        };
+        Ok(Self { keep: percent.parse::<f64>()? / 100.0, backward, chooses_beforehand })
+    }
+}
+
+/// Takes steps as the lines of standard input say, and prints what each of them cost: `VOCABULARY VARIANT` for the model,
+/// `VOCABULARY memory` for the memory of the loss, and `VOCABULARY tape VARIANT` for that of the model between its passes.
 pub fn worker(setup: &Setup) -> anyhow::Result<()> {
     let mut learners = HashMap::new();
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         let (vocabulary, variant) = line.split_once(' ').context("a line is VOCABULARY VARIANT")?;
         let vocabulary: usize = vocabulary.parse()?;
-        let told = match variant {
-            "memory" => loss_memory(setup, vocabulary)?,
-            "plain" | "slm" => {
-                let learner = match learners.entry(line.clone()) {
-                    Entry::Occupied(there) => there.into_mut(),
-                    Entry::Vacant(free) => free.insert(setup.learner(setup.model(vocabulary))?),
-                };
-                step(learner, &setup.batch(vocabulary), variant == "slm")?
-            }
-            unknown => bail!("no such step: {unknown}"),
+        let told = if variant == "memory" {
+            loss_memory(setup, vocabulary)?
+        } else if let Some(variant) = variant.strip_prefix("tape ") {
+            tape_memory(setup, vocabulary, variant.parse()?)?
+        } else {
+            let variant = variant.parse()?;
+            let learner = match learners.entry(line.clone()) {
+                Entry::Occupied(there) => there.into_mut(),
+                Entry::Vacant(free) => free.insert(setup.learner(setup.model(vocabulary))?),
+            };
+            step(learner, &setup.batch(vocabulary), variant)?
         };
         print_line(&format!("{told}"))?;
     }
@@ -155,20 +189,33 @@ pub fn worker(setup: &Setup) -> anyhow::Result<()> {
 pub(crate) fn step(
     learner: &mut BurnLearner,
     batch: &Batch,
-    selects: bool,
+    variant: Variant,
 ) -> anyhow::Result<serde_json::Value> {
+    let Variant { keep, backward, chooses_beforehand } = variant;
+    let score = if chooses_beforehand { Score::Random } else { Score::Excess };
     let objective =
-        if selects { Objective::slm(Score::Excess, KeepRatio::try_from(0.6)?) } else { Objective::Clm };
+        if keep < 1.0 { Objective::slm(score, KeepRatio::try_from(keep)?) } else { Objective::Clm };
     let turn = Turn { seed: SEED, step: 1, steps: 1, micro_batch: 0 };
+    let select = |measured: &Measured| {
+        let signals = [measured.signals(batch)];
+        let mut choices = objective.select(&signals, batch.len, turn, &Thresholds::default());
+        choices.pop().unwrap_or_default().kept
+    };
+    learner.flow_through(backward);
     let mut selecting = 0.0;
     let (started, cpu) = (Instant::now(), cpu_seconds(std::process::id())?);
-    learner.accumulate(batch, Needs::default(), &mut |measured| {
-        let started = Instant::now();
-        let mut choices =
-            objective.select(&[measured.signals(batch)], batch.len, turn, &Thresholds::default());
-        selecting = started.elapsed().as_secs_f64();
-        choices.pop().unwrap_or_default().kept
-    });
+    if chooses_beforehand {
+        // The loss is looked at for nothing but where there is one.
+        let kept = select(&Measured { losses: batch.reference.clone(), ..Measured::default() });
+        learner.accumulate_chosen(batch, &kept, Some(Needs::default()), &mut |_| {});
+    } else {
+        learner.accumulate(batch, Needs::default(), &mut |measured| {
+            let started = Instant::now();
+            let kept = select(measured);
+            selecting = started.elapsed().as_secs_f64();
+            kept
+        });
+    }
     let outcome = learner.update(LEARNING_RATE);
     learner.synchronize()?;
     Ok(json!({
@@ -182,13 +229,23 @@ pub(crate) fn step(
 
 /// Most memory of a step of a model that is hardly more than its head, beyond what a small step left.
 fn loss_memory(setup: &Setup, vocabulary: usize) -> anyhow::Result<serde_json::Value> {
+    memory(setup, head_alone(setup, vocabulary), "slm".parse()?)
+}
+
+/// Most memory of a step, beyond what a small step left, which holds gradients and the optimizer's state.
+fn tape_memory(setup: &Setup, vocabulary: usize, variant: Variant) -> anyhow::Result<serde_json::Value> {
+    memory(setup, setup.model(vocabulary), variant)
+}
+
+fn memory(setup: &Setup, model: ModelConfig, variant: Variant) -> anyhow::Result<serde_json::Value> {
     let me = std::process::id();
-    let mut learner = setup.learner(head_alone(setup, vocabulary))?;
+    let vocabulary = model.vocab_size;
+    let mut learner = setup.learner(model)?;
     let whole = setup.batch(vocabulary);
     let first = Setup { rows: 1, ..*setup }.batch(vocabulary);
-    step(&mut learner, &first, true)?;
+    step(&mut learner, &first, variant)?;
     forget_peak()?;
     let before = resident_bytes(me)?;
-    let told = step(&mut learner, &whole, true)?;
+    let told = step(&mut learner, &whole, variant)?;
     Ok(json!({"bytes": peak_bytes(me)?.saturating_sub(before), "loss": told["loss"]}))
 }

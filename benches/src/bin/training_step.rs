@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context as _, ensure};
-use clap::{Args, Parser};
+use clap::{Args, Parser, ValueEnum as _};
 use serde_json::{Value, json};
 use sluice_benches::process::median;
 use sluice_benches::step::{LEARNING_RATE, Setup, head_alone};
@@ -66,6 +66,13 @@ struct Compare {
     /// Vocabularies.
     #[arg(long, value_delimiter = ',', default_value = "8192,32768")]
     vocabularies: Vec<usize>,
+    /// Our own versions of the step, of which slm must be one: `plain`, or `slm`, `kept` (--backward kept) and `chosen` (the same,
+    /// chosen before the forward pass), with the percentage that is kept behind a hyphen, 60 without.
+    #[arg(long, value_delimiter = ',', default_value = "plain,slm")]
+    ours: Vec<String>,
+    /// Our own versions of which the memory of a step is measured too.
+    #[arg(long, value_delimiter = ',')]
+    tapes: Vec<String>,
     /// `PyTorch`'s versions of the step.
     #[arg(
         long,
@@ -135,6 +142,10 @@ fn main() -> anyhow::Result<()> {
 fn compare(arguments: &Compare) -> anyhow::Result<Value> {
     let folder = tempfile::tempdir()?;
     let setup = &arguments.setup;
+    ensure!(
+        arguments.python.is_none() || setup.document.is_none(),
+        "PyTorch's versions know no documents within a sequence: leave out --python or --document"
+    );
     let mut cases = Vec::new();
     for &vocabulary in &arguments.vocabularies {
         if arguments.python.is_some() {
@@ -154,6 +165,8 @@ fn compare(arguments: &Compare) -> anyhow::Result<Value> {
         "precision": setup.precision,
         "rows": setup.rows,
         "len": setup.len,
+        "document": setup.document,
+        "size": setup.size.to_possible_value().map(|size| size.get_name().to_owned()),
         "cases": cases,
     }))
 }
@@ -202,7 +215,8 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
         Worker::start("sluice", &mut command)
     };
     let mut workers = vec![ours()?];
-    let mut variants = vec![(0, "plain"), (0, "slm")];
+    let mut variants: Vec<(usize, &str)> = arguments.ours.iter().map(|name| (0, name.as_str())).collect();
+    let of_slm = arguments.ours.iter().position(|name| name == "slm").context("--ours lacks slm")?;
     let with_glibc = this.with_file_name("training_step_glibc");
     if on_cpu && with_glibc.exists() {
         let mut command = Command::new(with_glibc);
@@ -224,7 +238,7 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
     }
     let losses =
         |steps: &[Value]| -> Vec<f64> { steps.iter().filter_map(|step| step["loss"].as_f64()).collect() };
-    let expected = losses(&measured[1]);
+    let expected = losses(&measured[of_slm]);
     let agreement = AGREEMENT_NATS[usize::from(setup.precision != Precision::F32)];
     let mut engines = Vec::new();
     for (&(worker, variant), steps) in variants.iter().zip(&measured) {
@@ -234,7 +248,8 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
             taken.len() == steps.len() && taken.iter().all(|loss| loss.is_finite()),
             "a loss of {name} is no number"
         );
-        if variant != "plain" {
+        // The others take other steps.
+        if variant == "slm" || variant.starts_with("torch") {
             let off = expected.iter().zip(&taken).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
             ensure!(
                 off <= agreement,
@@ -260,6 +275,15 @@ fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result
         "engines": engines,
         "stream": stream::batches(setup, vocabulary)?,
     });
+    let mut tapes = serde_json::Map::new();
+    for variant in &arguments.tapes {
+        let told = ours()?.ask(vocabulary, &format!("tape {variant}"))?;
+        say(format_args!("{vocabulary} memory of a step, {variant}: {told}"));
+        tapes.insert(variant.clone(), told);
+    }
+    if !tapes.is_empty() {
+        result["step_memory"] = tapes.into();
+    }
     // Of a device's memory the system knows nothing.
     if on_cpu {
         let mut memory = json!({ "sluice": ours()?.ask(vocabulary, "memory")? });

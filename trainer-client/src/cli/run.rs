@@ -21,6 +21,7 @@ use super::selection::SelectionArguments;
 use super::training::{described, plan, say_begun, set_up, stream_settings, train};
 use crate::failure::{Classify, Failure};
 use crate::run::folder::recorded;
+use crate::run::record::BACKWARD_KEY;
 use crate::text::TextTokenizer;
 use crate::training::learner::Learner;
 use crate::training::setup::Begun;
@@ -126,12 +127,17 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     };
     let mut setup = set_up(model, optimization, output, &tokenizer, feed_plan.shape)?;
     selection.give_history(&mut setup.learner)?;
+    setup.learner.flow_through(selection.backward);
     if let Some(checkpoint) = setup.checkpoint().map(Path::to_owned) {
         // The history is as it was in the checkpoint.
         setup.learner.load(&checkpoint).or_data()?;
     }
     let plan = plan(objective, schedule, optimization, output);
-    let settings = [("stream", arguments.stream_settings()), ("history", selection.history_settings())];
+    let settings = [
+        ("stream", arguments.stream_settings()),
+        ("history", selection.history_settings()),
+        (BACKWARD_KEY, json!(selection.backward)),
+    ];
     let described = described("run", &setup.learner, model, optimization, settings)?;
     let record = setup.record(described, &plan, &feed_plan)?;
     let begun = setup.begun(&record)?;

@@ -9,7 +9,7 @@ use sluice_feed::select::{KeepRatio, KeepSchedule, Objective, Rule, Scope, Score
 use crate::failure::{Classify, Failure};
 use crate::model::checkpoint::read_weights;
 use crate::model::config::CONFIG_FILE;
-use crate::model::{BurnLearner, ModelConfig};
+use crate::model::{Backward, BurnLearner, ModelConfig};
 
 /// Which tokens a run learns from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -100,6 +100,9 @@ pub(super) struct SelectionArguments {
     /// Decay per step of an average of the weights, above 0 and below 1, for the score improvement
     #[arg(long, env = "SLUICE_TRAIN_HISTORY_DECAY", value_name = "DECAY", value_parser = decay)]
     history_decay: Option<f64>,
+    /// What the gradient of the kept tokens flows through
+    #[arg(long, env = "SLUICE_TRAIN_BACKWARD", value_enum, default_value_t = Backward::Exact)]
+    pub backward: Backward,
 }
 
 impl SelectionArguments {
@@ -141,6 +144,10 @@ impl SelectionArguments {
                 is(ObjectiveName::Clm, None)
                     && (self.score.is_some() || self.threshold.is_some() || self.scope.is_some()),
                 "--objective clm keeps every token: leave out --score, --threshold and --scope, or give --objective slm",
+            ),
+            (
+                is(ObjectiveName::Clm, None) && self.backward == Backward::Kept,
+                "--objective clm drops no token, so --backward kept saves nothing: leave it out, or give --objective slm",
             ),
             (
                 is(ObjectiveName::Random, None) && (self.score.is_some() || self.threshold.is_some()),

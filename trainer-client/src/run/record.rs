@@ -8,6 +8,9 @@ use sluice_schemas::fingerprint::Fingerprint;
 
 use crate::training::schedule::Schedule;
 
+/// The setting of `run.json` that says what gradients flow through.
+pub const BACKWARD_KEY: &str = "backward";
+
 /// The content of `run.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunRecord {
@@ -38,6 +41,11 @@ pub struct RunRecord {
 }
 
 impl RunRecord {
+    /// What gradients flow through, by its name; runs of before there was such a setting were exact.
+    pub fn backward(&self) -> &str {
+        self.settings.get(BACKWARD_KEY).and_then(serde_json::Value::as_str).unwrap_or("exact")
+    }
+
     /// Name of the first setting in which a run that is to go on differs from this one; `None` if the steps would be the
     /// same. Where to read and how often to look may differ.
     pub fn first_difference(&self, other: &Self) -> Option<&'static str> {
@@ -59,6 +67,7 @@ impl RunRecord {
             ("--tokenizer", self.tokenizer == other.tokenizer),
             ("the model", setting("model")),
             ("the optimizer", setting("optimizer")),
+            ("--backward", self.backward() == other.backward()),
             ("--precision", precision(self) == precision(other)),
             ("--attend-across-documents, --first-token or --unequal-contexts", setting("packing")),
             ("--history or --history-decay", setting("history")),

@@ -1,9 +1,9 @@
 //! One optimizer step: losses to a choice, the chosen ones to a gradient, the gradient to the weights.
 
 use anyhow::bail;
-use sluice_feed::batch::PackedBatch;
+use sluice_feed::batch::{Batch, NO_TARGET, PackedBatch};
 use sluice_feed::cut::Piece;
-use sluice_feed::select::{Choice, Needs, Signals, Thresholds, Turn};
+use sluice_feed::select::{Choice, Signals, Thresholds, Turn};
 use sluice_feed::sources::SourceNames;
 
 use super::books::Books;
@@ -23,8 +23,9 @@ pub(super) struct Stepper<'a> {
 }
 
 impl Stepper<'_> {
-    /// The step of this number. Where micro-batches compete with one another, each runs forward once more, after the
-    /// losses of all have decided.
+    /// The step of this number. Each micro-batch runs forward once where its choice needs nothing of the others, and where the
+    /// model decides nothing; where micro-batches compete for what the model says, each runs forward once more after the losses
+    /// of all have decided, but its head for the kept tokens alone.
     pub fn take(
         self,
         step: u64,
@@ -35,42 +36,59 @@ impl Stepper<'_> {
         let Self { learner, plan, row_len, telemetry } = self;
         let Plan { objective, schedule, .. } = plan;
         let turn = plan.turn(step);
-        let mut needs = objective.needs();
+        let needs = objective.needs();
         let mut books = Books::new(objective);
         if plan.counts_scores(step) {
             books = books.counting_scores();
         }
-        let mut decided = None;
-        if batch.len() > 1 && objective.needs_whole_batch(step) {
-            telemetry.enter(Stage::Forward);
-            let measured: Vec<Measured> =
-                batch.iter().map(|packed| learner.measure(&packed.batch, needs)).collect();
+        let select = |measured: &[Measured]| {
+            telemetry.enter(Stage::Select);
             let signals: Vec<Signals<'_>> = measured
                 .iter()
                 .zip(batch)
                 .map(|(measured, packed)| measured.signals(&packed.batch))
                 .collect();
-            telemetry.enter(Stage::Select);
-            decided = Some(objective.select(&signals, row_len, turn, thresholds).into_iter());
-            needs = Needs::default();
-        }
+            objective.select(&signals, row_len, turn, thresholds)
+        };
         let mut lowest = Vec::with_capacity(batch.len());
-        for (micro_batch, packed) in (0..).zip(batch) {
-            telemetry.enter(Stage::Forward);
-            learner.accumulate(&packed.batch, needs, &mut |measured| {
-                telemetry.enter(Stage::Select);
-                let choice = if let Some(choices) = &mut decided {
-                    choices.next()
-                } else {
-                    let turn = Turn { micro_batch, ..turn };
-                    objective.select(&[measured.signals(&packed.batch)], row_len, turn, thresholds).pop()
-                };
-                let choice: Choice = choice.unwrap_or_default();
+        if objective.chooses_beforehand() {
+            let unmeasured: Vec<Measured> = batch.iter().map(|packed| unmeasured(&packed.batch)).collect();
+            for (packed, choice) in batch.iter().zip(select(&unmeasured)) {
+                telemetry.enter(Stage::Forward);
+                learner.accumulate_chosen(&packed.batch, &choice.kept, Some(needs), &mut |measured| {
+                    books.add(packed, &measured.losses, &choice, sources);
+                    telemetry.enter(Stage::Backward);
+                });
                 lowest.push(choice.lowest);
+            }
+        } else if batch.len() > 1 && objective.needs_whole_batch(step) {
+            telemetry.enter(Stage::Forward);
+            let measured: Vec<Measured> =
+                batch.iter().map(|packed| learner.measure(&packed.batch, needs)).collect();
+            let choices = select(&measured);
+            for ((packed, measured), choice) in batch.iter().zip(&measured).zip(choices) {
                 books.add(packed, &measured.losses, &choice, sources);
-                telemetry.enter(Stage::Backward);
-                choice.kept
-            });
+                telemetry.enter(Stage::Forward);
+                learner.accumulate_chosen(&packed.batch, &choice.kept, None, &mut |_| {
+                    telemetry.enter(Stage::Backward);
+                });
+                lowest.push(choice.lowest);
+            }
+        } else {
+            for (micro_batch, packed) in (0..).zip(batch) {
+                telemetry.enter(Stage::Forward);
+                learner.accumulate(&packed.batch, needs, &mut |measured| {
+                    telemetry.enter(Stage::Select);
+                    let turn = Turn { micro_batch, ..turn };
+                    let signals = [measured.signals(&packed.batch)];
+                    let choice = objective.select(&signals, row_len, turn, thresholds).pop();
+                    let choice: Choice = choice.unwrap_or_default();
+                    lowest.push(choice.lowest);
+                    books.add(packed, &measured.losses, &choice, sources);
+                    telemetry.enter(Stage::Backward);
+                    choice.kept
+                });
+            }
         }
         thresholds.end_step(&lowest);
         telemetry.enter(Stage::Optimizer);
@@ -97,4 +115,10 @@ impl Stepper<'_> {
         let scores = books.take_scores().map(|histogram| ScoresMetric { step, histogram });
         Ok((StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() }, scores))
     }
+}
+
+/// What is known of a micro-batch before its forward pass: where it has targets.
+fn unmeasured(batch: &Batch) -> Measured {
+    let loss = |&target: &u32| if target == NO_TARGET { f32::NAN } else { 0.0 };
+    Measured { losses: batch.targets.iter().map(loss).collect(), ..Measured::default() }
 }

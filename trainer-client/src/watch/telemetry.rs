@@ -197,7 +197,7 @@ impl Telemetry {
                 &registry,
                 IntGaugeVec::new(
                     Opts::new("sluice_train_run_info", "Always 1; the run."),
-                    &["run", "command", "objective", "tokenizer", "reference_model"],
+                    &["run", "command", "objective", "backward", "tokenizer", "reference_model"],
                 )?,
             )?,
             registry,
@@ -255,6 +255,7 @@ impl Telemetry {
                 name.as_ref(),
                 record.command.as_str(),
                 record.objective.name(),
+                record.backward(),
                 tokenizer.as_str(),
                 reference.as_str(),
             ])

@@ -117,6 +117,12 @@ impl Objective {
         })
     }
 
+    /// Whether a step can be chosen from before its forward pass, by what the references say and where there is a target, which
+    /// a loss of 0 marks in [`Signals::loss`] as well as any other.
+    pub fn chooses_beforehand(&self) -> bool {
+        self.selection().is_some_and(|selection| selection.score.is_known_beforehand())
+    }
+
     /// Whether the lowest score that was kept is a threshold.
     pub fn has_threshold(&self) -> bool {
         self.selection().is_some_and(|selection| selection.score.has_threshold())

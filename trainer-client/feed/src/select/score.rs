@@ -79,6 +79,18 @@ impl Score {
         }
     }
 
+    /// Whether nothing of the model in training decides, so that a choice can be made before its forward pass.
+    pub fn is_known_beforehand(self) -> bool {
+        match self {
+            Self::ReferenceLoss
+            | Self::ReferenceEntropy
+            | Self::Intersection { .. }
+            | Self::Union { .. }
+            | Self::Random => true,
+            Self::Excess | Self::Loss | Self::Entropy | Self::Improvement => false,
+        }
+    }
+
     /// Whether one number decides, so that a threshold on it means something.
     pub fn has_threshold(self) -> bool {
         !matches!(self, Self::Intersection { .. } | Self::Union { .. } | Self::Random)
