@@ -82,6 +82,7 @@ impl Setup {
             rope_theta: 10_000.0,
             rms_norm_eps: 1e-6,
             tie_word_embeddings: false,
+            variant: sluice_trainer::model::config::Variant::default(),
         }
     }
 

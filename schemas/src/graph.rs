@@ -69,6 +69,11 @@ impl GraphBuilder {
         self.constant(int_tensor(&[], &[value]))
     }
 
+    /// Whether there is a constant of this name.
+    pub fn has(&self, constant: &str) -> bool {
+        self.initializers.iter().any(|tensor| tensor.name() == constant)
+    }
+
     /// The nodes in the order they were added, and the constants.
     pub fn finish(self) -> (Vec<NodeProto>, Vec<TensorProto>) {
         (self.nodes, self.initializers)
@@ -87,6 +92,16 @@ pub fn raw_tensor(data_type: DataType, dims: &[i64], raw: Bytes) -> TensorProto 
         data_type: Some(data_type.into()),
         dims: dims.to_vec(),
         raw_data: Some(raw),
+        ..Default::default()
+    }
+}
+
+/// A floating-point attribute.
+pub fn float_attribute(name: &str, value: f32) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Float.into()),
+        f: Some(value),
         ..Default::default()
     }
 }

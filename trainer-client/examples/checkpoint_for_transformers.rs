@@ -7,7 +7,7 @@ use anyhow::Context;
 use serde_json::json;
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_trainer::model::optimizer::AdamWConfig;
-use sluice_trainer::model::{BurnLearner, ModelConfig};
+use sluice_trainer::model::{BurnLearner, ModelConfig, Variant};
 use sluice_trainer::training::learner::Learner;
 
 const VOCABULARY: usize = 300;
@@ -34,6 +34,7 @@ fn write(folder: &Path, tie_word_embeddings: bool) -> anyhow::Result<()> {
         rope_theta: 10_000.0,
         rms_norm_eps: 1e-5,
         tie_word_embeddings,
+        variant: Variant::default(),
     };
     let tokens: Vec<u32> = (0..LEN).map(|index| (index * index * 7 % VOCABULARY) as u32).collect();
     let mut learner = BurnLearner::new(config, AdamWConfig::default(), 5)?;

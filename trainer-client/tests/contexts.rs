@@ -19,7 +19,7 @@ use sluice_feed::select::{KeepRatio, Objective, Score, Signals, Thresholds, Turn
 use sluice_schemas::record::{Bos, ContextPolicy};
 use sluice_schemas::windows::{WindowSpan, windows};
 use sluice_trainer::model::optimizer::AdamWConfig;
-use sluice_trainer::model::{BurnLearner, ModelConfig};
+use sluice_trainer::model::{BurnLearner, ModelConfig, Variant};
 use sluice_trainer::training::learner::Learner;
 use support::model::every_target;
 
@@ -66,6 +66,7 @@ fn trained() -> BurnLearner {
         rope_theta: 100.0,
         rms_norm_eps: 1e-5,
         tie_word_embeddings: false,
+        variant: Variant::default(),
     };
     let mut learner = BurnLearner::new(config, AdamWConfig::default(), 3).expect("a valid configuration");
     let mut packer = Packer::new(SHAPE);

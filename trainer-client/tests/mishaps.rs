@@ -15,7 +15,7 @@ use sluice_feed::stream::{DocumentStream, Next, Origin, Position, StreamError};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_trainer::failure::exit_code;
 use sluice_trainer::model::optimizer::AdamWConfig;
-use sluice_trainer::model::{BurnLearner, ModelConfig};
+use sluice_trainer::model::{BurnLearner, ModelConfig, Variant};
 use sluice_trainer::run::checkpoints::{DataState, Reached, latest_checkpoint, read_state};
 use sluice_trainer::run::folder::RunFolder;
 use sluice_trainer::run::picture::PictureDocuments;
@@ -97,6 +97,10 @@ impl Learner for Diverging {
         self.table.save(folder)
     }
 
+    fn digest(&self) -> anyhow::Result<Fingerprint> {
+        self.table.digest()
+    }
+
     fn load(&mut self, folder: &Path) -> anyhow::Result<()> {
         self.table.load(folder)
     }
@@ -117,14 +121,21 @@ fn fail(folder: &Path, learner: &mut dyn Learner, stream: Failing, checkpoint_ev
         schedule,
         tokenizer: tokenizer.fingerprint(),
         reference_model: None,
-        initial_weights: run.digest_weights(learner).unwrap(),
+        initial_weights: learner.digest().unwrap(),
         settings: BTreeMap::new(),
         versions: BTreeMap::new(),
     };
     let training = Training {
         learner,
         feed: feed_over(stream, SHAPE, 0, tokenizer.fingerprint()),
-        plan: Plan { objective: Objective::Clm, schedule, seed: 1, eval_every: 10, checkpoint_every },
+        plan: Plan {
+            objective: Objective::Clm,
+            schedule,
+            seed: 1,
+            eval_every: 10,
+            checkpoint_every,
+            best_by: None,
+        },
         evals: &[],
         tokenizer: &tokenizer,
         folder: &mut run,
@@ -201,6 +212,7 @@ fn weights_that_are_not_finite_are_never_a_checkpoint() {
         rope_theta: 10_000.0,
         rms_norm_eps: 1e-6,
         tie_word_embeddings: false,
+        variant: Variant::default(),
     };
     let mut learner = BurnLearner::new(config, AdamWConfig::default(), 1).unwrap();
     let mut packer = sluice_feed::pack::Packer::new(SHAPE);
@@ -210,7 +222,7 @@ fn weights_that_are_not_finite_are_never_a_checkpoint() {
     // The gradient is finite, but no weight is after such a stride.
     let outcome = learner.step(&batch, 1e300, &mut |_| vec![0, 1, 2]);
     assert!(outcome.gradient_norm.is_finite());
-    let error = learner.save(folder.path()).unwrap_err().to_string();
+    let error = format!("{:#}", learner.save(folder.path()).unwrap_err());
     assert!(error.contains("not finite"), "{error}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use sluice_trainer::model::optimizer::AdamWConfig;
-use sluice_trainer::model::{BurnLearner, ModelConfig};
+use sluice_trainer::model::{BurnLearner, ModelConfig, Variant};
 use sluice_trainer::training::learner::Learner;
 use support::write_tokenizer;
 
@@ -42,6 +42,7 @@ fn checkpoint(folder: &Path, max_position_embeddings: usize) -> PathBuf {
         rope_theta: 10_000.0,
         rms_norm_eps: 1e-6,
         tie_word_embeddings: false,
+        variant: Variant::default(),
     };
     BurnLearner::new(config, AdamWConfig::default(), 1).unwrap().save(&checkpoint).unwrap();
     write_tokenizer(&checkpoint);

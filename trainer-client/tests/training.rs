@@ -21,6 +21,7 @@ use sluice_trainer::run::record::RunRecord;
 use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::TextTokenizer;
 use sluice_trainer::training::evaluate::{EvalFile, read_sets};
+use sluice_trainer::training::learner::Learner;
 use sluice_trainer::training::schedule::{Schedule, Shape};
 use sluice_trainer::training::{Ending, Outcome, Plan, Training};
 use sluice_trainer::watch::progress::Progress;
@@ -48,7 +49,8 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder)).unwrap();
     let held_out = folder.join("held-out.jsonl");
     std::fs::write(&held_out, "{\"text\": \"abcabc\"}\n\n{\"text\": \"é!\", \"id\": 1}\n").unwrap();
-    let evals = read_sets(&[EvalFile { name: "letters".into(), path: held_out }], &tokenizer, SHAPE).unwrap();
+    let evals =
+        read_sets(&[EvalFile { name: "letters".into(), path: held_out }], &tokenizer, SHAPE.rows).unwrap();
     let stream = ShuffledDocuments::new(documents(), 2, 3, Arc::clone(stop));
     let mut learner = Bigram::new(256);
     let out = folder.join("run");
@@ -64,14 +66,14 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
         schedule,
         tokenizer: tokenizer.fingerprint(),
         reference_model: None,
-        initial_weights: run.digest_weights(&learner).unwrap(),
+        initial_weights: learner.digest().unwrap(),
         settings: BTreeMap::new(),
         versions: BTreeMap::new(),
     };
     let training = Training {
         learner: &mut learner,
         feed: feed_over(stream, SHAPE, 5, tokenizer.fingerprint()),
-        plan: Plan { objective, schedule, seed: 1, eval_every: 10, checkpoint_every: 8 },
+        plan: Plan { objective, schedule, seed: 1, eval_every: 10, checkpoint_every: 8, best_by: None },
         evals: &evals,
         tokenizer: &tokenizer,
         folder: &mut run,
@@ -234,26 +236,4 @@ fn pieces_of_text_join_to_the_text() {
     assert_eq!(pieces.len(), tokens.len());
     assert_eq!(pieces.concat(), text);
     assert_eq!(pieces[1..3], ["", "²"], "a character stands with its last byte");
-}
-
-#[test]
-fn what_stands_before_an_answer_is_read_and_not_predicted() {
-    let folder = tempfile::tempdir().unwrap();
-    let tokenizer = TextTokenizer::read(&write_tokenizer(folder.path())).unwrap();
-    let path = folder.path().join("answers.jsonl");
-    // A token for each byte. The second document goes on in a second row of 32, in the middle of its context.
-    let long = "x".repeat(40);
-    let lines = format!(
-        "{{\"context\": \"2+2=\", \"text\": \"44\"}}\n{{\"context\": \"{long}\", \"text\": \"yz\"}}\n"
-    );
-    std::fs::write(&path, lines).unwrap();
-    let sets = read_sets(&[EvalFile { name: "answers".into(), path }], &tokenizer, SHAPE).unwrap();
-    assert_eq!((sets[0].documents, sets[0].predictions), (2, 4));
-    let losses = sets[0].token_losses(&Bigram::new(256), &AtomicBool::new(false)).unwrap().unwrap();
-    assert_eq!(losses.len(), 4);
-    assert!(losses.iter().all(|loss| (loss - 256f32.ln()).abs() < 1e-5), "{losses:?}");
-    // Below ln 2 = 0.693 a token has more than half of the probability: so have both of the first answer's.
-    let summary = sets[0].summary(&[0.1, 0.6, 0.1, 0.7]);
-    assert_eq!(summary.sure, Some(0.5));
-    assert!((summary.loss - 0.375).abs() < 1e-6);
 }

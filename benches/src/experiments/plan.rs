@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::bail;
 use serde::Serialize;
-use sluice_trainer::model::ModelConfig;
+use sluice_trainer::model::{ModelConfig, Variant};
 
 /// Tokens in a sequence, for every model of the experiment.
 pub const SEQUENCE_LENGTH: usize = 256;
@@ -43,6 +43,7 @@ impl Size {
             rope_theta: 10_000.0,
             rms_norm_eps: 1e-6,
             tie_word_embeddings: false,
+            variant: Variant::default(),
         }
     }
 }

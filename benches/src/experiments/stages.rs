@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use sluice_feed::pack::BatchShape;
 use sluice_trainer::run::files::{read_json, write_json};
 use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::TextTokenizer;
-use sluice_trainer::training::evaluate::{EvalFile, read_sets};
+use sluice_trainer::training::evaluate::{EvalFile, EvalSet, read_sets};
 
 use super::gsm8k;
 use super::parts::{DONE_FILE, base_folder, model_folder, reference_folder, scoring_file};
@@ -116,10 +115,9 @@ impl<'a> Stages<'a> {
     /// Tokens that an evaluation on all sets predicts.
     pub fn predictions_of_evaluation(&self) -> Result<u64> {
         let tokenizer = TextTokenizer::read(&self.tokenizer())?;
-        let shape = BatchShape { rows: BATCH_SIZE, len: SEQUENCE_LENGTH };
         let files: Vec<EvalFile> =
             self.evaluation_files().into_iter().map(|(name, path)| EvalFile { name, path }).collect();
-        Ok(read_sets(&files, &tokenizer, shape)?.iter().map(|set| set.predictions).sum())
+        Ok(read_sets(&files, &tokenizer, BATCH_SIZE)?.iter().map(EvalSet::predictions).sum())
     }
 
     /// The reference of a setting, after the base model that it begins with.

@@ -12,7 +12,7 @@ use crate::cut::UnequalContexts;
 use crate::pack::{BatchShape, Packing};
 use crate::plan::{Identity, Plan};
 use crate::snapshot::Snapshot;
-use crate::stream::{Broker, Decoder, DocumentStream, KafkaStream, Shard, Start, StreamError};
+use crate::stream::{Broker, Contexts, Decoder, DocumentStream, KafkaStream, Shard, Start, StreamError};
 use crate::supply::{Agreed, Buffered, Supply};
 use crate::turns::Outlook;
 
@@ -173,6 +173,11 @@ impl Feed {
     /// Fingerprint of the model that made the reference losses: of the first document, where there are several.
     pub fn reference_model(&self) -> Option<Fingerprint> {
         self.stream.reference_model()
+    }
+
+    /// How each reference model saw the documents read so far.
+    pub fn contexts(&self) -> Contexts {
+        self.stream.contexts()
     }
 
     /// What must be the same on all ranks, and in a checkpoint that is gone on from.

@@ -66,6 +66,9 @@ pub(super) struct OutputArguments {
     /// Checkpoints to keep: the last ones
     #[arg(long, env = "SLUICE_TRAIN_CHECKPOINTS_KEEP", default_value_t = 2, value_parser = at_least::<1>)]
     pub checkpoints_keep: usize,
+    /// Keep the checkpoint with the lowest loss on this evaluation set too [default of reference: the first set]
+    #[arg(long, env = "SLUICE_TRAIN_KEEP_BEST", value_name = "NAME")]
+    pub keep_best: Option<String>,
     /// Write down which documents each step learnt from (documents.jsonl)
     #[arg(long, env = "SLUICE_TRAIN_LOG_DOCUMENTS")]
     pub log_documents: bool,
@@ -94,6 +97,7 @@ impl OutputArguments {
             checkpoints_keep: self.checkpoints_keep,
             eval_every: self.eval_every,
             checkpoint_every: self.checkpoint_every,
+            best_by: self.keep_best.clone(),
         }
     }
 

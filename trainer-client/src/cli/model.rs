@@ -3,20 +3,23 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use sluice_schemas::fingerprint::Fingerprint;
 
 use crate::failure::Classify;
 use crate::model::checkpoint::{OPTIMIZER_FILE, read_weights};
 use crate::model::config::CONFIG_FILE;
 use crate::model::device::DeviceError;
+use crate::model::hugging_face::Carried;
 use crate::model::optimizer::AdamWConfig;
-use crate::model::{BurnLearner, Device, DeviceName, ModelConfig, Precision};
-use crate::text::TextTokenizer;
+use crate::model::{BurnLearner, Device, DeviceName, ModelConfig, Precision, Variant};
+use crate::text::{TOKENIZER_FILE, TextTokenizer};
 
 /// The model to start from.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Model")]
 pub(super) struct ModelArguments {
-    /// Start from the weights in this folder (config.json and model.safetensors, Hugging Face names)
+    /// Start from the weights in this folder, as Hugging Face's hub has them: config.json (llama, mistral, qwen2, qwen3 or
+    /// granite) and model.safetensors, or several files with an index, in 16 or 32 bits
     #[arg(long, env = "SLUICE_TRAIN_INIT", value_name = "FOLDER")]
     pub init: Option<PathBuf>,
     /// Width of the residual stream
@@ -83,9 +86,9 @@ impl ModelArguments {
             .or_usage();
         }
         let weights = read_weights(folder, &config).or_data()?;
-        BurnLearner::from_weights(config, optimizer, weights, device)
-            .map(|learner| self.compute.set(learner))
-            .or_data()
+        let mut learner = BurnLearner::from_weights(config, optimizer, weights, device).or_data()?;
+        learner.carry(carried(folder, tokenizer).or_data()?);
+        Ok(self.compute.set(learner))
     }
 
     /// Refuses a device that is not to be had, and sizes of which no model can be made. The length of a sequence may not be
@@ -153,8 +156,17 @@ impl ModelArguments {
             rope_theta: 10_000.0,
             rms_norm_eps: 1e-6,
             tie_word_embeddings: self.tie_word_embeddings,
+            variant: Variant::default(),
         }
     }
+}
+
+/// What goes along with the weights of `folder`; what belongs to its tokenizer only where that is the one given.
+fn carried(folder: &Path, tokenizer: &TextTokenizer) -> anyhow::Result<Carried> {
+    let carried = Carried::read(folder)?;
+    let own = std::fs::read(folder.join(TOKENIZER_FILE)).ok();
+    let is_same = own.is_some_and(|own| Fingerprint::of_bytes(&own) == tokenizer.fingerprint());
+    Ok(if is_same { carried } else { carried.without_tokenizer() })
 }
 
 /// Where and how to compute.

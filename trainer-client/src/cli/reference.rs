@@ -56,7 +56,14 @@ pub(super) struct ReferenceArguments {
 
 /// Trains a reference model on curated documents.
 pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
-    let ReferenceArguments { optimization, model, output, .. } = arguments;
+    let ReferenceArguments { optimization, model, .. } = arguments;
+    let output = &OutputArguments {
+        keep_best: arguments.output.keep_best.clone().or_else(|| {
+            // More passes over little text end beyond the best model.
+            arguments.output.evals.first().map(|file| file.name.clone())
+        }),
+        ..arguments.output.clone()
+    };
     let packing = optimization.packing()?;
     let stop = stop_on_signals()?;
     let broker = arguments.broker.broker()?;

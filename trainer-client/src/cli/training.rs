@@ -28,7 +28,7 @@ pub(super) fn set_up<'a>(
     tokenizer: &'a TextTokenizer,
     shape: BatchShape,
 ) -> anyhow::Result<Setup<'a, BurnLearner>> {
-    Setup::new(tokenizer, shape, output.output(), |checkpoint| match checkpoint {
+    Setup::new(tokenizer, shape.rows, output.output(), |checkpoint| match checkpoint {
         Some(checkpoint) => model.resumed(checkpoint, tokenizer, shape.len, optimization.optimizer()),
         None => model.learner(tokenizer, shape.len, optimization.optimizer(), optimization.seed),
     })
@@ -47,6 +47,7 @@ pub(super) fn plan(
         seed: optimization.seed,
         eval_every: output.eval_every,
         checkpoint_every: output.checkpoint_every,
+        best_by: output.keep_best.clone(),
     }
 }
 

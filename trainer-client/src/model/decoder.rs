@@ -7,11 +7,9 @@ use sluice_feed::batch::Batch;
 
 use super::attention::{AttentionShape, Visible};
 use super::backward::Backward;
-use super::config::ModelConfig;
-use super::layers::{
-    AttentionTape, Flow, MlpTape, NormTape, Rotary, attention, attention_backward, mlp_backward, rms_norm,
-    rms_norm_backward,
-};
+use super::config::{ModelConfig, Scales};
+use super::layers::{AttentionTape, Flow, MlpTape, Rotary, attention, attention_backward, mlp_backward};
+use super::norm::{NormTape, rms_norm, rms_norm_backward};
 use super::rows::{Rows, indices};
 use super::weights::{Layer, Weights};
 
@@ -22,6 +20,7 @@ pub(super) struct Group {
     tokens: Tensor<1, Int>,
     rotary: Rotary,
     visible: Visible,
+    scales: Scales,
 }
 
 /// What the gradient of a group's body needs.
@@ -86,12 +85,10 @@ pub(super) struct BodyGradients {
 
 /// Cosines and sines of every position, `[max_position_embeddings, head_dim / 2]`, row-major, computed in f64.
 pub(crate) fn rotary_tables(config: &ModelConfig) -> (Vec<f32>, Vec<f32>) {
-    let half = config.head_dim() / 2;
-    let frequencies: Vec<f64> =
-        (0..half).map(|i| config.rope_theta.powf(-(i as f64) / half as f64)).collect();
+    let (frequencies, factor) = config.rotary_frequencies();
     (0..config.max_position_embeddings)
         .flat_map(|position| frequencies.iter().map(move |frequency| position as f64 * frequency))
-        .map(|angle| (angle.cos() as f32, angle.sin() as f32))
+        .map(|angle| ((factor * angle.cos()) as f32, (factor * angle.sin()) as f32))
         .unzip()
 }
 
@@ -122,13 +119,16 @@ impl Group {
             heads: config.heads,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim(),
+            scale: config.attention_scale() as f32,
+            eps: config.rms_norm_eps,
         };
         let span = rows.start * len..rows.end * len;
         let positions = indices(&batch.positions[span.clone()], device);
         let angles = |table: &Tensor<2>| table.clone().select(0, positions.clone()).cast(dtype);
         let rotary = Rotary { cosine: angles(&tables.0), sine: angles(&tables.1) };
         let visible = Visible::of(&batch.segments[span.clone()], len, device);
-        Self { shape, tokens: indices(&batch.tokens[span], device), rotary, visible }
+        let tokens = indices(&batch.tokens[span], device);
+        Self { shape, tokens, rotary, visible, scales: config.variant.scales }
     }
 
     /// What attention has to know of it.
@@ -145,7 +145,8 @@ pub(super) fn forward(
     record: Record<'_>,
 ) -> (Tensor<2>, Option<Tape>) {
     let tokens = group.shape.rows * group.shape.len;
-    let (all, mut x) = (Flow::all(tokens), weights.embedding.clone().select(0, group.tokens.clone()));
+    let all = Flow::all(tokens);
+    let mut x = scaled(weights.embedding.clone().select(0, group.tokens.clone()), group.scales.embedding);
     let flow = match record {
         Record::TapesOf(rows) => Flow::within(Rows::some(tokens, rows, &x.device())),
         _ => Flow::all(tokens),
@@ -163,8 +164,15 @@ pub(super) fn forward(
         }
     }
     let (hidden_states, norm) = rms_norm(x, &weights.norm, eps);
+    let hidden_states = scaled(hidden_states, 1.0 / group.scales.logits);
     let tape = (record != Record::Nothing).then(|| Tape { group, layers, norm: norm.take(&flow.rows), flow });
     (hidden_states, tape)
+}
+
+/// `x` times a factor, which is 1 in most families.
+fn scaled(x: Tensor<2>, factor: f64) -> Tensor<2> {
+    #[allow(clippy::float_cmp, reason = "1 is what a config.json says, or what it leaves out")]
+    if factor == 1.0 { x } else { x.mul_scalar(factor) }
 }
 
 /// A layer's output and its tape, both at some rows of its input.
@@ -178,7 +186,7 @@ fn layer_forward(
     let (x, tape) = half_forward(x, weights, group, eps, flow);
     let LayerTape { mlp, .. } = tape;
     let (output, mlp) = mlp.output(weights);
-    (x + output, LayerTape { mlp, ..tape })
+    (x + scaled(output, group.scales.residual), LayerTape { mlp, ..tape })
 }
 
 /// A layer's tape, and what its MLP's output is added to.
@@ -191,7 +199,7 @@ fn half_forward(
 ) -> (Tensor<2>, LayerTape) {
     let (normed, input_norm) = rms_norm(x.clone(), &weights.input_norm, eps);
     let (attended, attention) = attention(normed, weights, group.seen(), flow);
-    let x = flow.rows.take(x) + attended;
+    let x = flow.rows.take(x) + scaled(attended, group.scales.residual);
     let (normed, mlp_norm) = rms_norm(x.clone(), &weights.mlp_norm, eps);
     let input_norm = input_norm.take(&flow.below);
     (x, LayerTape { input_norm, attention, mlp_norm, mlp: MlpTape::of(normed, weights) })
@@ -218,7 +226,8 @@ pub(super) fn backward(
     // A tape that was kept for these rows alone has them already.
     let is_whole = taped.rows.are_all();
     let norm = if is_whole { norm.take(&flow.rows) } else { norm };
-    let d_hidden = d_hidden.cast(weights.embedding.dtype());
+    let Scales { embedding, residual, logits, .. } = group.scales;
+    let d_hidden = scaled(d_hidden.cast(weights.embedding.dtype()), 1.0 / logits);
     let (mut d_x, norm) = rms_norm_backward(d_hidden, &weights.norm, norm);
     let mut layers = Vec::with_capacity(tapes.len());
     for (weights, saved) in weights.layers.iter().zip(tapes).rev() {
@@ -231,21 +240,22 @@ pub(super) fn backward(
             }
             (Saved::Input(x), Backward::Kept) => half_forward(x, weights, &group, eps, &flow).1,
         };
-        let (d_normed, [gate, up, down]) = mlp_backward(d_x.clone(), weights, tape.mlp);
+        let (d_normed, [gate, up, down]) = mlp_backward(scaled(d_x.clone(), residual), weights, tape.mlp);
         let (d_residual, mlp_norm) = rms_norm_backward(d_normed, &weights.mlp_norm, tape.mlp_norm);
         d_x = d_x + d_residual;
-        let (d_normed, [query, key, value, output]) =
-            attention_backward(d_x.clone(), weights, group.seen(), tape.attention, &flow);
+        let d_attended = scaled(d_x.clone(), residual);
+        let (d_normed, [query, key, value, output], extras) =
+            attention_backward(d_attended, weights, group.seen(), tape.attention, &flow);
         let (d_residual, input_norm) = rms_norm_backward(d_normed, &weights.input_norm, tape.input_norm);
         d_x = flow.rows.spread_to(&flow.below, d_x) + d_residual;
         if through == Backward::Exact {
             flow = Flow::all(tokens);
         }
-        let gradients = Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down };
+        let gradients = Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down, extras };
         // Sums over groups and micro-batches are f32, whatever the products were.
         layers.push(gradients.map(|gradient| gradient.cast(FloatDType::F32)));
     }
     layers.reverse();
     let tokens = flow.below.take_ids(group.tokens);
-    BodyGradients { embedded: d_x.cast(FloatDType::F32), tokens, layers, norm }
+    BodyGradients { embedded: scaled(d_x.cast(FloatDType::F32), embedding), tokens, layers, norm }
 }

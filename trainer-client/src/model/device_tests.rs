@@ -9,7 +9,7 @@ use sluice_feed::select::Needs;
 
 use super::{DeviceName, reason};
 use crate::model::optimizer::AdamWConfig;
-use crate::model::{Backward, BurnLearner, ModelConfig};
+use crate::model::{Backward, BurnLearner, ModelConfig, Variant};
 use crate::training::learner::{Learner, Measured};
 
 thread_local! {
@@ -52,6 +52,7 @@ fn config(kv_heads: usize, tie_word_embeddings: bool) -> ModelConfig {
         rope_theta: 10_000.0,
         rms_norm_eps: 1e-6,
         tie_word_embeddings,
+        variant: Variant::default(),
     }
 }
 

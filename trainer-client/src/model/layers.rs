@@ -5,13 +5,14 @@
 //! loss with respect to `x`.
 
 use burn::tensor::activation::sigmoid;
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::Tensor;
 
 use super::attention::{Attended, AttentionShape, Projected, Visible};
 use super::host::{from_host, on_host, to_host};
 use super::kernels;
+use super::projection::{HeadNormTape, bias_backward, norm_heads, norm_heads_backward, with_bias};
 use super::rows::Rows;
-use super::weights::Layer;
+use super::weights::{Extras, Layer};
 
 /// `x W^T` for a weight stored `[out, in]`.
 pub(super) fn linear(x: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
@@ -21,46 +22,6 @@ pub(super) fn linear(x: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
 /// Gradient of [`linear`] with respect to its weight, `[out, in]`.
 pub(super) fn linear_weight_backward(d_y: Tensor<2>, x: Tensor<2>) -> Tensor<2> {
     d_y.transpose().matmul(x)
-}
-
-/// What the gradient of a norm needs.
-pub(super) struct NormTape {
-    /// `x / rms(x)`, `[n, width]`.
-    normed: Tensor<2>,
-    /// `1 / rms(x)`, `[n, 1]`.
-    inverse_rms: Tensor<2>,
-}
-
-impl NormTape {
-    /// Its rows that a gradient flows into.
-    pub fn take(self, rows: &Rows) -> Self {
-        Self { normed: rows.take(self.normed), inverse_rms: rows.take(self.inverse_rms) }
-    }
-}
-
-/// Root mean square norm: `x / sqrt(mean(x^2) + eps) * weight` (Zhang and Sennrich, arXiv 1910.07467).
-pub(super) fn rms_norm(x: Tensor<2>, weight: &Tensor<2>, eps: f64) -> (Tensor<2>, NormTape) {
-    let dtype = x.dtype();
-    let x = x.cast(FloatDType::F32);
-    let inverse_rms = (x.clone() * x.clone()).mean_dim(1).add_scalar(eps).sqrt().recip();
-    let normed = x * inverse_rms.clone();
-    let output = (normed.clone() * weight.clone()).cast(dtype);
-    (output, NormTape { normed: normed.cast(dtype), inverse_rms })
-}
-
-/// Gradients of [`rms_norm`]: `(d_x, d_weight)`.
-pub(super) fn rms_norm_backward(
-    d_y: Tensor<2>,
-    weight: &Tensor<2>,
-    tape: NormTape,
-) -> (Tensor<2>, Tensor<2>) {
-    let NormTape { normed, inverse_rms } = tape;
-    let dtype = d_y.dtype();
-    let (d_y, normed) = (d_y.cast(FloatDType::F32), normed.cast(FloatDType::F32));
-    let d_weight = (d_y.clone() * normed.clone()).sum_dim(0);
-    let d_normed = d_y * weight.clone();
-    let along = (d_normed.clone() * normed.clone()).mean_dim(1);
-    (((d_normed - normed * along) * inverse_rms).cast(dtype), d_weight)
 }
 
 /// Rotary angles of some tokens.
@@ -113,12 +74,14 @@ pub(super) struct AttentionTape {
     x: Tensor<2>,
     projected: Projected,
     attended: Attended,
+    /// Of queries, and of keys at the rows of the input, where the model norms them.
+    norms: [Option<HeadNormTape>; 2],
 }
 
 impl AttentionTape {
     /// Its rows that gradients flow into; keys and values stay whole, for queries look at all of them.
     pub fn take(self, flow: &Flow, heads: usize) -> Self {
-        let Self { x, projected: Projected { query, key, value }, attended } = self;
+        let Self { x, projected: Projected { query, key, value }, attended, norms: [of_query, of_key] } = self;
         let rows = &flow.rows;
         Self {
             x: flow.below.take(x),
@@ -127,6 +90,7 @@ impl AttentionTape {
                 output: rows.take(attended.output),
                 log_sums: rows.take_values(attended.log_sums, heads),
             },
+            norms: [of_query.map(|tape| tape.take(rows)), of_key.map(|tape| tape.take(&flow.below))],
         }
     }
 }
@@ -159,32 +123,48 @@ pub(super) fn attention(
     flow: &Flow,
 ) -> (Tensor<2>, AttentionTape) {
     let Flow { rows, below } = flow;
-    let key = rotary.rotate(linear(x.clone(), &weights.key), 1.0);
-    let value = linear(x.clone(), &weights.value);
-    let query = linear(rows.take(x.clone()), &weights.query);
-    let query = rotary.take(rows).rotate(query, shape.scale());
+    let Extras { query_bias, key_bias, value_bias, query_norm, key_norm } = &weights.extras;
+    let key = with_bias(linear(x.clone(), &weights.key), key_bias.as_ref());
+    let (key, of_key) = norm_heads(key, key_norm.as_ref(), shape.eps);
+    let key = rotary.rotate(key, 1.0);
+    let value = with_bias(linear(x.clone(), &weights.value), value_bias.as_ref());
+    let query = with_bias(linear(rows.take(x.clone()), &weights.query), query_bias.as_ref());
+    let (query, of_query) = norm_heads(query, query_norm.as_ref(), shape.eps);
+    let query = rotary.take(rows).rotate(query, shape.scale);
     let projected = Projected { query, key, value };
     let attended = shape.attend(&projected, visible, rows);
     let output = linear(attended.output.clone(), &weights.output);
-    (output, AttentionTape { x: below.take(x), projected, attended })
+    let norms = [of_query, of_key.map(|tape| tape.take(below))];
+    (output, AttentionTape { x: below.take(x), projected, attended, norms })
 }
 
-/// Gradients of [`attention`]: `d_x`, at the rows below, then those of the four projections' weights.
+/// Gradients of [`attention`]: `d_x`, at the rows below, then those of the four projections' weights, and of what some families
+/// add to them.
 pub(super) fn attention_backward(
     d_output: Tensor<2>,
     weights: &Layer<Tensor<2>>,
     (shape, rotary, visible): (AttentionShape, &Rotary, &Visible),
     tape: AttentionTape,
     flow: &Flow,
-) -> (Tensor<2>, [Tensor<2>; 4]) {
-    let AttentionTape { x, projected, attended } = tape;
+) -> (Tensor<2>, [Tensor<2>; 4], Extras<Tensor<2>>) {
+    let AttentionTape { x, projected, attended, norms: [of_query, of_key] } = tape;
+    let Extras { query_bias, key_bias, value_bias, query_norm, key_norm } = &weights.extras;
     let Flow { rows, below } = flow;
     let d_attended = d_output.clone().matmul(weights.output.clone());
     let d_output_weight = linear_weight_backward(d_output, attended.output.clone());
     let [d_query, d_key, d_value] = shape.backward(d_attended, projected, attended, visible, (rows, below));
 
-    let d_query = rotary.take(rows).rotate_backward(d_query, shape.scale());
+    let d_query = rotary.take(rows).rotate_backward(d_query, shape.scale);
+    let (d_query, d_query_norm) = norm_heads_backward(d_query, query_norm.as_ref(), of_query);
     let d_key = rotary.take(below).rotate_backward(d_key, 1.0);
+    let (d_key, d_key_norm) = norm_heads_backward(d_key, key_norm.as_ref(), of_key);
+    let extras = Extras {
+        query_bias: query_bias.as_ref().map(|_| bias_backward(d_query.clone())),
+        key_bias: key_bias.as_ref().map(|_| bias_backward(d_key.clone())),
+        value_bias: value_bias.as_ref().map(|_| bias_backward(d_value.clone())),
+        query_norm: d_query_norm,
+        key_norm: d_key_norm,
+    };
     let d_x = rows.spread_to(below, d_query.clone().matmul(weights.query.clone()))
         + d_key.clone().matmul(weights.key.clone())
         + d_value.clone().matmul(weights.value.clone());
@@ -196,7 +176,7 @@ pub(super) fn attention_backward(
         linear_weight_backward(d_value, x),
         d_output_weight,
     ];
-    (d_x, d_weights)
+    (d_x, d_weights, extras)
 }
 
 /// What the gradient of the MLP needs.

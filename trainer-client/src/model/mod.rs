@@ -1,10 +1,11 @@
 //! A Llama-style decoder and its selective training step, on Burn tensors.
 //!
-//! - [`config`]: the shape of a model, to and from Hugging Face's `config.json`;
+//! - [`config`]: the shape of a model; [`hugging_face`]: to and from Hugging Face's `config.json`; [`rope`]: rotary
+//!   frequencies;
 //! - [`weights`]: every weight under its Hugging Face name, and its seeded start;
 //! - [`checkpoint`]: those weights in a folder; [`optimizer`]: AdamW;
-//! - `layers`: the decoder's operations, each with its gradient; `attention`: what a token looks at, in blocks; `decoder`: the
-//!   body made of them;
+//! - `layers`: the decoder's operations, each with its gradient; `norm`: the norm, `projection`: what some families add to
+//!   projections; `attention`: what a token looks at, in blocks; `decoder`: the body made of them;
 //! - [`backward`]: what a gradient flows through; `rows`: the rows of matrices that it flows into;
 //! - [`device`]: where a model computes, and in which precision;
 //! - `host`: values between a device and this process's memory;
@@ -23,16 +24,20 @@ pub(crate) mod decoder;
 pub mod device;
 mod head;
 mod host;
+pub mod hugging_face;
 pub(crate) mod kernels;
 mod layers;
 pub mod learner;
+mod norm;
 pub mod optimizer;
 mod parallel;
+mod projection;
+pub mod rope;
 mod rows;
 pub mod weights;
 
 pub use crate::run::tensors::NamedTensor;
 pub use backward::Backward;
-pub use config::ModelConfig;
+pub use config::{ModelConfig, Variant};
 pub use device::{Device, DeviceName, Precision};
 pub use learner::BurnLearner;

@@ -9,15 +9,27 @@ use sluice_feed::random::SplitMix64;
 
 use super::config::{INITIAL_DEVIATION, ModelConfig};
 use super::host::to_host;
-use crate::run::tensors::NamedTensor;
+use crate::run::tensors::{NamedTensor, Pending};
 
 /// Name and shape of a weight.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
     /// Hugging Face name.
     pub name: String,
-    /// `[out, in]` for a matrix, `[width]` for a norm.
+    /// `[out, in]` for a matrix, `[width]` for a norm or a bias.
     pub shape: Vec<usize>,
+}
+
+/// One value for each weight that only some families have in their projections of queries, keys and values.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Extras<T> {
+    /// Qwen2: added to the projections.
+    pub query_bias: Option<T>,
+    pub key_bias: Option<T>,
+    pub value_bias: Option<T>,
+    /// Qwen3: of the root mean square norms of each head's query and key.
+    pub query_norm: Option<T>,
+    pub key_norm: Option<T>,
 }
 
 /// One value (a weight, its gradient, ...) for each weight of a decoder layer.
@@ -32,6 +44,7 @@ pub(crate) struct Layer<T> {
     pub gate: T,
     pub up: T,
     pub down: T,
+    pub extras: Extras<T>,
 }
 
 /// One value for each weight of a decoder.
@@ -47,22 +60,32 @@ pub(crate) struct Weights<T> {
 /// Names and shapes of all weights, in the order of [`Weights::into_vec`].
 pub fn specs(config: &ModelConfig) -> Vec<Spec> {
     let ModelConfig { vocab_size, hidden_size: hidden, intermediate_size: inner, .. } = *config;
-    let kv = config.kv_heads * config.head_dim();
+    let width = config.head_dim();
+    let (query, kv) = (config.heads * width, config.kv_heads * width);
     let spec = |name: String, shape: &[usize]| Spec { name, shape: shape.to_vec() };
     let mut specs = vec![spec("model.embed_tokens.weight".to_owned(), &[vocab_size, hidden])];
     for layer in 0..config.layers {
-        let weights: [(&str, &[usize]); 9] = [
-            ("input_layernorm", &[hidden]),
-            ("self_attn.q_proj", &[hidden, hidden]),
-            ("self_attn.k_proj", &[kv, hidden]),
-            ("self_attn.v_proj", &[kv, hidden]),
-            ("self_attn.o_proj", &[hidden, hidden]),
-            ("post_attention_layernorm", &[hidden]),
-            ("mlp.gate_proj", &[inner, hidden]),
-            ("mlp.up_proj", &[inner, hidden]),
-            ("mlp.down_proj", &[hidden, inner]),
-        ];
-        specs.extend(weights.map(|(name, shape)| spec(format!("model.layers.{layer}.{name}.weight"), shape)));
+        let mut add = |name: &str, shape: &[usize]| {
+            specs.push(spec(format!("model.layers.{layer}.{name}"), shape));
+        };
+        add("input_layernorm.weight", &[hidden]);
+        add("self_attn.q_proj.weight", &[query, hidden]);
+        add("self_attn.k_proj.weight", &[kv, hidden]);
+        add("self_attn.v_proj.weight", &[kv, hidden]);
+        add("self_attn.o_proj.weight", &[hidden, query]);
+        add("post_attention_layernorm.weight", &[hidden]);
+        add("mlp.gate_proj.weight", &[inner, hidden]);
+        add("mlp.up_proj.weight", &[inner, hidden]);
+        add("mlp.down_proj.weight", &[hidden, inner]);
+        if config.variant.qkv_bias {
+            add("self_attn.q_proj.bias", &[query]);
+            add("self_attn.k_proj.bias", &[kv]);
+            add("self_attn.v_proj.bias", &[kv]);
+        }
+        if config.variant.qk_norm {
+            add("self_attn.q_norm.weight", &[width]);
+            add("self_attn.k_norm.weight", &[width]);
+        }
     }
     specs.push(spec("model.norm.weight".to_owned(), &[hidden]));
     if !config.tie_word_embeddings {
@@ -78,29 +101,69 @@ impl ModelConfig {
     }
 }
 
+impl<T> Extras<T> {
+    fn into_options(self) -> [Option<T>; 5] {
+        let Self { query_bias, key_bias, value_bias, query_norm, key_norm } = self;
+        [query_bias, key_bias, value_bias, query_norm, key_norm]
+    }
+
+    fn from_options([query_bias, key_bias, value_bias, query_norm, key_norm]: [Option<T>; 5]) -> Self {
+        Self { query_bias, key_bias, value_bias, query_norm, key_norm }
+    }
+}
+
 impl<T> Layer<T> {
-    fn from_array([input_norm, query, key, value, output, mlp_norm, gate, up, down]: [T; 9]) -> Self {
-        Self { input_norm, query, key, value, output, mlp_norm, gate, up, down }
+    /// Builds from values in the order of [`specs`]; `next` gives the one that comes next.
+    fn from_next(config: &ModelConfig, mut next: impl FnMut() -> Result<T>) -> Result<Self> {
+        let variant = &config.variant;
+        let layer = [next()?, next()?, next()?, next()?, next()?, next()?, next()?, next()?, next()?];
+        let mut next_if = |has: bool| if has { next().map(Some) } else { Ok(None) };
+        let extras = Extras {
+            query_bias: next_if(variant.qkv_bias)?,
+            key_bias: next_if(variant.qkv_bias)?,
+            value_bias: next_if(variant.qkv_bias)?,
+            query_norm: next_if(variant.qk_norm)?,
+            key_norm: next_if(variant.qk_norm)?,
+        };
+        Ok(Self::from_parts(layer, extras))
+    }
+
+    fn from_parts(parts: [T; 9], extras: Extras<T>) -> Self {
+        let [input_norm, query, key, value, output, mlp_norm, gate, up, down] = parts;
+        Self { input_norm, query, key, value, output, mlp_norm, gate, up, down, extras }
+    }
+
+    fn into_parts(self) -> ([T; 9], Extras<T>) {
+        let Self { input_norm, query, key, value, output, mlp_norm, gate, up, down, extras } = self;
+        ([input_norm, query, key, value, output, mlp_norm, gate, up, down], extras)
     }
 
     /// Changes every weight.
     pub fn map(self, change: impl Fn(T) -> T) -> Self {
-        Self::from_array(self.into_array().map(change))
+        let (parts, extras) = self.into_parts();
+        let extras = Extras::from_options(extras.into_options().map(|extra| extra.map(&change)));
+        Self::from_parts(parts.map(&change), extras)
     }
 
-    /// Combines two layers weight by weight.
+    /// Combines two layers of one shape weight by weight.
     pub fn zip_with(self, other: Self, combine: impl Fn(T, T) -> T) -> Self {
-        let mut others = other.into_array().into_iter();
-        // Both arrays have the same length, so the fallback is never taken.
-        Self::from_array(self.into_array().map(|own| match others.next() {
+        let ((parts, extras), (others, other_extras)) = (self.into_parts(), other.into_parts());
+        // Both arrays have the same length, so the fallbacks are never taken.
+        let (mut others, mut other_extras) = (others.into_iter(), other_extras.into_options().into_iter());
+        let parts = parts.map(|own| match others.next() {
             Some(other) => combine(own, other),
             None => own,
-        }))
+        });
+        let extras = extras.into_options().map(|own| match (own, other_extras.next().flatten()) {
+            (Some(own), Some(other)) => Some(combine(own, other)),
+            (own, _) => own,
+        });
+        Self::from_parts(parts, Extras::from_options(extras))
     }
 
-    fn into_array(self) -> [T; 9] {
-        let Self { input_norm, query, key, value, output, mlp_norm, gate, up, down } = self;
-        [input_norm, query, key, value, output, mlp_norm, gate, up, down]
+    fn into_values(self) -> impl Iterator<Item = T> {
+        let (parts, extras) = self.into_parts();
+        parts.into_iter().chain(extras.into_options().into_iter().flatten())
     }
 }
 
@@ -115,8 +178,7 @@ impl<T> Weights<T> {
         let embedding = next()?;
         let mut layers = Vec::with_capacity(config.layers);
         for _ in 0..config.layers {
-            let layer = [next()?, next()?, next()?, next()?, next()?, next()?, next()?, next()?, next()?];
-            layers.push(Layer::from_array(layer));
+            layers.push(Layer::from_next(config, &mut next)?);
         }
         Ok(Self { embedding, layers, norm: next()?, head: next().ok() })
     }
@@ -124,7 +186,7 @@ impl<T> Weights<T> {
     /// All values in the order of [`specs`].
     pub fn into_vec(self) -> Vec<T> {
         let mut values = vec![self.embedding];
-        values.extend(self.layers.into_iter().flat_map(Layer::into_array));
+        values.extend(self.layers.into_iter().flat_map(Layer::into_values));
         values.push(self.norm);
         values.extend(self.head);
         values
@@ -151,12 +213,28 @@ impl<T> Weights<T> {
         }
     }
 
+    /// All values, in the order of [`specs`].
+    pub fn as_vec(&self) -> Vec<&T> {
+        let mut values = vec![&self.embedding];
+        for layer in &self.layers {
+            let Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down, extras } = layer;
+            values.extend([input_norm, query, key, value, output, mlp_norm, gate, up, down]);
+            let Extras { query_bias, key_bias, value_bias, query_norm, key_norm } = extras;
+            values.extend([query_bias, key_bias, value_bias, query_norm, key_norm].into_iter().flatten());
+        }
+        values.push(&self.norm);
+        values.extend(&self.head);
+        values
+    }
+
     /// All values, to be changed, in the order of [`specs`].
     pub fn as_vec_mut(&mut self) -> Vec<&mut T> {
         let mut values = vec![&mut self.embedding];
         for layer in &mut self.layers {
-            let Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down } = layer;
+            let Layer { input_norm, query, key, value, output, mlp_norm, gate, up, down, extras } = layer;
             values.extend([input_norm, query, key, value, output, mlp_norm, gate, up, down]);
+            let Extras { query_bias, key_bias, value_bias, query_norm, key_norm } = extras;
+            values.extend([query_bias, key_bias, value_bias, query_norm, key_norm].into_iter().flatten());
         }
         values.push(&mut self.norm);
         values.extend(&mut self.head);
@@ -169,7 +247,7 @@ impl<T> Weights<T> {
     }
 }
 
-/// Fresh weights: matrices normal(0, 0.02), norms 1. The same seed gives the same bits, whatever else runs.
+/// Fresh weights: matrices normal(0, 0.02), norms 1, biases 0. The same seed gives the same bits, whatever else runs.
 pub(crate) fn initial(config: &ModelConfig, seed: u64) -> Vec<NamedTensor> {
     let mut generator = NormalGenerator::new(seed);
     specs(config)
@@ -177,7 +255,7 @@ pub(crate) fn initial(config: &ModelConfig, seed: u64) -> Vec<NamedTensor> {
         .map(|Spec { name, shape }| {
             let count = shape.iter().product();
             let values = if shape.len() == 1 {
-                vec![1.0; count]
+                vec![if name.ends_with(".bias") { 0.0 } else { 1.0 }; count]
             } else {
                 (0..count).map(|_| (generator.sample() * INITIAL_DEVIATION) as f32).collect()
             };
@@ -202,25 +280,24 @@ pub(crate) fn in_order(config: &ModelConfig, weights: Vec<NamedTensor>) -> Resul
         );
         sorted.push(weight);
     }
-    check_finite(&sorted)?;
+    sorted.iter().try_for_each(|NamedTensor { name, values, .. }| check_values_finite(name, values))?;
     if let Some(name) = by_name.keys().min() {
         bail!("weight {name} is not part of this model: use the config.json that belongs to the weights");
     }
     Ok(sorted)
 }
 
-/// Refuses weights that are not finite.
-pub(crate) fn check_finite(weights: &[NamedTensor]) -> Result<()> {
-    match weights.iter().find(|weight| !weight.values.iter().all(|value| value.is_finite())) {
-        Some(NamedTensor { name, .. }) => {
-            bail!("weight {name} holds values that are not finite: take an earlier checkpoint")
-        }
-        None => Ok(()),
-    }
+/// Refuses a weight that is not finite.
+fn check_values_finite(name: &str, values: &[f32]) -> Result<()> {
+    ensure!(
+        values.iter().all(|value| value.is_finite()),
+        "weight {name} holds values that are not finite: take an earlier checkpoint"
+    );
+    Ok(())
 }
 
 /// Puts host weights on a device, in the order of [`specs`], after checking them against the model.
-/// Norms become `[1, width]`, so that every weight is a matrix.
+/// Norms and biases become `[1, width]`, so that every weight is a matrix.
 pub(crate) fn upload(
     config: &ModelConfig,
     weights: Vec<NamedTensor>,
@@ -237,6 +314,25 @@ pub(crate) fn upload(
 pub(crate) fn download(config: &ModelConfig, tensors: Vec<Tensor<2>>) -> Vec<NamedTensor> {
     let pairs = specs(config).into_iter().zip(tensors);
     pairs.map(|(Spec { name, shape }, tensor)| NamedTensor { name, shape, values: to_host(tensor) }).collect()
+}
+
+/// Tensors in the order of [`specs`] to be written, each copied to the host when it is its turn. One that holds a value
+/// that is not finite fails then.
+pub(crate) fn pending<'a>(
+    config: &ModelConfig,
+    prefix: &str,
+    tensors: Vec<&'a Tensor<2>>,
+) -> Vec<Pending<'a>> {
+    let pairs = specs(config).into_iter().zip(tensors);
+    let pending = pairs.map(|(Spec { name, shape }, tensor)| {
+        let own = name.clone();
+        Pending::new(format!("{prefix}{name}"), shape, move || {
+            let values = to_host(tensor.clone());
+            check_values_finite(&own, &values)?;
+            Ok(values)
+        })
+    });
+    pending.collect()
 }
 
 fn as_matrix(shape: &[usize]) -> [usize; 2] {

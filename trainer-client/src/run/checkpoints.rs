@@ -26,6 +26,9 @@ pub const STATE_FILE: &str = "state.json";
 /// Where the data stands, in each checkpoint: a [`Snapshot`].
 pub const FEED_FILE: &str = "feed.safetensors";
 
+/// Which checkpoint is the best, beside them.
+const BEST_FILE: &str = "best.json";
+
 /// Name of a checkpoint that is being written.
 const PARTIAL: &str = ".partial";
 /// Name of a checkpoint that is being removed.
@@ -45,6 +48,40 @@ pub struct Reached {
     pub threshold: Option<f32>,
     /// Running thresholds of the selection.
     pub thresholds: Thresholds,
+}
+
+/// The best checkpoint of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The step after which it was written.
+    pub step: u64,
+    /// The evaluation set that says so.
+    pub set: String,
+    /// Its loss on that set, in nats per predicted token.
+    pub loss: f64,
+}
+
+impl Best {
+    /// Which it is, if one is kept.
+    pub fn read(run: &Path) -> anyhow::Result<Option<Self>> {
+        let path = run.join(CHECKPOINTS).join(BEST_FILE);
+        if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+    }
+
+    /// Writes down which it is; the checkpoint is there.
+    pub(crate) fn write(&self, run: &Path) -> anyhow::Result<()> {
+        write_json(&run.join(CHECKPOINTS).join(BEST_FILE), self)
+    }
+
+    /// Its folder.
+    pub fn folder(&self, run: &Path) -> PathBuf {
+        run.join(CHECKPOINTS).join(folder_name(self.step))
+    }
+}
+
+/// Name of the checkpoint after a step.
+fn folder_name(step: u64) -> String {
+    format!("step-{step:07}")
 }
 
 /// What a run has read and looked at, beside the model: the data side of a checkpoint.
@@ -144,17 +181,17 @@ pub fn latest_checkpoint(run: &Path) -> anyhow::Result<Option<PathBuf>> {
     Ok(checkpoints(run)?.pop())
 }
 
-/// Writes a checkpoint unless it `is_saved` already, and removes all but the last `kept`.
+/// Writes a checkpoint unless it `is_saved` already, and removes all but the last `kept` and the best.
 pub(crate) fn write_checkpoint(
     run: &Path,
-    kept: usize,
+    (kept, best): (usize, Option<&Best>),
     is_saved: bool,
     (learner, tokenizer): (&dyn Learner, &TextTokenizer),
     reached: &Reached,
     data: &DataState,
 ) -> anyhow::Result<PathBuf> {
     let parent = run.join(CHECKPOINTS);
-    let folder = parent.join(format!("step-{:07}", reached.step));
+    let folder = parent.join(folder_name(reached.step));
     if is_saved {
         return Ok(folder);
     }
@@ -174,11 +211,20 @@ pub(crate) fn write_checkpoint(
     fs::rename(&partial, &folder)
         .with_context(|| format!("cannot rename {} into place", partial.display()))?;
     sync_folder(&parent)?;
-    let checkpoints = checkpoints(run)?;
-    for old in &checkpoints[..checkpoints.len().saturating_sub(kept)] {
-        remove(old, &parent.join(REMOVED))?;
-    }
+    remove_others(run, kept, best)?;
     Ok(folder)
+}
+
+/// Removes all checkpoints but the last `kept` and the best.
+pub(crate) fn remove_others(run: &Path, kept: usize, best: Option<&Best>) -> anyhow::Result<()> {
+    let checkpoints = checkpoints(run)?;
+    let best = best.map(|best| best.folder(run));
+    for old in &checkpoints[..checkpoints.len().saturating_sub(kept)] {
+        if best.as_ref() != Some(old) {
+            remove(old, &run.join(CHECKPOINTS).join(REMOVED))?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes a checkpoint, which loses its name first: one that has its name is whole.

@@ -1,7 +1,7 @@
 //! Files that are whole or not there.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::Context;
@@ -26,16 +26,29 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
 /// Writes a file under a temporary name, waits until it is on the disk, which a rename must not overtake, and renames it
 /// into place.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    write_through(path, |file| Ok(file.write_all(bytes)?))
+}
+
+/// As [`write_whole`], piece by piece. Where `write` fails, what was there before stays.
+pub fn write_through(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".tmp");
     let temporary = path.with_file_name(name);
     let write = || {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
+        let mut file = BufWriter::new(File::create(&temporary)?);
+        write(&mut file)?;
+        file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+        anyhow::Ok(fs::rename(&temporary, path)?)
     };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    write()
+        .inspect_err(|_| {
+            // It may be large, and what went wrong is said already.
+            let _ = fs::remove_file(&temporary);
+        })
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Waits until the names in a folder are on the disk.

@@ -1,6 +1,7 @@
 //! The folder of a run: what was asked for (`run.json`), what happened (`metrics.jsonl`), what was thought of a
 //! few tokens (`tokens.json`), and checkpoints.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -9,19 +10,18 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use sluice_feed::batch::PackedBatch;
 use sluice_feed::cut::Piece;
-use sluice_schemas::fingerprint::Fingerprint;
 
 use crate::failure::Failure;
 use crate::run::checkpoints::{
-    CHECKPOINTS, DataState, Reached, damaged, latest_checkpoint, write_checkpoint,
+    Best, CHECKPOINTS, DataState, Reached, damaged, latest_checkpoint, remove_others, write_checkpoint,
 };
-use crate::run::files::{read_json, recreate, write_json, write_whole};
-use crate::run::metrics::Metric;
+use crate::run::files::{read_json, write_json, write_whole};
+use crate::run::metrics::{EvalMetric, Metric, read_metrics};
 use crate::run::picture::TokenPicture;
 use crate::run::record::RunRecord;
 use crate::run::token_losses;
 use crate::text::TextTokenizer;
-use crate::training::learner::{Learner, WEIGHTS_FILE};
+use crate::training::learner::Learner;
 
 /// What was asked for.
 pub const RUN_FILE: &str = "run.json";
@@ -69,6 +69,10 @@ pub struct RunFolder {
     checkpoints_kept: usize,
     /// Step of the last checkpoint that this run wrote.
     saved_step: Option<u64>,
+    /// The best checkpoint, where one is kept.
+    best: Option<Best>,
+    /// The last step that was evaluated, and the loss on each set.
+    evaluated: (u64, BTreeMap<String, f64>),
     /// The operating system lets go of the lock when the process ends, however it ends.
     _lock: File,
 }
@@ -101,6 +105,8 @@ impl RunFolder {
             token_losses: vec![],
             checkpoints_kept: 2,
             saved_step: None,
+            best: None,
+            evaluated: Default::default(),
             _lock: lock,
         })
     }
@@ -125,9 +131,13 @@ impl RunFolder {
         cut_lines(&path.join(DOCUMENTS_FILE), last_step)?;
         token_losses::cut(path, last_step)?;
         let file = append_to(&metrics)?;
+        let best = if last_step.is_some() { Best::read(path)? } else { None };
+        let evaluated = (last_step.unwrap_or(0), evaluated_at(&metrics, last_step)?);
         let path = path.to_owned();
         let run = Self {
             path,
+            best,
+            evaluated,
             metrics: file,
             documents: None,
             token_losses: vec![],
@@ -176,6 +186,24 @@ impl RunFolder {
         Ok(())
     }
 
+    /// The loss on a set after a step, where that was the last step that was evaluated.
+    pub fn evaluated(&self, step: u64, set: &str) -> Option<f64> {
+        let (last, losses) = &self.evaluated;
+        losses.get(set).copied().filter(|_| *last == step)
+    }
+
+    /// The best checkpoint so far.
+    pub fn best(&self) -> Option<&Best> {
+        self.best.as_ref()
+    }
+
+    /// Keeps a checkpoint that is there, beside the last ones, until there is a better one.
+    pub fn keep_best(&mut self, best: Best) -> anyhow::Result<()> {
+        best.write(&self.path)?;
+        self.best = Some(best);
+        remove_others(&self.path, self.checkpoints_kept, self.best.as_ref())
+    }
+
     /// The step of the checkpoint that this run was resumed from, or wrote last.
     pub fn saved_step(&self) -> Option<u64> {
         self.saved_step
@@ -207,18 +235,14 @@ impl RunFolder {
         line.push(b'\n');
         // In one write, so that a reader or a crash rarely sees half a line.
         let written = self.metrics.write_all(&line);
-        written.with_context(|| format!("cannot write {}", self.path.join(METRICS_FILE).display()))
-    }
-
-    /// Digest of the weights as [`Learner::save`] writes them now.
-    pub fn digest_weights(&self, learner: &dyn Learner) -> anyhow::Result<Fingerprint> {
-        let folder = self.path.join(".initial");
-        recreate(&folder)?;
-        learner.save(&folder)?;
-        let file = folder.join(WEIGHTS_FILE);
-        let bytes = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
-        Ok(Fingerprint::of_bytes(&bytes))
+        written.with_context(|| format!("cannot write {}", self.path.join(METRICS_FILE).display()))?;
+        if let Metric::Eval(EvalMetric { step, set, loss, .. }) = metric {
+            if self.evaluated.0 != *step {
+                self.evaluated = (*step, BTreeMap::new());
+            }
+            self.evaluated.1.insert(set.clone(), *loss);
+        }
+        Ok(())
     }
 
     /// Writes a checkpoint, removes all but the last few, and says where it is. The step that was saved last is not
@@ -236,6 +260,7 @@ impl RunFolder {
         }
         let is_saved = self.saved_step == Some(reached.step);
         let kept = self.checkpoints_kept;
+        let kept = (kept, self.best.as_ref());
         let folder = write_checkpoint(&self.path, kept, is_saved, (learner, tokenizer), reached, data)?;
         self.saved_step = Some(reached.step);
         Ok(folder)
@@ -295,6 +320,18 @@ fn cut_lines(path: &Path, last_step: Option<u64>) -> anyhow::Result<()> {
         write_whole(path, &kept)?;
     }
     Ok(())
+}
+
+/// The losses that were written down after a step, by evaluation set.
+fn evaluated_at(metrics: &Path, step: Option<u64>) -> anyhow::Result<BTreeMap<String, f64>> {
+    if step.is_none() || !metrics.exists() {
+        return Ok(BTreeMap::new());
+    }
+    let evals = read_metrics(metrics)?.into_iter().filter_map(|metric| match metric {
+        Metric::Eval(eval) if Some(eval.step) == step => Some((eval.set, eval.loss)),
+        _ => None,
+    });
+    Ok(evals.collect())
 }
 
 fn append_to(path: &Path) -> anyhow::Result<File> {

@@ -1,7 +1,10 @@
 //! The lines of a run's `metrics.jsonl`.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 
+use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::run::histogram::ScoreHistogram;
@@ -114,4 +117,21 @@ pub fn tokens_to_reach<'a>(evals: impl IntoIterator<Item = &'a EvalMetric>, goal
         before = Some(eval);
     }
     None
+}
+
+/// Reads `metrics.jsonl`; a last line cut short by a crash is left out.
+pub(crate) fn read_metrics(path: &Path) -> anyhow::Result<Vec<Metric>> {
+    // Bytes, because a crash may cut the last line inside a character.
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let whole = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
+    let lines: Vec<&[u8]> = whole.split(|&byte| byte == b'\n').collect();
+    let mut metrics = Vec::with_capacity(lines.len());
+    for (number, line) in (1..).zip(&lines) {
+        match serde_json::from_slice(line) {
+            Ok(metric) => metrics.push(metric),
+            Err(error) if number == lines.len() && error.is_eof() => {}
+            Err(error) => bail!("{}, line {number} is not a metric: {error}", path.display()),
+        }
+    }
+    Ok(metrics)
 }

@@ -3,11 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use crate::run::files::read_json;
 use crate::run::folder::{METRICS_FILE, RUN_FILE, TOKENS_FILE};
-use crate::run::metrics::{EvalMetric, Metric, StepMetric};
+use crate::run::metrics::{EvalMetric, Metric, StepMetric, read_metrics};
 use crate::run::picture::TokenPicture;
 use crate::run::record::RunRecord;
 use crate::run::token_losses::{self, TokenLosses};
@@ -61,20 +61,4 @@ impl RecordedRun {
     pub fn evals(&self, set: &str) -> impl Iterator<Item = &EvalMetric> {
         self.all_evals().filter(move |eval| eval.set == set)
     }
-}
-
-fn read_metrics(path: &Path) -> anyhow::Result<Vec<Metric>> {
-    // Bytes, because a crash may cut the last line inside a character.
-    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let whole = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
-    let lines: Vec<&[u8]> = whole.split(|&byte| byte == b'\n').collect();
-    let mut metrics = Vec::with_capacity(lines.len());
-    for (number, line) in (1..).zip(&lines) {
-        match serde_json::from_slice(line) {
-            Ok(metric) => metrics.push(metric),
-            Err(error) if number == lines.len() && error.is_eof() => {}
-            Err(error) => bail!("{}, line {number} is not a metric: {error}", path.display()),
-        }
-    }
-    Ok(metrics)
 }

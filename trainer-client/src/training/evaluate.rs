@@ -1,5 +1,5 @@
-//! Mean loss on held-out text, packed as in training, but that documents never look at one another: sets are compared
-//! between runs that pack otherwise.
+//! Mean loss on held-out text, scored as the daemon scores it: each document by itself, in windows that overlap where it is
+//! longer than one. So a loss depends on no neighbour and on no packing, and stands beside the daemon's and transformers'.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use sluice_feed::batch::{Batch, NO_TARGET, PackedBatch};
+use sluice_feed::cut::Piece;
 use sluice_feed::document::Document;
 use sluice_feed::pack::{BatchShape, Packer};
+use sluice_schemas::record::{Bos, ContextPolicy};
 use sluice_text::{Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, TextReader};
 
 use crate::failure::Classify;
@@ -37,18 +39,14 @@ impl std::str::FromStr for EvalFile {
     }
 }
 
-/// Held-out documents, tokenized and packed.
+/// Held-out documents, tokenized.
 #[derive(Clone, Debug)]
 pub struct EvalSet {
     /// The set's name.
     pub name: String,
-    /// Documents in the set.
-    pub documents: u64,
-    /// Tokens that are predicted: all but each document's first, and its context.
-    pub predictions: u64,
-    batches: Vec<Batch>,
-    /// For each prediction the index of its document, where documents have contexts.
-    predicted: Option<Vec<usize>>,
+    documents: Vec<WithContext>,
+    /// Sequences in a batch.
+    rows: usize,
 }
 
 /// The loss of one set.
@@ -67,15 +65,63 @@ pub struct EvalLoss {
 }
 
 /// Tokens of a document, and how many of the first of them are context.
+#[derive(Clone, Debug)]
 struct WithContext {
     document: Document,
     context: usize,
 }
 
+/// A batch, and for each prediction in it the position and where its loss goes.
+struct Planned {
+    batch: Batch,
+    places: Vec<(usize, usize)>,
+}
+
+impl WithContext {
+    /// First token that is predicted under a policy.
+    fn first_predicted(&self, policy: ContextPolicy) -> usize {
+        let first = usize::from(!policy.predicts_first(self.document.tokens()));
+        self.context.max(first)
+    }
+
+    /// Tokens that are predicted under a policy.
+    fn predictions(&self, policy: ContextPolicy) -> usize {
+        self.document.tokens().len().saturating_sub(self.first_predicted(policy))
+    }
+
+    /// Tokens on the left that a window has no room for. What is predicted keeps as much context as fits, and at least a
+    /// token; a document without context is read in windows and loses nothing.
+    fn left_out(&self, policy: ContextPolicy) -> usize {
+        let room = policy.window as usize - usize::from(policy.bos != Bos::None);
+        let too_many = self.document.tokens().len().saturating_sub(room);
+        too_many.min(self.context.saturating_sub(1))
+    }
+
+    /// The pieces that it is read in, in rows of their own, and how many tokens on the left are in none.
+    fn rows(&self, policy: ContextPolicy) -> (Vec<Vec<Piece>>, usize) {
+        let left_out = self.left_out(policy);
+        let tokens = self.document.slice(left_out..self.document.tokens().len());
+        let policy = match policy.bos {
+            // It stands before a document, and this is the middle of one.
+            Bos::Document(_) if left_out > 0 => ContextPolicy { bos: Bos::None, ..policy },
+            _ => policy,
+        };
+        (rows_of([tokens.with_context(policy)].iter(), policy), left_out)
+    }
+}
+
+/// Rows of documents that know their contexts, by best fit.
+fn rows_of<'a>(documents: impl Iterator<Item = &'a Document>, policy: ContextPolicy) -> Vec<Vec<Piece>> {
+    let mut packer = Packer::new(BatchShape { rows: 1, len: policy.window as usize });
+    documents.for_each(|document| packer.push(document));
+    packer.close();
+    packer.finished().map(<[Piece]>::to_vec).collect()
+}
+
 impl EvalSet {
-    /// Reads and tokenizes a JSON Lines file, compressed or not; fails where a line has no `text` or nothing is left to
-    /// predict.
-    pub fn read(file: &EvalFile, tokenizer: &TextTokenizer, shape: BatchShape) -> anyhow::Result<Self> {
+    /// Reads and tokenizes a JSON Lines file, compressed or not, to be measured in batches of `rows`; fails where a line has
+    /// no `text` or nothing is left to predict.
+    pub fn read(file: &EvalFile, tokenizer: &TextTokenizer, rows: usize) -> anyhow::Result<Self> {
         let shown = file.path.display();
         let reader = TextReader {
             format: Format::Jsonl,
@@ -97,47 +143,93 @@ impl EvalSet {
             let document = Document::plain(documents.len().to_string(), file.name.clone(), tokens);
             documents.push(WithContext { document, context });
         }
-        let set = Self::pack(&file.name, &documents, shape);
-        if set.predictions == 0 {
+        let set = Self { name: file.name.clone(), documents, rows };
+        if set.predictions() == 0 {
             return Err(anyhow!("evaluation set {shown} holds no document of two tokens or more")).or_data();
         }
         Ok(set)
     }
 
-    /// Packs documents whose ids are their indices.
-    fn pack(name: &str, documents: &[WithContext], shape: BatchShape) -> Self {
-        let mut packer = Packer::new(shape);
-        for WithContext { document, .. } in documents {
-            packer.push(document);
+    /// Documents in the set.
+    pub fn documents(&self) -> u64 {
+        self.documents.len() as u64
+    }
+
+    /// Tokens that are predicted where no BOS stands before a document: all but each document's first, and its context.
+    pub fn predictions(&self) -> u64 {
+        let policy = ContextPolicy { window: 2, stride: 1, bos: Bos::None };
+        self.documents.iter().map(|document| document.predictions(policy) as u64).sum()
+    }
+
+    /// The batches that all documents are read in. A document with a context has rows of its own, and loses its left end
+    /// where it is longer than a window; all others are read in windows, several to a row.
+    fn plan(&self, policy: ContextPolicy) -> Vec<Planned> {
+        let mut first_place = Vec::with_capacity(self.documents.len());
+        let mut predictions = 0;
+        let mut left_out = vec![0; self.documents.len()];
+        let mut rows = Vec::new();
+        for (index, document) in self.documents.iter().enumerate() {
+            first_place.push(predictions);
+            predictions += document.predictions(policy);
+            if document.context > 0 {
+                let (own, left) = document.rows(policy);
+                left_out[index] = left;
+                rows.extend(own);
+            }
         }
-        packer.close();
-        let has_contexts = documents.iter().any(|document| document.context > 0);
-        let mut predicted = Vec::new();
-        let mut batches = Vec::new();
-        while let Some(packed) = packer.next_batch() {
-            batches.push(without_contexts(packed, documents, &mut predicted));
+        let plain: Vec<Document> = self
+            .documents
+            .iter()
+            .filter(|document| document.context == 0)
+            .map(|WithContext { document, .. }| document.clone().with_context(policy))
+            .collect();
+        rows.extend(rows_of(plain.iter(), policy));
+        let mut planned = Vec::new();
+        for rows in rows.chunks(self.rows) {
+            // As long as the longest: rows of one short document each are mostly empty.
+            let len = rows.iter().map(|row| row.iter().map(Piece::len).sum()).max().unwrap_or(0);
+            let shape = BatchShape { rows: rows.len(), len };
+            let packed = Packer::new(shape).holding(rows.to_vec(), vec![]).next_batch();
+            planned.extend(packed.map(|packed| {
+                place(packed, |index, token| {
+                    let document = &self.documents[index];
+                    let of_document = (token + left_out[index]).checked_sub(document.first_predicted(policy));
+                    of_document.map(|number| first_place[index] + number)
+                })
+            }));
         }
-        let predictions = predicted.len() as u64;
-        let predicted = has_contexts.then_some(predicted);
-        Self { name: name.to_owned(), documents: documents.len() as u64, predictions, batches, predicted }
+        planned
     }
 
     /// Mean loss over the set; `None` if `stop` was set before the last batch. Fails where a loss is not finite.
-    pub fn loss(&self, learner: &dyn Learner, stop: &AtomicBool) -> anyhow::Result<Option<EvalLoss>> {
-        Ok(self.token_losses(learner, stop)?.map(|losses| self.summary(&losses)))
+    pub fn loss(
+        &self,
+        learner: &dyn Learner,
+        policy: ContextPolicy,
+        stop: &AtomicBool,
+    ) -> anyhow::Result<Option<EvalLoss>> {
+        Ok(self.token_losses(learner, policy, stop)?.map(|losses| self.summary(policy, &losses)))
     }
 
-    /// Loss in nats of each predicted token, in an order that does not change; `None` if `stop` was set before the last
-    /// batch. Fails where one is not finite: a mean over the others would be of another set.
-    pub fn token_losses(&self, learner: &dyn Learner, stop: &AtomicBool) -> anyhow::Result<Option<Vec<f32>>> {
-        let mut all = Vec::with_capacity(self.predictions as usize);
-        for batch in &self.batches {
+    /// Loss in nats of each predicted token, in the order of the file; `None` if `stop` was set before the last batch. Fails
+    /// where one is not finite: a mean over the others would be of another set. `policy` says what a token is read with;
+    /// its windows are at least two tokens and a BOS long.
+    pub fn token_losses(
+        &self,
+        learner: &dyn Learner,
+        policy: ContextPolicy,
+        stop: &AtomicBool,
+    ) -> anyhow::Result<Option<Vec<f32>>> {
+        let count: usize = self.documents.iter().map(|document| document.predictions(policy)).sum();
+        let mut all = vec![f32::NAN; count];
+        for Planned { batch, places } in self.plan(policy) {
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let losses = learner.losses(batch);
-            let predicted = batch.targets.iter().zip(losses).filter(|&(&target, _)| target != NO_TARGET);
-            all.extend(predicted.map(|(_, loss)| loss));
+            let losses = learner.losses(&batch);
+            for (position, place) in places {
+                all[place] = losses[position];
+            }
         }
         let not_finite = all.iter().filter(|loss| !loss.is_finite()).count();
         if not_finite > 0 {
@@ -151,58 +243,67 @@ impl EvalSet {
         Ok(Some(all))
     }
 
-    /// What the losses of all predicted tokens come to.
-    pub fn summary(&self, losses: &[f32]) -> EvalLoss {
+    /// What the losses of all predicted tokens under a policy come to.
+    pub fn summary(&self, policy: ContextPolicy, losses: &[f32]) -> EvalLoss {
         let sum: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
-        let sure = self.predicted.as_ref().map(|predicted| {
-            let mut is_sure = vec![true; self.documents as usize];
-            for (&document, &loss) in predicted.iter().zip(losses) {
-                is_sure[document] &= loss < std::f32::consts::LN_2;
-            }
-            is_sure.iter().filter(|&&is_sure| is_sure).count() as f64 / self.documents as f64
+        let sure = self.documents.iter().any(|document| document.context > 0).then(|| {
+            let mut rest = losses;
+            let is_sure = |document: &&WithContext| {
+                let (own, others) = rest.split_at(document.predictions(policy).min(rest.len()));
+                rest = others;
+                own.iter().all(|&loss| loss < std::f32::consts::LN_2)
+            };
+            self.documents.iter().filter(is_sure).count() as f64 / self.documents.len() as f64
         });
         EvalLoss {
             set: self.name.clone(),
-            loss: sum / self.predictions as f64,
-            predictions: self.predictions,
+            loss: sum / losses.len() as f64,
+            predictions: losses.len() as u64,
             sure,
         }
     }
 }
 
-/// A batch that predicts nothing of its documents' contexts; adds the index of each prediction's document to `predicted`.
-fn without_contexts(packed: PackedBatch, documents: &[WithContext], predicted: &mut Vec<usize>) -> Batch {
+/// A batch in which only that is predicted which has a place, by the index of its document and the number of its token there.
+fn place(packed: PackedBatch, place_of: impl Fn(usize, usize) -> Option<usize>) -> Planned {
     let mut batch = packed.batch;
+    let mut places = Vec::new();
     for (row, pieces) in packed.rows.iter().enumerate() {
         let mut at = row * batch.len;
         for piece in pieces {
             // The ids of these documents are their indices.
             let index: usize = piece.document.id().parse().unwrap_or_default();
-            for offset in 0..piece.document.tokens().len() {
-                let target = &mut batch.targets[at + offset];
-                if piece.start + offset + 1 < documents[index].context {
-                    *target = NO_TARGET;
-                } else if *target != NO_TARGET {
-                    predicted.push(index);
+            // What a position predicts is the token after it; before the first stands a BOS, if any.
+            let first_target = usize::from(piece.bos.is_none());
+            for token in first_target..piece.document.tokens().len() {
+                let position = at + token - first_target;
+                if batch.targets[position] == NO_TARGET {
+                    continue;
+                }
+                match place_of(index, piece.start + token) {
+                    Some(place) => places.push((position, place)),
+                    None => batch.targets[position] = NO_TARGET,
                 }
             }
-            at += piece.document.tokens().len();
+            at += piece.len();
         }
     }
-    batch
+    Planned { batch, places }
+}
+
+/// The policy of a model that reads at most `window` tokens, where no reference says another: windows that overlap by half,
+/// as the daemon's do.
+pub fn policy_of(window: usize) -> ContextPolicy {
+    ContextPolicy { window: window as u32, stride: (window as u32 / 2).max(1), bos: Bos::None }
 }
 
 /// Reads several sets; a name given twice is an error.
-pub fn read_sets(
-    files: &[EvalFile],
-    tokenizer: &TextTokenizer,
-    shape: BatchShape,
-) -> anyhow::Result<Vec<EvalSet>> {
+pub fn read_sets(files: &[EvalFile], tokenizer: &TextTokenizer, rows: usize) -> anyhow::Result<Vec<EvalSet>> {
     for (index, file) in files.iter().enumerate() {
         if files[..index].iter().any(|earlier| earlier.name == file.name) {
             let error = anyhow!("two evaluation sets are named {:?}; give each its own name", file.name);
             return Err(error).or_usage();
         }
     }
-    files.iter().map(|file| EvalSet::read(file, tokenizer, shape)).collect()
+    files.iter().map(|file| EvalSet::read(file, tokenizer, rows)).collect()
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use sluice_feed::batch::Batch;
 use sluice_feed::select::{Needs, Signals};
+use sluice_schemas::fingerprint::Fingerprint;
 
 /// File name of the weights that [`Learner::save`] writes, as in every Hugging Face style folder.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
@@ -96,10 +97,13 @@ pub trait Learner {
         self.update(learning_rate)
     }
 
-    /// Writes `model.safetensors` (Hugging Face names), `config.json` (a `LlamaForCausalLM`) and
+    /// Writes `model.safetensors` (Hugging Face names), `config.json`, what else came with the weights, and
     /// `optimizer.safetensors` into `folder`, which exists; `history.safetensors` too where there is a history.
     /// Fails where a weight is not finite.
     fn save(&self, folder: &Path) -> anyhow::Result<()>;
+
+    /// Digest of the `model.safetensors` that [`Learner::save`] would write now, without writing it.
+    fn digest(&self) -> anyhow::Result<Fingerprint>;
 
     /// Reads back what [`Learner::save`] wrote; a missing optimizer file leaves the optimizer fresh.
     fn load(&mut self, folder: &Path) -> anyhow::Result<()>;

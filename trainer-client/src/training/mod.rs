@@ -16,9 +16,10 @@ use serde::Serialize;
 use sluice_feed::batch::PackedBatch;
 use sluice_feed::feed::{Alone, Feed, Step};
 use sluice_feed::sources::SourceNames;
+use sluice_schemas::record::{Bos, ContextPolicy};
 
 use crate::failure::Failure;
-use crate::run::checkpoints::{DataState, Reached, latest_checkpoint};
+use crate::run::checkpoints::{Best, DataState, Reached, latest_checkpoint};
 use crate::run::folder::RunFolder;
 use crate::run::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric};
 use crate::run::picture::{PictureDocuments, PictureRule};
@@ -28,7 +29,7 @@ use crate::watch::process::own_cpu_seconds;
 use crate::watch::progress::Progress;
 use crate::watch::stage::Stage;
 use crate::watch::telemetry::Telemetry;
-use evaluate::EvalSet;
+use evaluate::{EvalSet, policy_of};
 use learner::Learner;
 pub use plan::Plan;
 use step::Stepper;
@@ -137,6 +138,10 @@ impl Training<'_> {
         let steps = self.plan.schedule.steps;
         let mut documents = self.feed.documents();
         let mut barren = 0;
+        if record.is_none() && self.is_due(reached.step) {
+            // What a stop has cut short.
+            self.evaluate(reached, seen)?;
+        }
         while reached.step < steps {
             self.telemetry.enter(Stage::Data);
             let (started, cpu_before) = (Instant::now(), own_cpu_seconds());
@@ -161,7 +166,8 @@ impl Training<'_> {
                 record.reference_model = self.feed.reference_model();
                 self.folder.write_record(&record)?;
                 self.telemetry.begin(&record, self.folder.path(), reached.step);
-                self.evaluate(reached)?;
+                // Of the model that the run began with no checkpoint is kept, for its micro-batches are taken already.
+                self.evaluate_all(reached)?;
             }
             let (step_started, cpu_before) = (Instant::now(), own_cpu_seconds());
             let thresholds = reached.thresholds;
@@ -202,8 +208,8 @@ impl Training<'_> {
                 self.folder.log(&Metric::Scores(scores))?;
             }
             // Before the checkpoint, so that a run that goes on from there has nothing to catch up on.
-            if reached.step.is_multiple_of(self.plan.eval_every) && reached.step < steps {
-                self.evaluate(reached)?;
+            if self.is_due(reached.step) && reached.step < steps {
+                self.evaluate(reached, seen)?;
             }
             if reached.step.is_multiple_of(self.plan.checkpoint_every) && reached.step < steps {
                 self.checkpoint(reached, seen)?;
@@ -266,12 +272,10 @@ impl Training<'_> {
             let error = "the stream ended without a single document of two tokens or more";
             return Err(Failure::Data(error.to_owned()).into());
         }
-        let Plan { schedule, eval_every, .. } = self.plan;
+        if step > 0 {
+            self.evaluate(reached, seen)?;
+        }
         if step > first {
-            let is_evaluated = step.is_multiple_of(eval_every) && step < schedule.steps;
-            if !is_evaluated {
-                self.evaluate(reached)?;
-            }
             self.checkpoint(reached, seen)?;
         }
         if step > 0 {
@@ -283,6 +287,10 @@ impl Training<'_> {
             self.folder.write_picture(&picture)?;
         }
         self.progress.finish();
+        // A run whose last evaluation was cut short is not at its end.
+        let is_missing = |set: &EvalSet| self.folder.evaluated(step, &set.name).is_none();
+        let is_cut_short = self.stop.load(Ordering::Relaxed) && self.evals.iter().any(is_missing);
+        let ending = if is_cut_short { Ending::Stopped } else { ending };
         Ok(Outcome { steps: step, tokens, tokens_kept, ending })
     }
 
@@ -297,11 +305,48 @@ impl Training<'_> {
         stepper.take(reached.step + 1, batch, &mut reached.thresholds, sources)
     }
 
-    fn evaluate(&mut self, reached: &Reached) -> anyhow::Result<()> {
+    /// Whether there is an evaluation after a step.
+    fn is_due(&self, step: u64) -> bool {
+        step > 0 && (step.is_multiple_of(self.plan.eval_every) || step == self.plan.schedule.steps)
+    }
+
+    /// What held-out text is read with: what the reference reads with, as far as a sequence holds it.
+    fn eval_policy(&self) -> ContextPolicy {
+        let len = self.feed.shape().len;
+        let own = policy_of(len);
+        let Some(context) = self.feed.contexts().into_values().next() else { return own };
+        let smallest = 2 + usize::from(context.bos != Bos::None);
+        if (smallest..=len).contains(&(context.window as usize)) {
+            context
+        } else if smallest <= len {
+            ContextPolicy { bos: context.bos, ..own }
+        } else {
+            own
+        }
+    }
+
+    /// Evaluates what is not evaluated yet after this step, and keeps the model where it is the best so far.
+    fn evaluate(&mut self, reached: &Reached, seen: &Seen) -> anyhow::Result<()> {
+        self.evaluate_all(reached)?;
+        let Some(set) = &self.plan.best_by else { return Ok(()) };
+        let Some(loss) = self.folder.evaluated(reached.step, set) else { return Ok(()) };
+        if self.folder.best().is_some_and(|best| best.set == *set && best.loss <= loss) {
+            return Ok(());
+        }
+        let best = Best { step: reached.step, set: set.clone(), loss };
+        self.checkpoint(reached, seen)?;
+        self.folder.keep_best(best)
+    }
+
+    fn evaluate_all(&mut self, reached: &Reached) -> anyhow::Result<()> {
         self.telemetry.enter(Stage::Evaluate);
+        let policy = self.eval_policy();
         for (index, set) in self.evals.iter().enumerate() {
-            let Some(losses) = set.token_losses(self.learner, self.stop)? else { break };
-            let loss = set.summary(&losses);
+            if self.folder.evaluated(reached.step, &set.name).is_some() {
+                continue;
+            }
+            let Some(losses) = set.token_losses(self.learner, policy, self.stop)? else { break };
+            let loss = set.summary(policy, &losses);
             self.folder.log_token_losses((index, &set.name), reached.step, &losses)?;
             self.progress.say(&format!("step {}: loss {:.4} on {}", reached.step, loss.loss, loss.set));
             let metric = EvalMetric {

@@ -17,6 +17,8 @@ pub struct Plan {
     pub eval_every: u64,
     /// Steps between checkpoints; there is one after the last as well.
     pub checkpoint_every: u64,
+    /// Name of the evaluation set by whose loss the best checkpoint is kept, beside the last ones.
+    pub best_by: Option<String>,
 }
 
 impl Plan {

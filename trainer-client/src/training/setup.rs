@@ -41,6 +41,8 @@ pub struct Output {
     pub eval_every: u64,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+    /// The set by whose loss the best checkpoint is kept.
+    pub best_by: Option<String>,
 }
 
 impl Output {
@@ -50,6 +52,12 @@ impl Output {
             self.token_losses.iter().find(|&name| !self.evals.iter().any(|file| file.name == *name))
         {
             let error = format!("--token-losses {name} names no evaluation set: give --eval {name}=FILE too");
+            return Err(Failure::Usage(error).into());
+        }
+        if let Some(name) =
+            self.best_by.iter().find(|&name| !self.evals.iter().any(|file| file.name == *name))
+        {
+            let error = format!("--keep-best {name} names no evaluation set: give --eval {name}=FILE too");
             return Err(Failure::Usage(error).into());
         }
         for file in &self.evals {
@@ -99,16 +107,16 @@ impl Begun {
 }
 
 impl<'a, L: Learner> Setup<'a, L> {
-    /// Reads the held-out sets, opens the folder and makes the model, by `learner`, which is given the checkpoint that a
-    /// run goes on from.
+    /// Reads the held-out sets, which are measured in batches of `rows`, opens the folder and makes the model, by `learner`,
+    /// which is given the checkpoint that a run goes on from.
     pub fn new(
         tokenizer: &'a TextTokenizer,
-        shape: sluice_feed::pack::BatchShape,
+        rows: usize,
         output: Output,
         learner: impl FnOnce(Option<&Path>) -> anyhow::Result<L>,
     ) -> anyhow::Result<Self> {
         output.check()?;
-        let evals = read_sets(&output.evals, tokenizer, shape)?;
+        let evals = read_sets(&output.evals, tokenizer, rows)?;
         let (mut folder, checkpoint, learner) = if output.resume && output.folder.is_dir() {
             let resumed = RunFolder::resume(&output.folder);
             let (folder, checkpoint) =
@@ -148,7 +156,7 @@ impl<'a, L: Learner> Setup<'a, L> {
         settings.insert("eval_every".into(), self.output.eval_every.into());
         settings.insert("checkpoint_every".into(), self.output.checkpoint_every.into());
         let evals = self.output.evals.iter().zip(&self.evals).map(|(file, set)| {
-            json!({ "name": set.name, "file": file.path, "documents": set.documents, "predictions": set.predictions })
+            json!({ "name": set.name, "file": file.path, "documents": set.documents(), "predictions": set.predictions() })
         });
         settings.insert("evals".into(), evals.collect());
         let (_, librdkafka) = rdkafka::util::get_rdkafka_version();
@@ -163,7 +171,7 @@ impl<'a, L: Learner> Setup<'a, L> {
             schedule: plan.schedule,
             tokenizer: self.tokenizer.fingerprint(),
             reference_model: None,
-            initial_weights: self.folder.digest_weights(&self.learner)?,
+            initial_weights: self.learner.digest()?,
             settings,
             versions: versions.into_iter().map(|(name, version)| (name.to_owned(), version)).collect(),
         })

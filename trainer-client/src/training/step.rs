@@ -36,6 +36,14 @@ impl Stepper<'_> {
         let Self { learner, plan, row_len, telemetry } = self;
         let Plan { objective, schedule, .. } = plan;
         let turn = plan.turn(step);
+        let broken_down = |broken: Broken| {
+            telemetry.refused(Refused::NotFinite);
+            let Broken { not_finite, of } = broken;
+            anyhow::anyhow!(
+                "step {step} was not taken: the model gives {not_finite} of the {of} tokens of a micro-batch a loss that is not \
+                 finite; start again from an earlier checkpoint, with a lower --learning-rate or longer --warmup-steps"
+            )
+        };
         let needs = objective.needs();
         let mut books = Books::new(objective);
         if plan.counts_scores(step) {
@@ -55,16 +63,24 @@ impl Stepper<'_> {
             let unmeasured: Vec<Measured> = batch.iter().map(|packed| unmeasured(&packed.batch)).collect();
             for (packed, choice) in batch.iter().zip(select(&unmeasured)) {
                 telemetry.enter(Stage::Forward);
+                let mut found = None;
                 learner.accumulate_chosen(&packed.batch, &choice.kept, Some(needs), &mut |measured| {
+                    found = broken(measured, packed);
                     books.add(packed, &measured.losses, &choice, sources);
                     telemetry.enter(Stage::Backward);
                 });
+                if let Some(broken) = found {
+                    return Err(broken_down(broken));
+                }
                 lowest.push(choice.lowest);
             }
         } else if batch.len() > 1 && objective.needs_whole_batch(step) {
             telemetry.enter(Stage::Forward);
             let measured: Vec<Measured> =
                 batch.iter().map(|packed| learner.measure(&packed.batch, needs)).collect();
+            if let Some(broken) = measured.iter().zip(batch).find_map(|(of, packed)| broken(of, packed)) {
+                return Err(broken_down(broken));
+            }
             let choices = select(&measured);
             for ((packed, measured), choice) in batch.iter().zip(&measured).zip(choices) {
                 books.add(packed, &measured.losses, &choice, sources);
@@ -77,8 +93,13 @@ impl Stepper<'_> {
         } else {
             for (micro_batch, packed) in (0..).zip(batch) {
                 telemetry.enter(Stage::Forward);
+                let mut found = None;
                 learner.accumulate(&packed.batch, needs, &mut |measured| {
                     telemetry.enter(Stage::Select);
+                    found = broken(measured, packed);
+                    if found.is_some() {
+                        return vec![];
+                    }
                     let turn = Turn { micro_batch, ..turn };
                     let signals = [measured.signals(&packed.batch)];
                     let choice = objective.select(&signals, row_len, turn, thresholds).pop();
@@ -88,6 +109,9 @@ impl Stepper<'_> {
                     telemetry.enter(Stage::Backward);
                     choice.kept
                 });
+                if let Some(broken) = found {
+                    return Err(broken_down(broken));
+                }
             }
         }
         thresholds.end_step(&lowest);
@@ -115,6 +139,22 @@ impl Stepper<'_> {
         let scores = books.take_scores().map(|histogram| ScoresMetric { step, histogram });
         Ok((StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() }, scores))
     }
+}
+
+/// Predicted tokens of a micro-batch whose loss is not finite, and all that are predicted.
+#[derive(Clone, Copy)]
+struct Broken {
+    not_finite: usize,
+    of: usize,
+}
+
+/// Looks for tokens that have a target and no finite loss. Such a token would neither be chosen nor counted, and the step
+/// would be of others than the selection says.
+fn broken(measured: &Measured, packed: &PackedBatch) -> Option<Broken> {
+    let targets = &packed.batch.targets;
+    let predicted = measured.losses.iter().zip(targets).filter(|&(_, &target)| target != NO_TARGET);
+    let not_finite = predicted.filter(|(loss, _)| !loss.is_finite()).count();
+    (not_finite > 0).then(|| Broken { not_finite, of: packed.batch.predictions() })
 }
 
 /// What is known of a micro-batch before its forward pass: where it has targets.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::select::Needs;
+use sluice_schemas::fingerprint::Fingerprint;
 use sluice_trainer::training::learner::{Learner, Measured, StepOutcome};
 
 /// Logits of the next token given the last one.
@@ -72,6 +73,11 @@ impl Learner for Bigram {
     fn save(&self, folder: &Path) -> anyhow::Result<()> {
         let bytes: Vec<u8> = self.logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
         Ok(std::fs::write(folder.join("model.safetensors"), bytes)?)
+    }
+
+    fn digest(&self) -> anyhow::Result<Fingerprint> {
+        let bytes: Vec<u8> = self.logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
+        Ok(Fingerprint::of_bytes(&bytes))
     }
 
     fn load(&mut self, folder: &Path) -> anyhow::Result<()> {

@@ -1,7 +1,7 @@
 //! A tiny model, a batch for it, and ways to compare what comes of them.
 
 use sluice_feed::batch::{Batch, NO_TARGET};
-use sluice_trainer::model::ModelConfig;
+use sluice_trainer::model::{ModelConfig, Variant};
 
 pub fn tiny(tie_word_embeddings: bool) -> ModelConfig {
     ModelConfig {
@@ -15,6 +15,7 @@ pub fn tiny(tie_word_embeddings: bool) -> ModelConfig {
         rope_theta: 10_000.0,
         rms_norm_eps: 1e-5,
         tie_word_embeddings,
+        variant: Variant::default(),
     }
 }
 

@@ -17,6 +17,10 @@ pub(in crate::model) struct AttentionShape {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// What queries are multiplied with.
+    pub scale: f32,
+    /// Added to the mean square in the norms of queries and keys, where the model has them.
+    pub eps: f64,
 }
 
 /// What each token of a group may look at: itself, and what stands before it in its segment. There is one of a group.
@@ -77,9 +81,3 @@ pub(in crate::model) struct Projected {
     pub value: Tensor<2>,
 }
 
-impl AttentionShape {
-    /// What queries are multiplied with.
-    pub fn scale(self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
-    }
-}

@@ -9,21 +9,22 @@ use anyhow::{Context, Result, ensure};
 use burn::tensor::{Tensor, TensorData};
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::select::Needs;
+use sluice_schemas::fingerprint::Fingerprint;
 
 use super::backward::Backward;
-use super::checkpoint::{HISTORY_FILE, OPTIMIZER_FILE, read_weights};
-use super::config::{CONFIG_FILE, ModelConfig};
+use super::checkpoint::{HISTORY_FILE, OPTIMIZER_FILE, WEIGHTS_METADATA, read_weights};
+use super::config::ModelConfig;
 use super::decoder;
 use super::device::{Device, Precision};
 use super::head::{self, Keep};
 use super::host::{from_host, on_host, to_host};
+use super::hugging_face::Carried;
 use super::kernels;
 use super::optimizer::{
     AdamWConfig, AdamWStep, MEAN_PREFIX, Moments, SQUARE_PREFIX, STEP_KEY, split_moments,
 };
 use super::weights::{self, Weights};
-use crate::run::files::write_whole;
-use crate::run::tensors::{NamedTensor, read_tensors, write_tensors};
+use crate::run::tensors::{self, NamedTensor, Pending, Stored, read_tensors, write_pending};
 use crate::training::learner::{Learner, Measured, StepOutcome, WEIGHTS_FILE};
 use purpose::{Forward, Purpose};
 
@@ -44,6 +45,8 @@ pub struct BurnLearner {
     precision: Precision,
     recomputes: bool,
     backward: Backward,
+    /// What the folder that the weights come from holds beside them.
+    carried: Carried,
 }
 
 /// What has been accumulated since the last optimizer step.
@@ -98,6 +101,7 @@ impl BurnLearner {
             precision: Precision::default(),
             recomputes: false,
             backward: Backward::default(),
+            carried: Carried::default(),
         })
     }
 
@@ -124,6 +128,16 @@ impl BurnLearner {
         self.backward = backward;
     }
 
+    /// Writes this into every checkpoint, as it came with the weights.
+    pub fn carry(&mut self, carried: Carried) {
+        self.carried = carried;
+    }
+
+    /// The token that begins a text, where what came with the weights names one.
+    pub fn bos_token(&self) -> Option<u32> {
+        self.carried.bos_token()
+    }
+
     /// Opens a Hugging Face style folder (`config.json`, `model.safetensors`) on the CPU, with the optimizer's
     /// state if the folder has it.
     pub fn open(folder: &Path, optimizer: AdamWConfig) -> Result<Self> {
@@ -135,6 +149,7 @@ impl BurnLearner {
         let config = ModelConfig::read(folder)?;
         let weights = read_weights(folder, &config)?;
         let mut learner = Self::from_weights(config, optimizer, weights, device)?;
+        learner.carry(Carried::read(folder)?);
         learner.load_optimizer(folder)?;
         Ok(learner)
     }
@@ -170,6 +185,12 @@ impl BurnLearner {
     /// A copy of all weights on the host.
     pub fn weights(&self) -> Vec<NamedTensor> {
         weights::download(&self.config, self.weights.clone().into_vec())
+    }
+
+    /// All weights, each of which is copied to the host when it is written. One that is not finite fails then: such a
+    /// checkpoint could not be read again, and would push out one that can.
+    fn pending_weights(&self) -> Vec<Pending<'_>> {
+        weights::pending(&self.config, "", self.weights.as_vec())
     }
 
     /// Gradients, before clipping, of the mean loss over `kept` positions (as [`Learner::step`] takes them).
@@ -309,25 +330,21 @@ impl Learner for BurnLearner {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
-        let config = &self.config;
-        let weights = self.weights();
-        // Such a checkpoint could not be read again, and would push out one that can.
-        weights::check_finite(&weights)?;
-        write_whole(&folder.join(CONFIG_FILE), config.to_hugging_face().as_bytes())?;
-        write_tensors(&folder.join(WEIGHTS_FILE), &weights, ("format", "pt"))?;
+        write_pending(&folder.join(WEIGHTS_FILE), self.pending_weights(), Stored::F32, WEIGHTS_METADATA)?;
+        self.carried.write(folder, &self.config, Stored::F32)?;
         let (means, squares): (Vec<_>, Vec<_>) =
-            self.moments.iter().cloned().map(|Moments { mean, square }| (mean, square)).unzip();
-        let mut tensors = Vec::new();
-        for (prefix, moments) in [(MEAN_PREFIX, means), (SQUARE_PREFIX, squares)] {
-            let named = weights::download(config, moments).into_iter();
-            tensors.extend(
-                named.map(|tensor| NamedTensor { name: format!("{prefix}{}", tensor.name), ..tensor }),
-            );
-        }
-        write_tensors(&folder.join(OPTIMIZER_FILE), &tensors, (STEP_KEY, &self.steps.to_string()))?;
+            self.moments.iter().map(|Moments { mean, square }| (mean, square)).unzip();
+        let mut tensors = weights::pending(&self.config, MEAN_PREFIX, means);
+        tensors.extend(weights::pending(&self.config, SQUARE_PREFIX, squares));
+        let metadata = (STEP_KEY, &*self.steps.to_string());
+        write_pending(&folder.join(OPTIMIZER_FILE), tensors, Stored::F32, metadata)?;
         let Some(History { weights, .. }) = &self.history else { return Ok(()) };
-        let history = weights::download(config, weights.clone().into_vec());
-        write_tensors(&folder.join(HISTORY_FILE), &history, ("format", "pt"))
+        let history = weights::pending(&self.config, "", weights.as_vec());
+        write_pending(&folder.join(HISTORY_FILE), history, Stored::F32, WEIGHTS_METADATA)
+    }
+
+    fn digest(&self) -> Result<Fingerprint> {
+        tensors::digest(self.pending_weights(), WEIGHTS_METADATA)
     }
 
     fn load(&mut self, folder: &Path) -> Result<()> {
