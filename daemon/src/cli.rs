@@ -99,6 +99,13 @@ struct IngestArgs {
     /// Source of documents that do not name their own.
     #[arg(long, default_value = "", value_name = "TEXT")]
     source: String,
+    /// Begin every document with this token, by its name in tokenizer.json, such as <s>: where a model was trained with a BOS
+    /// that is a token of the document. Leave it out where the daemon puts one there (score.bos).
+    #[arg(long, value_name = "TOKEN")]
+    begin_with: Option<String>,
+    /// End every document with this token, such as <|endoftext|>, so that a model learns where a text ends.
+    #[arg(long, value_name = "TOKEN")]
+    end_with: Option<String>,
     #[command(flatten)]
     kafka: PropertyArgs,
     /// Most bytes of one record, as the broker's message.max.bytes.
@@ -303,6 +310,8 @@ pub fn run() -> anyhow::Result<()> {
             fields: args.fields.fields(),
             format: args.format,
             source: args.source,
+            begin_with: args.begin_with,
+            end_with: args.end_with,
             properties: args.kafka.resolve()?,
             record_bytes_max: args.record_bytes_max,
             files: args.files,

@@ -51,6 +51,10 @@ pub struct Ingest {
     pub format: Format,
     /// Source of documents that do not name their own.
     pub source: String,
+    /// Name of a token that every document begins with, such as a BOS.
+    pub begin_with: Option<String>,
+    /// Name of a token that every document ends with, such as an EOS.
+    pub end_with: Option<String>,
     /// Other settings of librdkafka.
     pub properties: BTreeMap<String, String>,
     /// Most bytes of one record.
@@ -92,6 +96,10 @@ impl ProducerContext for Delivery {
 pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
     let tokenizer = TextTokenizer::read(&ingest.tokenizer).map_err(ExitError::from)?;
     let fingerprint = tokenizer.fingerprint();
+    let bounds = Bounds {
+        begin: token(&tokenizer, "--begin-with", ingest.begin_with.as_deref())?,
+        end: token(&tokenizer, "--end-with", ingest.end_with.as_deref())?,
+    };
     if let Some(problem) = ingest.properties.keys().find_map(|key| owned_property(key)) {
         return Err(anyhow!(problem)).exit_code(USAGE);
     }
@@ -121,7 +129,8 @@ pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
     }
 
     let progress = progress_bar(&ingest.files);
-    let mut run = Run { ingest, tokenizer, fingerprint, producer, progress, counts: Counts::default() };
+    let mut run =
+        Run { ingest, tokenizer, bounds, fingerprint, producer, progress, counts: Counts::default() };
     let ended = ingest.files.iter().try_for_each(|file| run.file(file));
     let Run { producer, progress, counts, .. } = run;
     // However it ended, what was handed over is seen through, and the figures are said.
@@ -180,6 +189,7 @@ fn style(template: &str) -> ProgressStyle {
 struct Run<'a> {
     ingest: &'a Ingest,
     tokenizer: TextTokenizer,
+    bounds: Bounds,
     fingerprint: Fingerprint,
     producer: ThreadedProducer<Delivery>,
     progress: ProgressBar,
@@ -228,7 +238,8 @@ impl Run<'_> {
     fn chunk(&mut self, chunk: Vec<Text>) -> anyhow::Result<()> {
         let texts: Vec<&str> = chunk.iter().map(|text| text.text.as_str()).collect();
         let most = self.ingest.record_bytes_max;
-        // Without special tokens: what stands before a document is the scorer's policy, not the record's.
+        // Without special tokens but those that were asked for, which are tokens of the document like any others: scored,
+        // learnt and counted. What else stands before a document is the scorer's policy, not the record's.
         let encoded = self.tokenizer.encode_all(&texts, (most / TOKEN_BYTES_MIN) as usize);
         for (text, tokens) in chunk.into_iter().zip(encoded) {
             let id = text.id;
@@ -245,7 +256,7 @@ impl Run<'_> {
             };
             let document = TokenizedDocument {
                 id,
-                tokens: TokenIds::new(&tokens),
+                tokens: TokenIds::new(&self.bounds.around(tokens)),
                 tokenizer: self.fingerprint,
                 source: text.source.unwrap_or_else(|| self.ingest.source.clone()),
                 attributes: BTreeMap::new(),
@@ -266,6 +277,31 @@ impl Run<'_> {
         }
         Ok(())
     }
+}
+
+/// Tokens that stand around every document.
+#[derive(Clone, Copy, Debug, Default)]
+struct Bounds {
+    begin: Option<u32>,
+    end: Option<u32>,
+}
+
+impl Bounds {
+    /// The tokens between them. A document without tokens stays one, to be refused as such.
+    fn around(self, tokens: Vec<u32>) -> Vec<u32> {
+        if tokens.is_empty() {
+            return tokens;
+        }
+        self.begin.into_iter().chain(tokens).chain(self.end).collect()
+    }
+}
+
+/// Id of the token that a flag names, if it names one.
+fn token(tokenizer: &TextTokenizer, flag: &str, name: Option<&str>) -> anyhow::Result<Option<u32>> {
+    let Some(name) = name else { return Ok(None) };
+    let unknown =
+        || anyhow!("the tokenizer knows no token {name:?}: give {flag} one as its tokenizer.json spells it");
+    tokenizer.token_id(name).ok_or_else(unknown).exit_code(USAGE).map(Some)
 }
 
 /// Hands a document to the client, waiting while its queue is full; false where the document is too large.
@@ -324,5 +360,18 @@ impl Waiting {
             progress.suspend(|| tracing::warn!("waiting for the broker to take documents"));
             self.0 = Instant::now();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Bounds;
+
+    #[test]
+    fn a_document_of_no_tokens_stays_one() {
+        let bounds = Bounds { begin: Some(1), end: Some(2) };
+        assert_eq!(bounds.around(vec![]), [0_u32; 0], "and is refused as such");
+        assert_eq!(bounds.around(vec![7]), [1, 7, 2]);
+        assert_eq!(Bounds::default().around(vec![7]), [7]);
     }
 }

@@ -217,6 +217,35 @@ fn ingestion_gives_the_same_records_from_files_and_standard_input_again_and_agai
 }
 
 #[test]
+fn documents_begin_and_end_with_the_tokens_that_were_asked_for() {
+    let broker = Broker::start(&["plain:1", "bounded:1"]);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("lines.jsonl");
+    std::fs::write(&file, LINES).unwrap();
+    let tokenizer = golden("tiny-llama").join("tokenizer.json");
+    let base = ["ingest", "--bootstrap-servers", &broker.bootstrap_servers, "--tokenizer", text(&tokenizer)];
+    let ingest = |flags: &[&str]| {
+        let ended = Command::new(binary("sluiced")).args(base).args(flags).arg(&file).status().unwrap();
+        assert!(ended.success());
+    };
+    ingest(&["--topic", "plain"]);
+    ingest(&["--topic", "bounded", "--begin-with", "the", "--end-with", "<|endoftext|>"]);
+    let (plain, bounded) = (documents(&broker, "plain"), documents(&broker, "bounded"));
+    let known = sluice_text::TextTokenizer::read(&tokenizer).unwrap();
+    let begin = known.token_id("the").unwrap();
+    assert_eq!(known.token_id("<|endoftext|>"), Some(0));
+    assert_eq!((plain.len(), bounded.len()), (2, 2));
+    for (plain, bounded) in plain.iter().zip(&bounded) {
+        let expected = [&[begin], &*plain.tokens.to_vec(), &[0]].concat();
+        assert_eq!((&plain.id, bounded.tokens.to_vec()), (&bounded.id, expected));
+    }
+    for flag in ["--begin-with", "--end-with"] {
+        let asked = ["--topic", "plain", flag, "<nobody>", text(&file)];
+        fails(&[&base[..], &asked].concat(), 64, &["knows no token \"<nobody>\"", flag]);
+    }
+}
+
+#[test]
 fn bad_lines_are_counted_and_the_good_ones_go_in() {
     let broker = Broker::start(&["documents:1"]);
     let folder = tempfile::tempdir().unwrap();

@@ -116,6 +116,11 @@ impl TextTokenizer {
         texts.par_iter().map(|text| self.encode(text.as_ref(), most)).collect()
     }
 
+    /// Id of a token by its own name, such as `<|endoftext|>`; special ones, which no text spells, are among them.
+    pub fn token_id(&self, name: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(name)
+    }
+
     /// The tokens' own names.
     pub fn names(&self, tokens: &[u32]) -> Vec<String> {
         tokens.iter().map(|&token| self.tokenizer.id_to_token(token).unwrap_or_default()).collect()
