@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
 use serde_json::{Value, json};
-use sluice_schemas::record::{LossFormat, Losses, RecordError};
+use sluice_schemas::record::{Bos, ContextPolicy, LossFormat, Losses, RecordError};
 use sluice_text::output::{Reader, print_line};
 use sluice_text::{Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, Text, TextReader, TextTokenizer};
 
@@ -162,6 +162,7 @@ struct Scoring<'a> {
 /// A document that was scored.
 struct Document {
     id: String,
+    source: Option<String>,
     tokens: Arc<[u32]>,
 }
 
@@ -216,7 +217,7 @@ impl Scoring<'_> {
                     Some(token) => self.bad(&format!(
                         "{id}: the tokenizer gives the token id {token}, and the model knows {vocabulary} ids"
                     )),
-                    None => documents.push(Document { id, tokens: tokens.into() }),
+                    None => documents.push(Document { id, source: text.source, tokens: tokens.into() }),
                 },
             }
         }
@@ -253,7 +254,32 @@ impl Scoring<'_> {
             return Ok(Reader::Listens);
         }
         let names = self.tokenizer.names(&document.tokens);
-        print_line(&document_line(document, &names, scores, sum / predicted as f64).to_string())
+        let mut line = document_line(document, &names, scores, sum / predicted as f64);
+        if let Some(fields) = line.as_object_mut() {
+            fields.extend(self.provenance());
+        }
+        print_line(&line.to_string())
+    }
+}
+
+impl Scoring<'_> {
+    /// Whose losses they are, for those who compare them: what a record of the scored topic says of them.
+    fn provenance(&self) -> serde_json::Map<String, Value> {
+        let ContextPolicy { window, stride, bos } = self.reference.policy;
+        let (bos, bos_token) = match bos {
+            Bos::None => ("none", None),
+            Bos::Document(token) => ("document", Some(token)),
+            Bos::Window(token) => ("window", Some(token)),
+        };
+        let identity = &self.reference.model.identity;
+        [
+            ("tokenizer", json!(identity.tokenizer.to_string())),
+            ("reference_model", json!(identity.fingerprint.to_string())),
+            ("context", json!({ "window": window, "stride": stride, "bos": bos, "bos_token": bos_token })),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
     }
 }
 
@@ -274,6 +300,9 @@ fn document_line(document: &Document, names: &[String], scores: &DocumentScores,
         "losses": scores.losses,
         "mean_loss": mean,
     });
+    if let (Some(source), Some(fields)) = (&document.source, line.as_object_mut()) {
+        fields.insert("source".to_owned(), json!(source));
+    }
     if let (false, Some(fields)) = (scores.entropies.is_empty(), line.as_object_mut()) {
         fields.insert("entropies".to_owned(), json!(scores.entropies));
     }

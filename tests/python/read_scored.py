@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--bootstrap-servers", required=True)
     parser.add_argument("--topic", required=True)
     parser.add_argument("--count", type=int, required=True, help="records to wait for")
+    parser.add_argument("--patience", type=float, default=30, help="longest wait for a record, in seconds")
     arguments = parser.parse_args()
 
     records = load_records_module()
@@ -66,9 +67,9 @@ def main() -> None:
     )
     consumer.subscribe([arguments.topic])
     for _ in range(arguments.count):
-        message = consumer.poll(30)
+        message = consumer.poll(arguments.patience)
         if message is None:
-            sys.exit(f"no record of {arguments.topic} came within 30 s")
+            sys.exit(f"no record of {arguments.topic} came within {arguments.patience:.0f} s")
         if message.error():
             sys.exit(str(message.error()))
         print(json.dumps(describe(records, message.value())))

@@ -95,6 +95,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         ) => EXIT_USAGE,
         Some(
             StreamError::EmptyTopic(_)
+            | StreamError::File { .. }
             | StreamError::Record { .. }
             | StreamError::Kind { .. }
             | StreamError::Losses { .. }

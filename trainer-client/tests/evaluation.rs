@@ -149,8 +149,14 @@ fn train(folder: &Path, learner: &mut Spy, resumes: bool, best_by: Option<&str>)
     };
     let fingerprint = tokenizer.fingerprint();
     let feed = Feed::over(Box::new(stream.after(read)), plan, Shard::WHOLE, snapshot, fingerprint)?;
-    let schedule =
-        Schedule { shape: Shape::Cosine, peak: 5.0, warmup_steps: 2, decay_steps: 0, steps: STEPS };
+    let schedule = Schedule {
+        shape: Shape::Cosine,
+        peak: 5.0,
+        warmup_steps: 2,
+        decay_steps: 0,
+        floor: 0.1,
+        steps: STEPS,
+    };
     let record = RunRecord {
         command: "run".into(),
         objective: Objective::Clm,

@@ -110,7 +110,8 @@ impl Learner for Diverging {
 fn fail(folder: &Path, learner: &mut dyn Learner, stream: Failing, checkpoint_every: u64) -> anyhow::Error {
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder)).unwrap();
     let mut run = RunFolder::create(&folder.join("run")).unwrap();
-    let schedule = Schedule { shape: Shape::Cosine, peak: 1.0, warmup_steps: 1, decay_steps: 0, steps: 10 };
+    let schedule =
+        Schedule { shape: Shape::Cosine, peak: 1.0, warmup_steps: 1, decay_steps: 0, floor: 0.1, steps: 10 };
     let record = RunRecord {
         command: "run".into(),
         objective: Objective::Clm,

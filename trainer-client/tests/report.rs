@@ -79,6 +79,7 @@ fn run(name: &str, objective: Objective, final_loss: f64, picture: Option<TokenP
             peak: 1e-3,
             warmup_steps: 2,
             decay_steps: 0,
+            floor: 0.1,
             steps: STEPS,
         },
         tokenizer: Fingerprint::of_bytes(b"t"),

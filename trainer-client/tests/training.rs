@@ -55,7 +55,8 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
     let mut learner = Bigram::new(256);
     let out = folder.join("run");
     let mut run = RunFolder::create(&out).unwrap();
-    let schedule = Schedule { shape: Shape::Cosine, peak: 20.0, warmup_steps: 2, decay_steps: 0, steps };
+    let schedule =
+        Schedule { shape: Shape::Cosine, peak: 20.0, warmup_steps: 2, decay_steps: 0, floor: 0.1, steps };
     let record = RunRecord {
         command: "run".into(),
         objective: objective.clone(),

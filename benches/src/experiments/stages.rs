@@ -160,6 +160,8 @@ impl<'a> Stages<'a> {
         if !self.is_done(&model) {
             let mut export = words(["export", "--run"]);
             export.extend([self.out.join(&folder).into(), "--out".into(), self.out.join(&model).into()]);
+            // As the committed results were made, whose loss of the reference is that of its end.
+            export.extend(words(["--which", "last"]));
             self.programs.train(&export)?;
             self.done(&model, &json!({}))?;
         }

@@ -11,4 +11,5 @@ pub mod output;
 mod tokenizer;
 
 pub use documents::{Documents, Fields, Format, TEXT_BYTES_MAX, Text, TextReader};
+pub use lines::FileLines;
 pub use tokenizer::{EncodeError, TOKENS_MAX, TextTokenizer, TokenizerError};

@@ -1,6 +1,16 @@
 //! Lines of a bounded length.
 
+use std::fs::File;
 use std::io::{self, BufRead};
+use std::path::Path;
+
+use anyhow::bail;
+
+use crate::compression::{self, Bytes};
+use crate::json::without_mark;
+
+/// Most bytes of a line of a file: what a record of a broker may have, as JSON.
+const LINE_BYTES_MAX: usize = 64 << 20;
 
 /// How a line ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -11,6 +21,42 @@ pub enum Line {
     Whole,
     /// It was longer than it may be, and has been passed over; its length.
     TooLong(u64),
+}
+
+/// The lines of a file that hold something, compressed or not.
+pub struct FileLines {
+    reader: Bytes,
+    line: u64,
+    buffer: Vec<u8>,
+}
+
+impl FileLines {
+    /// Opens a file.
+    pub fn open(file: &Path) -> anyhow::Result<Self> {
+        let reader = compression::decompress(Box::new(File::open(file)?))?;
+        Ok(Self { reader, line: 0, buffer: Vec::new() })
+    }
+
+    /// Number of the line that was given last, counted from 1.
+    pub fn line(&self) -> u64 {
+        self.line
+    }
+
+    /// The next line that holds something; `None` at the end.
+    pub fn next_line(&mut self) -> anyhow::Result<Option<&[u8]>> {
+        loop {
+            self.line += 1;
+            match read_line(&mut self.reader, &mut self.buffer, LINE_BYTES_MAX)? {
+                Line::None => return Ok(None),
+                Line::Whole if without_mark(&self.buffer).trim_ascii().is_empty() => {}
+                Line::Whole => break,
+                Line::TooLong(bytes) => {
+                    bail!("the line has {bytes} bytes, and a line may have {LINE_BYTES_MAX}")
+                }
+            }
+        }
+        Ok(Some(without_mark(&self.buffer)))
+    }
 }
 
 /// Reads a line of at most `max` bytes into `line`; a longer one is passed over and never held.

@@ -63,6 +63,13 @@ pub(super) struct OutputArguments {
     /// Go on from the last checkpoint in --out, or begin where there is none
     #[arg(long, env = "SLUICE_TRAIN_RESUME")]
     pub resume: bool,
+    /// Begin where this checkpoint of another run stands, with its model, its optimizer and its place in the data; what it
+    /// does from there on may differ
+    #[arg(long, env = "SLUICE_TRAIN_BRANCH_FROM", value_name = "CHECKPOINT", conflicts_with = "init")]
+    pub branch_from: Option<PathBuf>,
+    /// Write TensorBoard event files too, beside metrics.jsonl
+    #[arg(long, env = "SLUICE_TRAIN_TENSORBOARD")]
+    pub tensorboard: bool,
     /// Checkpoints to keep: the last ones
     #[arg(long, env = "SLUICE_TRAIN_CHECKPOINTS_KEEP", default_value_t = 2, value_parser = at_least::<1>)]
     pub checkpoints_keep: usize,
@@ -98,6 +105,8 @@ impl OutputArguments {
             eval_every: self.eval_every,
             checkpoint_every: self.checkpoint_every,
             best_by: self.keep_best.clone(),
+            branch_from: self.branch_from.clone(),
+            tensorboard: self.tensorboard,
         }
     }
 
@@ -124,6 +133,14 @@ pub(super) fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number) if number >= MIN => Ok(number),
         _ => Err(format!("must be a whole number of at least {MIN}")),
+    }
+}
+
+/// A number from 0 to 1.
+pub(super) fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..=1.0).contains(&number) => Ok(number),
+        _ => Err("must be a number from 0 to 1".to_owned()),
     }
 }
 

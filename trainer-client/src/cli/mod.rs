@@ -8,6 +8,7 @@ mod optimization;
 mod reference;
 mod run;
 mod selection;
+mod source;
 mod training;
 
 use std::ffi::OsString;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use sluice_schemas::fingerprint::Fingerprint;
 
+use super::arguments::OutputArguments;
 use crate::failure::Classify;
 use crate::model::checkpoint::{OPTIMIZER_FILE, read_weights};
 use crate::model::config::CONFIG_FILE;
@@ -91,6 +92,11 @@ impl ModelArguments {
         Ok(self.compute.set(learner))
     }
 
+    /// Whether a run begins with weights that have learnt already.
+    pub fn is_trained(&self, output: &OutputArguments) -> bool {
+        self.init.is_some() || output.branch_from.is_some()
+    }
+
     /// Refuses a device that is not to be had, and sizes of which no model can be made. The length of a sequence may not be
     /// known yet.
     pub fn check(&self, tokenizer: &TextTokenizer, sequence_length: Option<usize>) -> anyhow::Result<()> {
@@ -118,6 +124,7 @@ impl ModelArguments {
         tokenizer: &TextTokenizer,
         sequence_length: usize,
         optimizer: AdamWConfig,
+        is_branch: bool,
     ) -> anyhow::Result<BurnLearner> {
         optimizer.validate().or_usage()?;
         if !checkpoint.join(OPTIMIZER_FILE).is_file() {
@@ -131,8 +138,8 @@ impl ModelArguments {
         }
         let learner = BurnLearner::open_on(self.compute.device()?, checkpoint, optimizer).or_data()?;
         let learner = self.compute.set(learner);
-        // With --init the flags say nothing of the shape.
-        if self.init.is_none() && *learner.config() != self.config(tokenizer, sequence_length) {
+        // With --init or --branch-from the flags say nothing of the shape.
+        if self.init.is_none() && !is_branch && *learner.config() != self.config(tokenizer, sequence_length) {
             let error = anyhow::anyhow!(
                 "the model in {} has another shape than the flags say; give those that the run began with",
                 checkpoint.display()

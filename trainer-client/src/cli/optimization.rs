@@ -4,10 +4,16 @@ use clap::{Args, ValueEnum};
 use sluice_feed::cut::UnequalContexts;
 use sluice_feed::pack::{FirstToken, Packing};
 
-use super::arguments::{at_least, positive};
+use super::arguments::{at_least, positive, share};
 use crate::failure::Failure;
 use crate::model::optimizer::AdamWConfig;
-use crate::training::schedule::{Schedule, Shape};
+use crate::training::schedule::{FLOOR, Schedule, Shape};
+
+/// Of fresh weights.
+const FRESH_LEARNING_RATE: f64 = 1e-3;
+/// Of weights that have learnt already: what Rho-1 continues `TinyLlama` with (arXiv 2404.07965, section 3.1). The rate of fresh
+/// weights would undo what they know.
+const TRAINED_LEARNING_RATE: f64 = 8e-5;
 
 /// What happens to the first token of a document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -72,15 +78,18 @@ pub(super) struct OptimizationArguments {
     /// What happens to the first token of a document; predict needs --attend-across-documents
     #[arg(long, env = "SLUICE_TRAIN_FIRST_TOKEN", value_enum, default_value_t = FirstTokenName::Skip)]
     first_token: FirstTokenName,
-    /// The highest learning rate
-    #[arg(long, env = "SLUICE_TRAIN_LEARNING_RATE", default_value_t = 1e-3, value_parser = positive)]
-    pub learning_rate: f64,
+    /// The highest learning rate [default: 1e-3 for fresh weights, 8e-5 with --init or --branch-from]
+    #[arg(long, env = "SLUICE_TRAIN_LEARNING_RATE", value_parser = positive)]
+    pub learning_rate: Option<f64>,
     /// Steps over which the learning rate rises to its peak
     #[arg(long, env = "SLUICE_TRAIN_WARMUP_STEPS", default_value_t = 20)]
     pub warmup_steps: u64,
-    /// What the learning rate does after that; cosine and wsd fall to a tenth of the peak
+    /// What the learning rate does after that; all but constant fall to the floor
     #[arg(long, env = "SLUICE_TRAIN_SCHEDULE", value_enum, default_value_t = Shape::Cosine)]
     pub schedule: Shape,
+    /// Share of the highest learning rate that a falling one ends at
+    #[arg(long, env = "SLUICE_TRAIN_LEARNING_RATE_FLOOR", value_name = "SHARE", default_value_t = FLOOR, value_parser = share)]
+    pub learning_rate_floor: f64,
     /// Last steps, over which wsd lets the learning rate fall [default: a tenth of the steps]
     #[arg(long, env = "SLUICE_TRAIN_DECAY_STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     pub decay_steps: Option<u64>,
@@ -91,6 +100,15 @@ pub(super) struct OptimizationArguments {
     #[arg(long, env = "SLUICE_TRAIN_GRADIENT_NORM_MAX", default_value_t = AdamWConfig::default().max_gradient_norm,
           value_parser = positive)]
     pub gradient_norm_max: f64,
+    /// Decay of AdamW's mean of the gradient, a step
+    #[arg(long, env = "SLUICE_TRAIN_ADAM_BETA1", default_value_t = AdamWConfig::default().beta1)]
+    pub adam_beta1: f64,
+    /// Decay of AdamW's mean of the squared gradient, a step
+    #[arg(long, env = "SLUICE_TRAIN_ADAM_BETA2", default_value_t = AdamWConfig::default().beta2)]
+    pub adam_beta2: f64,
+    /// Added to the root of AdamW's mean of the squared gradient
+    #[arg(long, env = "SLUICE_TRAIN_ADAM_EPSILON", default_value_t = AdamWConfig::default().eps, value_parser = positive)]
+    pub adam_epsilon: f64,
     /// Decides initial weights, shuffles and random draws
     #[arg(long, env = "SLUICE_TRAIN_SEED", default_value_t = 1)]
     pub seed: u64,
@@ -116,16 +134,18 @@ impl OptimizationArguments {
         })
     }
 
-    /// Learning rates of a run of `steps` steps.
-    pub fn schedule(&self, steps: u64) -> anyhow::Result<Schedule> {
-        let Self { schedule: shape, learning_rate: peak, warmup_steps, .. } = *self;
+    /// Learning rates of a run of `steps` steps, from fresh weights or from those of a model that `is_trained`.
+    pub fn schedule(&self, steps: u64, is_trained: bool) -> anyhow::Result<Schedule> {
+        let Self { schedule: shape, warmup_steps, learning_rate_floor: floor, .. } = *self;
+        let usual = if is_trained { TRAINED_LEARNING_RATE } else { FRESH_LEARNING_RATE };
+        let peak = self.learning_rate.unwrap_or(usual);
         if self.decay_steps.is_some() && shape != Shape::Wsd {
             let error = "--decay-steps is a part of --schedule wsd: leave it out, or give that schedule";
             return Err(Failure::Usage(error.to_owned()).into());
         }
         let decay_steps = match shape {
             Shape::Wsd => self.decay_steps.unwrap_or(steps.div_ceil(10)),
-            Shape::Cosine | Shape::Constant => 0,
+            Shape::Cosine | Shape::Linear | Shape::Constant => 0,
         };
         if shape == Shape::Wsd && warmup_steps.saturating_add(decay_steps) > steps {
             return Err(Failure::Usage(format!(
@@ -134,14 +154,16 @@ impl OptimizationArguments {
             ))
             .into());
         }
-        Ok(Schedule { shape, peak, warmup_steps, decay_steps, steps })
+        Ok(Schedule { shape, peak, warmup_steps, decay_steps, floor, steps })
     }
 
     pub fn optimizer(&self) -> AdamWConfig {
         AdamWConfig {
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            eps: self.adam_epsilon,
             weight_decay: self.weight_decay,
             max_gradient_norm: self.gradient_norm_max,
-            ..AdamWConfig::default()
         }
     }
 }

@@ -2,14 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use clap::Args;
 use serde_json::{Value, json};
-use sluice_feed::feed::Feed;
 use sluice_feed::pack::BatchShape;
 use sluice_feed::plan::Plan as FeedPlan;
-use sluice_feed::stream::{Broker, Decoder, Extent, Shard, StreamError, TopicKind, first_context};
+use sluice_feed::stream::{Decoder, Extent, StreamError, TopicKind};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
 use sluice_text::output::say;
@@ -18,11 +17,13 @@ use super::arguments::{BrokerArguments, OutputArguments};
 use super::model::ModelArguments;
 use super::optimization::OptimizationArguments;
 use super::selection::SelectionArguments;
+use super::source::Source;
 use super::training::{described, plan, say_begun, set_up, stream_settings, train};
 use crate::failure::{Classify, Failure};
 use crate::run::folder::recorded;
 use crate::run::record::BACKWARD_KEY;
 use crate::text::TextTokenizer;
+use crate::training::files;
 use crate::training::learner::Learner;
 use crate::training::setup::Begun;
 use crate::watch::process::stop_on_signals;
@@ -38,6 +39,10 @@ pub(super) struct RunArguments {
     /// Topic of scored documents
     #[arg(long, env = "SLUICE_TRAIN_TOPIC", default_value = names::SCORED_TOPIC)]
     topic: String,
+    /// Read scored documents from these files instead of Kafka, a partition each: lines of `sluiced model score`, as they are
+    /// or compressed; in the environment one a line
+    #[arg(long, env = "SLUICE_TRAIN_FILES", value_name = "FILE", num_args = 1.., value_delimiter = '\n', conflicts_with_all = ["topic", "follow"])]
+    files: Vec<PathBuf>,
     /// The tokenizer.json that the documents were made with
     #[arg(long, env = "SLUICE_TRAIN_TOKENIZER", value_name = "FILE")]
     tokenizer: PathBuf,
@@ -98,26 +103,36 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     }
     let objective = selection.objective(arguments.steps)?;
     // Here as well, so that a wrong flag is found before a folder is made.
-    let schedule = optimization.schedule(arguments.steps)?;
+    let schedule = optimization.schedule(arguments.steps, model.is_trained(output))?;
     let packing = optimization.packing()?;
     let extent = arguments.extent();
+    files::check(&arguments.files).or_usage()?;
     let stop = stop_on_signals()?;
     let broker = arguments.broker.broker()?;
     let telemetry = output.telemetry()?;
     let broker = broker.observed(Arc::new(telemetry.clone()));
-    let tokenizer = TextTokenizer::read(&arguments.tokenizer)?;
+    let tokenizer = Arc::new(TextTokenizer::read(&arguments.tokenizer)?);
     // Before the broker is asked for anything.
     model.check(&tokenizer, optimization.sequence_length)?;
     output.output().check()?;
     let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
         .needing_entropies(objective.needs().reference_entropy)
         .allowing(&arguments.reference_models);
-    let Some(len) = arguments.sequence_length(&broker, extent, &decoder, &stop)? else {
+    let source = Source {
+        broker,
+        files: arguments.files.clone(),
+        decoder,
+        kind: TopicKind::Scored,
+        tokenizer: Arc::clone(&tokenizer),
+        stop: Arc::clone(&stop),
+    };
+    let topic = source.name(&arguments.topic)?;
+    let Some(len) = arguments.sequence_length(&source, extent)? else {
         say(format_args!("stopped by a signal before the topic held a record"));
         return Ok(());
     };
     let feed_plan = FeedPlan {
-        topic: arguments.topic.clone(),
+        topic: topic.clone(),
         extent,
         shape: BatchShape { rows: optimization.batch_size, len },
         packing,
@@ -134,7 +149,7 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     }
     let plan = plan(objective, schedule, optimization, output);
     let settings = [
-        ("stream", arguments.stream_settings()),
+        ("stream", arguments.stream_settings(&topic)),
         ("history", selection.history_settings()),
         (BACKWARD_KEY, json!(selection.backward)),
     ];
@@ -143,20 +158,14 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let begun = setup.begun(&record)?;
     say_begun(&setup, begun.as_ref());
     let snapshot = begun.as_ref().map(Begun::feed);
-    let feed = Feed::open(broker, feed_plan, Shard::WHOLE, snapshot, decoder, Arc::clone(&stop))?;
+    let feed = source.open(feed_plan, snapshot)?;
     train(setup, plan, record, begun, feed, (&stop, telemetry))
 }
 
 impl RunArguments {
     /// Tokens of a sequence: as given, as the run that is gone on with has them, or as many as the reference's windows
     /// hold, which the first record of the topic says. `None` where the run was asked to stop before there was one.
-    fn sequence_length(
-        &self,
-        broker: &Broker,
-        extent: Extent,
-        decoder: &Decoder,
-        stop: &AtomicBool,
-    ) -> anyhow::Result<Option<usize>> {
+    fn sequence_length(&self, source: &Source, extent: Extent) -> anyhow::Result<Option<usize>> {
         if let Some(given) = self.optimization.sequence_length {
             return Ok(Some(given));
         }
@@ -165,13 +174,13 @@ impl RunArguments {
         {
             return Ok(Some(record.sequence_length));
         }
-        let context = first_context(broker, &self.topic, extent, decoder, stop)?;
+        let context = source.first_context(&self.topic, extent)?;
         let Some(context) = context else {
-            let is_stopped = stop.load(Ordering::Relaxed);
+            let is_stopped = source.stop.load(Ordering::Relaxed);
             return if is_stopped {
                 Ok(None)
             } else {
-                Err(StreamError::EmptyTopic(self.topic.clone()).into())
+                Err(StreamError::EmptyTopic(source.name(&self.topic)?).into())
             };
         };
         let window = context.window as usize;
@@ -202,13 +211,13 @@ impl RunArguments {
     fn extent(&self) -> Extent {
         match self.epochs {
             Some(epochs) => Extent::UntilEnd { epochs },
-            None if self.until_end => Extent::UntilEnd { epochs: 1 },
+            None if self.until_end || !self.files.is_empty() => Extent::UntilEnd { epochs: 1 },
             None => Extent::Follow,
         }
     }
 
-    fn stream_settings(&self) -> Value {
-        let mut settings = stream_settings(&self.topic, &self.broker);
+    fn stream_settings(&self, topic: &str) -> Value {
+        let mut settings = stream_settings(topic, &self.broker);
         settings["extent"] = json!(self.extent());
         settings["shuffle_buffer"] = self.shuffle_buffer.into();
         let allowed: Vec<String> = self.reference_models.iter().map(ToString::to_string).collect();

@@ -29,7 +29,13 @@ pub(super) fn set_up<'a>(
     shape: BatchShape,
 ) -> anyhow::Result<Setup<'a, BurnLearner>> {
     Setup::new(tokenizer, shape.rows, output.output(), |checkpoint| match checkpoint {
-        Some(checkpoint) => model.resumed(checkpoint, tokenizer, shape.len, optimization.optimizer()),
+        Some(checkpoint) => model.resumed(
+            checkpoint,
+            tokenizer,
+            shape.len,
+            optimization.optimizer(),
+            output.branch_from.is_some(),
+        ),
         None => model.learner(tokenizer, shape.len, optimization.optimizer(), optimization.seed),
     })
 }

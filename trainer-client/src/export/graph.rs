@@ -18,11 +18,17 @@ use sluice_schemas::onnx::{
     GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
 };
 
-use super::{DATA_FILE, INPUT, OUTPUT};
 use crate::model::ModelConfig;
 use crate::model::config::Scales;
 use crate::model::decoder::rotary_tables;
 use crate::run::tensors::{NamedTensor, Stored};
+
+/// File name of weights that do not fit into the graph's.
+pub const DATA_FILE: &str = "model.onnx.data";
+/// Input: token ids, int64 `[batch, sequence]`.
+pub const INPUT: &str = "input_ids";
+/// Output: logits `[batch, sequence, vocab]`; position `i` predicts token `i + 1`.
+pub const OUTPUT: &str = "logits";
 
 /// ONNX Runtime's own operators.
 const MICROSOFT: &str = "com.microsoft";

@@ -16,16 +16,11 @@ use crate::model::hugging_face::Carried;
 use crate::run::files::{write_through, write_whole};
 use crate::run::tensors::{Pending, Stored};
 use crate::text::TOKENIZER_FILE;
+pub use graph::{DATA_FILE, INPUT, OUTPUT};
 use graph::{External, onnx_model};
 
 /// File name of the exported graph, and of its weights where they fit beside it.
 pub const MODEL_FILE: &str = "model.onnx";
-/// File name of weights that do not.
-pub const DATA_FILE: &str = "model.onnx.data";
-/// Input: token ids, int64 `[batch, sequence]`.
-pub const INPUT: &str = "input_ids";
-/// Output: logits `[batch, sequence, vocab]`; position `i` predicts token `i + 1`.
-pub const OUTPUT: &str = "logits";
 
 /// Protobuf messages end at 2 GiB; the margin is for all that is not weights.
 pub const INLINE_BYTES_MAX: usize = (1 << 31) - (1 << 20);

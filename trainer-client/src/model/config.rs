@@ -111,6 +111,12 @@ impl ModelConfig {
         self.variant.scales.attention.unwrap_or(1.0 / (self.head_dim() as f64).sqrt())
     }
 
+    /// Radians a position for each pair of a head's dimensions, `[head_dim / 2]`, and what cosines and sines are
+    /// multiplied with.
+    pub(crate) fn rotary_frequencies(&self) -> (Vec<f64>, f64) {
+        self.variant.rope_scaling.frequencies(self.head_dim(), self.rope_theta)
+    }
+
     /// Checks that the sizes fit together; the error names the field and what would be right.
     pub fn validate(&self) -> Result<()> {
         for (field, value) in [

@@ -4,8 +4,8 @@
 //! forward function returns its output and a tape of what its `_backward` needs; `d_x` is the gradient of the
 //! loss with respect to `x`.
 
-use burn::tensor::activation::sigmoid;
 use burn::tensor::Tensor;
+use burn::tensor::activation::sigmoid;
 
 use super::attention::{Attended, AttentionShape, Projected, Visible};
 use super::host::{from_host, on_host, to_host};
@@ -81,7 +81,8 @@ pub(super) struct AttentionTape {
 impl AttentionTape {
     /// Its rows that gradients flow into; keys and values stay whole, for queries look at all of them.
     pub fn take(self, flow: &Flow, heads: usize) -> Self {
-        let Self { x, projected: Projected { query, key, value }, attended, norms: [of_query, of_key] } = self;
+        let Self { x, projected: Projected { query, key, value }, attended, norms: [of_query, of_key] } =
+            self;
         let rows = &flow.rows;
         Self {
             x: flow.below.take(x),

@@ -7,8 +7,6 @@ use std::f64::consts::TAU;
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::config::ModelConfig;
-
 /// How rotary frequencies are scaled, under the names of `rope_scaling` in `config.json`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "rope_type", rename_all = "lowercase")]
@@ -85,22 +83,16 @@ pub(super) fn yarn_attention_factor(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
-impl ModelConfig {
-    /// Radians a position for each pair of a head's dimensions, `[head_dim / 2]`, and what cosines and sines are
-    /// multiplied with.
-    pub(crate) fn rotary_frequencies(&self) -> (Vec<f64>, f64) {
-        let dim = self.head_dim();
+impl RopeScaling {
+    /// Radians a position for each pair of the `dim` dimensions of a head, `[dim / 2]`, by the base `theta`, and what cosines
+    /// and sines are multiplied with.
+    pub(super) fn frequencies(self, dim: usize, theta: f64) -> (Vec<f64>, f64) {
         let half = dim / 2;
-        let plain = (0..half).map(|i| self.rope_theta.powf(-(i as f64) / half as f64));
-        match self.variant.rope_scaling {
-            RopeScaling::Default => (plain.collect(), 1.0),
-            RopeScaling::Linear { factor } => (plain.map(|frequency| frequency / factor).collect(), 1.0),
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position_embeddings,
-            } => {
+        let plain = (0..half).map(|i| theta.powf(-(i as f64) / half as f64));
+        match self {
+            Self::Default => (plain.collect(), 1.0),
+            Self::Linear { factor } => (plain.map(|frequency| frequency / factor).collect(), 1.0),
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let scale = |frequency: f64| {
                     let turns = original_max_position_embeddings as f64 * frequency / TAU;
                     // 0 for a low frequency, 1 for a high one.
@@ -110,7 +102,7 @@ impl ModelConfig {
                 };
                 (plain.map(scale).collect(), 1.0)
             }
-            RopeScaling::Yarn {
+            Self::Yarn {
                 factor,
                 original_max_position_embeddings: original,
                 beta_fast,
@@ -119,9 +111,8 @@ impl ModelConfig {
                 truncate,
             } => {
                 // The dimension whose pair makes so many turns over the original context.
-                let dimension_of = |turns: f64| {
-                    dim as f64 * (original as f64 / (turns * TAU)).ln() / (2.0 * self.rope_theta.ln())
-                };
+                let dimension_of =
+                    |turns: f64| dim as f64 * (original as f64 / (turns * TAU)).ln() / (2.0 * theta.ln());
                 let (mut low, mut high) = (dimension_of(beta_fast), dimension_of(beta_slow));
                 if truncate {
                     (low, high) = (low.floor(), high.ceil());

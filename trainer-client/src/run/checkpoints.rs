@@ -215,6 +215,29 @@ pub(crate) fn write_checkpoint(
     Ok(folder)
 }
 
+/// Takes over a checkpoint of another run, which has come to `step`. Its files never change, so that they can be the same.
+pub(crate) fn adopt_checkpoint(run: &Path, source: &Path, step: u64) -> anyhow::Result<PathBuf> {
+    let parent = run.join(CHECKPOINTS);
+    let (partial, folder) = (parent.join(PARTIAL), parent.join(folder_name(step)));
+    recreate(&partial)?;
+    let may_fail = || format!("cannot take over {}", source.display());
+    for entry in fs::read_dir(source).with_context(may_fail)? {
+        let entry = entry.with_context(may_fail)?;
+        let to = partial.join(entry.file_name());
+        // On another file system there is no such link.
+        let copied = fs::hard_link(entry.path(), &to).or_else(|_| {
+            fs::copy(entry.path(), &to)?;
+            fs::File::open(&to)?.sync_all()
+        });
+        copied.with_context(may_fail)?;
+    }
+    sync_folder(&partial)?;
+    fs::rename(&partial, &folder)
+        .with_context(|| format!("cannot rename {} into place", partial.display()))?;
+    sync_folder(&parent)?;
+    Ok(folder)
+}
+
 /// Removes all checkpoints but the last `kept` and the best.
 pub(crate) fn remove_others(run: &Path, kept: usize, best: Option<&Best>) -> anyhow::Result<()> {
     let checkpoints = checkpoints(run)?;

@@ -13,12 +13,14 @@ use sluice_feed::cut::Piece;
 
 use crate::failure::Failure;
 use crate::run::checkpoints::{
-    Best, CHECKPOINTS, DataState, Reached, damaged, latest_checkpoint, remove_others, write_checkpoint,
+    Best, CHECKPOINTS, DataState, Reached, adopt_checkpoint, damaged, latest_checkpoint, remove_others,
+    write_checkpoint,
 };
 use crate::run::files::{read_json, write_json, write_whole};
 use crate::run::metrics::{EvalMetric, Metric, read_metrics};
 use crate::run::picture::TokenPicture;
 use crate::run::record::RunRecord;
+use crate::run::tensorboard::EventFile;
 use crate::run::token_losses;
 use crate::text::TextTokenizer;
 use crate::training::learner::Learner;
@@ -73,6 +75,8 @@ pub struct RunFolder {
     best: Option<Best>,
     /// The last step that was evaluated, and the loss on each set.
     evaluated: (u64, BTreeMap<String, f64>),
+    /// Open where the run writes event files for `TensorBoard`.
+    events: Option<EventFile>,
     /// The operating system lets go of the lock when the process ends, however it ends.
     _lock: File,
 }
@@ -107,6 +111,7 @@ impl RunFolder {
             saved_step: None,
             best: None,
             evaluated: Default::default(),
+            events: None,
             _lock: lock,
         })
     }
@@ -138,6 +143,7 @@ impl RunFolder {
             path,
             best,
             evaluated,
+            events: None,
             metrics: file,
             documents: None,
             token_losses: vec![],
@@ -146,6 +152,20 @@ impl RunFolder {
             _lock: lock,
         };
         Ok((run, checkpoint))
+    }
+
+    /// Takes over a checkpoint of another run, to go on from.
+    pub fn adopt(&mut self, source: &Path) -> anyhow::Result<PathBuf> {
+        let step = Reached::read(source)?.step;
+        let adopted = adopt_checkpoint(&self.path, source, step)?;
+        self.saved_step = Some(step);
+        Ok(adopted)
+    }
+
+    /// From here on writes `TensorBoard` event files too; what an earlier one says of steps after `step` is void.
+    pub fn open_events(&mut self, step: u64) -> anyhow::Result<()> {
+        self.events = Some(EventFile::create(&self.path, step)?);
+        Ok(())
     }
 
     /// Keeps this many of the last checkpoints, at least one.
@@ -236,6 +256,9 @@ impl RunFolder {
         // In one write, so that a reader or a crash rarely sees half a line.
         let written = self.metrics.write_all(&line);
         written.with_context(|| format!("cannot write {}", self.path.join(METRICS_FILE).display()))?;
+        if let Some(events) = &mut self.events {
+            events.write(metric)?;
+        }
         if let Metric::Eval(EvalMetric { step, set, loss, .. }) = metric {
             if self.evaluated.0 != *step {
                 self.evaluated = (*step, BTreeMap::new());

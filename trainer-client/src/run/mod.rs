@@ -8,5 +8,6 @@ pub mod metrics;
 pub mod picture;
 pub mod record;
 pub mod recorded;
+mod tensorboard;
 pub mod tensors;
 pub mod token_losses;

@@ -46,9 +46,14 @@ impl RunRecord {
         self.settings.get(BACKWARD_KEY).and_then(serde_json::Value::as_str).unwrap_or("exact")
     }
 
-    /// Name of the first setting in which a run that is to go on differs from this one; `None` if the steps would be the
-    /// same. Where to read and how often to look may differ.
-    pub fn first_difference(&self, other: &Self) -> Option<&'static str> {
+    /// Name of the first setting in which a run that is to go on after `step` differs from this one; `None` if the steps up to
+    /// there would have been the same. Where to read and how often to look may differ, and so may what is yet to come of the
+    /// learning rate: a run can be made longer where that changes nothing of its past.
+    pub fn first_difference(&self, other: &Self, step: u64) -> Option<&'static str> {
+        let keep_at = |record: &Self, step: u64| {
+            let keep = record.objective.selection()?.keep_at(step, record.schedule.steps)?;
+            Some(keep.get().to_bits())
+        };
         let setting = |name: &str| self.settings.get(name) == other.settings.get(name);
         let of_stream = |name: &str| {
             let stream = |record: &Self| record.settings.get("stream").and_then(|s| s.get(name).cloned());
@@ -63,7 +68,14 @@ impl RunRecord {
             ("--batch-size", self.batch_size == other.batch_size),
             ("--accumulate", self.accumulate == other.accumulate),
             ("--sequence-length", self.sequence_length == other.sequence_length),
-            ("the learning rate, its schedule or --steps", self.schedule == other.schedule),
+            (
+                "the learning rate, its schedule or --steps",
+                self.schedule == other.schedule || self.schedule.agrees_up_to(&other.schedule, step),
+            ),
+            (
+                "--steps, over which --keep falls,",
+                (1..=step).all(|step| keep_at(self, step) == keep_at(other, step)),
+            ),
             ("--tokenizer", self.tokenizer == other.tokenizer),
             ("the model", setting("model")),
             ("the optimizer", setting("optimizer")),

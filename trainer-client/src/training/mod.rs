@@ -2,6 +2,7 @@
 
 mod books;
 pub mod evaluate;
+pub mod files;
 pub mod learner;
 mod plan;
 pub mod schedule;

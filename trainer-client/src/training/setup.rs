@@ -9,14 +9,13 @@ use serde_json::{Value, json};
 use sluice_feed::feed::Feed;
 use sluice_feed::plan::Plan as FeedPlan;
 use sluice_feed::snapshot::Snapshot;
-use sluice_schemas::fingerprint::Fingerprint;
 
 use super::evaluate::{EvalFile, EvalSet, read_sets};
 use super::learner::Learner;
 use super::{Ending, Outcome, Plan, Training};
 use crate::failure::{Classify, Failure};
-use crate::run::checkpoints::{DataState, Reached, damaged, read_state};
-use crate::run::folder::{RunFolder, is_locked, refuse_a_run};
+use crate::run::checkpoints::{DataState, Reached, STATE_FILE, damaged, read_state};
+use crate::run::folder::{RUN_FILE, RunFolder, is_locked, recorded, refuse_a_run};
 use crate::run::record::RunRecord;
 use crate::text::TextTokenizer;
 use crate::watch::progress::Progress;
@@ -43,6 +42,10 @@ pub struct Output {
     pub checkpoint_every: u64,
     /// The set by whose loss the best checkpoint is kept.
     pub best_by: Option<String>,
+    /// The checkpoint of another run that this one begins with.
+    pub branch_from: Option<PathBuf>,
+    /// Whether event files are written for `TensorBoard`.
+    pub tensorboard: bool,
 }
 
 impl Output {
@@ -65,6 +68,15 @@ impl Output {
             opened
                 .with_context(|| format!("cannot read evaluation set {}", file.path.display()))
                 .or_usage()?;
+        }
+        if let Some(source) = &self.branch_from
+            && !source.join(STATE_FILE).is_file()
+        {
+            let error = format!(
+                "{} holds no {STATE_FILE}: give a checkpoint of a run to --branch-from, or weights alone to --init",
+                source.display()
+            );
+            return Err(Failure::Usage(error).into());
         }
         // Of a folder that another process writes to, that is what is said, once it is opened.
         if self.resume || is_locked(&self.folder) { Ok(()) } else { refuse_a_run(&self.folder).or_usage() }
@@ -96,7 +108,9 @@ pub struct Setup<'a, L> {
 pub struct Begun {
     reached: Reached,
     data: DataState,
-    reference_model: Option<Fingerprint>,
+    /// What `run.json` says of it, or should say where it `is_new`: of a branch, or of a run that was made longer.
+    record: RunRecord,
+    is_new: bool,
 }
 
 impl Begun {
@@ -119,16 +133,20 @@ impl<'a, L: Learner> Setup<'a, L> {
         let evals = read_sets(&output.evals, tokenizer, rows)?;
         let (mut folder, checkpoint, learner) = if output.resume && output.folder.is_dir() {
             let resumed = RunFolder::resume(&output.folder);
-            let (folder, checkpoint) =
+            let (mut folder, mut checkpoint) =
                 if resumed.as_ref().is_err_and(passes) { resumed } else { resumed.or_data() }?;
+            if let (None, Some(source)) = (&checkpoint, &output.branch_from) {
+                checkpoint = Some(folder.adopt(source)?);
+            }
             let learner = learner(checkpoint.as_deref())?;
             (folder, checkpoint, learner)
         } else {
             // Before the folder is made, so that a wrong setting leaves nothing behind.
-            let learner = learner(None)?;
+            let learner = learner(output.branch_from.as_deref())?;
             let created = RunFolder::create(&output.folder);
-            let folder = if created.as_ref().is_err_and(is_held) { created } else { created.or_usage() }?;
-            (folder, None, learner)
+            let mut folder = if created.as_ref().is_err_and(is_held) { created } else { created.or_usage() }?;
+            let checkpoint = output.branch_from.as_deref().map(|source| folder.adopt(source)).transpose()?;
+            (folder, checkpoint, learner)
         };
         folder.keep_checkpoints(output.checkpoints_keep);
         folder.keep_token_losses(&output.token_losses);
@@ -188,8 +206,18 @@ impl<'a, L: Learner> Setup<'a, L> {
             let error = anyhow::anyhow!("the token picture holds token ids beyond the vocabulary");
             return Err(error).with_context(may_be_damaged).or_data();
         }
-        let before = self.folder.read_record().or_data()?;
-        if let Some(difference) = before.first_difference(record) {
+        let Some(before) = recorded(&self.output.folder).or_data()? else {
+            let Some(source) = &self.output.branch_from else {
+                return Err(anyhow::anyhow!("{RUN_FILE} is missing")).with_context(may_be_damaged).or_data();
+            };
+            // The feed refuses what would not be the same data.
+            let mut record =
+                RunRecord { reference_model: data.feed.identity.reference_model, ..record.clone() };
+            let from = json!({ "checkpoint": source, "step": reached.step });
+            record.settings.insert("branched_from".into(), from);
+            return Ok(Some(Begun { reached, data, record, is_new: true }));
+        };
+        if let Some(difference) = before.first_difference(record, reached.step) {
             let error = anyhow::anyhow!(
                 "the run in {} was begun otherwise: {difference} differs, so it would not be the same run; give what it \
                  began with (run.json), or begin another with --init {}",
@@ -198,7 +226,9 @@ impl<'a, L: Learner> Setup<'a, L> {
             );
             return Err(error).or_usage();
         }
-        Ok(Some(Begun { reached, data, reference_model: before.reference_model }))
+        let is_new = before.schedule != record.schedule;
+        let record = RunRecord { schedule: record.schedule, ..before };
+        Ok(Some(Begun { reached, data, record, is_new }))
     }
 
     /// Trains to the end of the run.
@@ -214,7 +244,13 @@ impl<'a, L: Learner> Setup<'a, L> {
         let label = if record.command == "reference" { "reference" } else { plan.objective.name() };
         // A resumed run's own record says what its reference model is.
         let step = begun.as_ref().map_or(0, |begun| begun.reached.step);
-        let reference_model = begun.as_ref().and_then(|begun| begun.reference_model);
+        let reference_model = begun.as_ref().and_then(|begun| begun.record.reference_model);
+        if let Some(Begun { record, is_new: true, .. }) = &begun {
+            self.folder.write_record(record)?;
+        }
+        if self.output.tensorboard {
+            self.folder.open_events(step)?;
+        }
         telemetry.begin(&RunRecord { reference_model, ..record.clone() }, self.folder.path(), step);
         let training = Training {
             learner: &mut self.learner,

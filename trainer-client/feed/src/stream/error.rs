@@ -64,6 +64,16 @@ pub enum StreamError {
         /// What librdkafka said last.
         reason: Option<String>,
     },
+    /// A file that cannot be read, or a line that is no document.
+    #[error("{path}, line {line}: {why}")]
+    File {
+        /// The file.
+        path: String,
+        /// The line, counted from 1; 0 for the file as a whole.
+        line: u64,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A record that is not what the topic should hold.
     #[error("record at {origin} is refused: {error}")]
     Record {

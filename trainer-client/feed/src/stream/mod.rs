@@ -25,7 +25,7 @@ pub use first::first_context;
 pub use kind::TopicKind;
 pub use memory::ShuffledDocuments;
 pub use place::{Extent, Position, Shard, ShardError};
-pub use provenance::Contexts;
+pub use provenance::{Contexts, Provenance};
 
 use crate::document::Document;
 

@@ -13,7 +13,7 @@ pub type Contexts = BTreeMap<Fingerprint, ContextPolicy>;
 /// What the documents of a stream have shown so far. They are looked at in the order in which they are handed out, so that
 /// what is refused does not depend on which partition answered first.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Provenance {
+pub struct Provenance {
     /// Whether records of several models are taken.
     allows_several: bool,
     reference_model: Option<Fingerprint>,
@@ -21,6 +21,7 @@ pub(super) struct Provenance {
 }
 
 impl Provenance {
+    /// What is known already of a stream that goes on.
     pub fn new(allows_several: bool, reference_model: Option<Fingerprint>, contexts: Contexts) -> Self {
         Self { allows_several, reference_model, contexts }
     }
@@ -30,6 +31,7 @@ impl Provenance {
         self.reference_model
     }
 
+    /// How each reference model saw its documents.
     pub fn contexts(&self) -> &Contexts {
         &self.contexts
     }

@@ -80,4 +80,3 @@ pub(in crate::model) struct Projected {
     /// Values, `[n, kv_heads * head_dim]`.
     pub value: Tensor<2>,
 }
-
