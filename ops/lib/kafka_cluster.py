@@ -209,6 +209,8 @@ def _properties(cluster: Cluster, broker: Broker) -> dict[str, object]:
         "transaction.state.log.num.partitions": 4,
         "share.coordinator.state.topic.num.partitions": 4,
         "group.initial.rebalance.delay.ms": 0,
+        # Transactions that nobody ends are ended when their time is over, and not up to ten seconds later.
+        "transaction.abort.timed.out.transaction.cleanup.interval.ms": 1000,
         "auto.create.topics.enable": "false",
         # A broker that was killed is let in again only when its old session has run out.
         "broker.session.timeout.ms": 3000,

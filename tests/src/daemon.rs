@@ -1,6 +1,6 @@
 //! The real `sluiced serve`, its endpoints and its end.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
@@ -70,6 +70,11 @@ impl Daemon {
     /// Status code and body of `GET path`.
     pub fn get(&self, path: &str) -> (u16, String) {
         http_get(&self.address, path)
+    }
+
+    /// The same where the daemon may have ended, or may not answer; then nothing.
+    pub fn try_get(&self, path: &str) -> Option<(u16, String)> {
+        try_http_get(&self.address, path).ok()
     }
 
     /// The value of a metric, labels and all, such as `sluiced_dead_letters_total{reason="malformed"}`.
@@ -171,11 +176,19 @@ pub(crate) fn follow_log(
 
 /// Status code and body of `GET path` at `address`.
 pub fn http_get(address: &str, path: &str) -> (u16, String) {
-    let mut stream = TcpStream::connect(address).unwrap();
-    write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
+    try_http_get(address, path).unwrap()
+}
+
+fn try_http_get(address: &str, path: &str) -> io::Result<(u16, String)> {
+    const PATIENCE: Duration = Duration::from_secs(20);
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    (status, body.to_owned())
+    stream.read_to_string(&mut answer)?;
+    let parts = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some((status, body.to_owned()))
+    });
+    parts.ok_or_else(|| io::Error::other(format!("{address} answers {answer:?} to {path}")))
 }

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io::{self, Read, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -18,14 +18,38 @@ pub enum Request {
     Produce = 0,
     /// A producer takes over its transactional id.
     InitProducerId = 22,
+    /// Partitions that a transaction is to write to.
+    AddPartitionsToTxn = 24,
+    /// A group whose offsets a transaction is to hold.
+    AddOffsetsToTxn = 25,
     /// The end of a transaction.
     EndTxn = 26,
     /// Offsets that are part of a transaction.
     TxnOffsetCommit = 28,
 }
 
-/// Answers that hold addresses: Metadata and `FindCoordinator`.
-const WITH_ADDRESSES: [i16; 2] = [3, 10];
+impl Request {
+    /// All that the transactions' coordinator is asked.
+    pub const OF_COORDINATOR: [Self; 4] =
+        [Self::InitProducerId, Self::AddPartitionsToTxn, Self::AddOffsetsToTxn, Self::EndTxn];
+}
+
+/// Answers that may hold addresses: Metadata and `FindCoordinator`, and Produce and Fetch where they name a new leader.
+const WITH_ADDRESSES: [i16; 4] = [3, 10, 0, 1];
+
+/// The ends of a connection, of which one may be closed without the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The client hears nothing more, and may still ask.
+    Client,
+    /// The broker hears nothing more, and may still answer.
+    Broker,
+}
+
+struct Connection {
+    client: Weak<TcpStream>,
+    broker: Weak<TcpStream>,
+}
 
 struct Held {
     kind: i16,
@@ -39,7 +63,11 @@ struct State {
     held: Vec<Held>,
     /// Answers by kind.
     answers: HashMap<i16, usize>,
-    clients: Vec<Arc<TcpStream>>,
+    connections: Vec<Connection>,
+    /// Nothing passes, either way, and no connection ends.
+    silent: bool,
+    /// How long each frame is on its way, one after the other.
+    delay: Duration,
 }
 
 #[derive(Default)]
@@ -51,6 +79,13 @@ struct Shared {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for as long as a frame is on its way.
+    fn travel(&self) {
+        let state = self.changed.wait_while(self.lock(), |state| state.silent);
+        let delay = state.unwrap_or_else(PoisonError::into_inner).delay;
+        std::thread::sleep(delay);
     }
 }
 
@@ -129,10 +164,50 @@ impl Proxy {
         self.wait("answers", |state| state.answers.get(&(kind as i16)) >= Some(&answers));
     }
 
+    /// Sends on what is held of these kinds, wherever its connection still is one. Nobody waits for the answers.
+    pub fn let_go(&self, kinds: &[Request]) {
+        let is_meant = |kind: i16| kinds.iter().any(|&meant| meant as i16 == kind);
+        let mut state = self.shared.lock();
+        state.holding.retain(|&kind| !is_meant(kind));
+        let (released, kept): (Vec<Held>, _) =
+            std::mem::take(&mut state.held).into_iter().partition(|held| is_meant(held.kind));
+        state.held = kept;
+        drop(state);
+        for held in released {
+            let _ = (&*held.broker).write_all(&held.frame);
+        }
+    }
+
     /// Cuts every connection, as a firewall does that forgets idle ones.
     pub fn cut(&self) {
-        for client in std::mem::take(&mut self.shared.lock().clients) {
-            let _ = client.shutdown(Shutdown::Both);
+        self.on_each(|client, _| client.shutdown(Shutdown::Both));
+    }
+
+    /// Closes one direction of every connection, towards this end of it.
+    pub fn half_close(&self, end: End) {
+        self.on_each(|client, broker| match end {
+            End::Client => client.shutdown(Shutdown::Write),
+            End::Broker => broker.shutdown(Shutdown::Write),
+        });
+    }
+
+    /// Lets nothing pass, or everything again, as where a route is lost and found. No connection ends.
+    pub fn set_silent(&self, silent: bool) {
+        self.shared.lock().silent = silent;
+        self.shared.changed.notify_all();
+    }
+
+    /// Has each frame take so long on its way.
+    pub fn set_delay(&self, delay: Duration) {
+        self.shared.lock().delay = delay;
+    }
+
+    fn on_each(&self, act: impl Fn(&TcpStream, &TcpStream) -> io::Result<()>) {
+        for connection in &self.shared.lock().connections {
+            if let (Some(client), Some(broker)) = (connection.client.upgrade(), connection.broker.upgrade()) {
+                // Fails where the connection has just ended.
+                let _ = act(&client, &broker);
+            }
         }
     }
 
@@ -145,7 +220,12 @@ impl Proxy {
 
 /// Passes frames on between the two, each way on a thread of its own.
 fn join(shared: &Arc<Shared>, client: Arc<TcpStream>, broker: Arc<TcpStream>, ports: Vec<(u16, u16)>) {
-    shared.lock().clients.push(Arc::clone(&client));
+    {
+        let mut state = shared.lock();
+        state.connections.retain(|it| it.client.strong_count() > 0 && it.broker.strong_count() > 0);
+        let (client, broker) = (Arc::downgrade(&client), Arc::downgrade(&broker));
+        state.connections.push(Connection { client, broker });
+    }
     // Kinds of the requests that wait for an answer, by their numbers.
     let asked = Arc::new(Mutex::new(HashMap::new()));
     {
@@ -162,6 +242,7 @@ fn join(shared: &Arc<Shared>, client: Arc<TcpStream>, broker: Arc<TcpStream>, po
                     continue;
                 }
                 drop(state);
+                shared.travel();
                 if (&*broker).write_all(&frame).is_err() {
                     break;
                 }
@@ -179,6 +260,7 @@ fn join(shared: &Arc<Shared>, client: Arc<TcpStream>, broker: Arc<TcpStream>, po
             if kind.is_some_and(|kind| WITH_ADDRESSES.contains(&kind)) {
                 rewrite_ports(&mut frame, &ports);
             }
+            shared.travel();
             // Its sender may have given up on it.
             let _ = (&*client).write_all(&frame);
             *shared.lock().answers.entry(kind.unwrap_or(-1)).or_default() += 1;

@@ -48,11 +48,17 @@ impl Source<'_> {
                 Ok(_) => "nothing".to_owned(),
                 Err(_) => "held up by an open transaction".to_owned(),
             };
+            // Exact in a topic that nobody writes to in transactions, whose ends take an offset each.
+            let gone = match begin - next {
+                gone @ 1.. => {
+                    format!("{gone} records were removed before they were read: retention was faster")
+                }
+                _ => "the topic was made anew".to_owned(),
+            };
             return Ok(Some(format!(
                 "partition {partition} of the topic `{topic}` has no record any more at offset {next}, where it would be read on \
-                 (committed: {committed}): its log begins at {begin} and ends at {end}, because retention has removed records or \
-                 the topic was made anew; decide where to go on and set that partition alone, with all daemons of the group \
-                 stopped: kafka-consumer-groups.sh --reset-offsets --topic {topic}:{partition} --to-offset {begin}"
+                 (committed: {committed}): its log begins at {begin} and ends at {end}; {gone}; \
+                 decide where to go on and set that partition alone, with all daemons of the group stopped: kafka-consumer-groups.sh --reset-offsets --topic {topic}:{partition} --to-offset {begin}"
             )));
         }
         Ok(None)

@@ -42,6 +42,10 @@ fn main() -> ExitCode {
         documents_per_second: arguments.documents_per_second,
     };
     let findings = run(&kafka, &golden("tiny-llama"), &options);
+    say(format_args!("faults of each kind: {:?}", findings.kinds));
+    for stall in &findings.stalls {
+        say(format_args!("partition {} stood still for at most {stall}", stall.partition));
+    }
     if let Err(error) = print_line(&findings.to_string()) {
         say(format_args!("{error:#}: {findings}"));
         return ExitCode::FAILURE;

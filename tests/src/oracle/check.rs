@@ -1,27 +1,26 @@
 //! What a `read_committed` reader finds afterwards, against what it should.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use sluice_daemon::batch::{Batch, Ladder, windows};
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_daemon::score::{Score as _, Scorer};
 use sluice_schemas::record::{Bos, ContextPolicy, ScoredDocument};
 
-use super::load::{Obligations, id, key, poison_key, tokens};
-use super::slot::{Counters, Slot};
-use super::topics::{PARTITIONS, Topics};
-use crate::{Kafka, Record, onnxruntime, read_all};
+use super::crew::Crew;
+use super::load::{Obligations, key, number, tokens};
+use super::slot::Counters;
+use super::topics::Topics;
+use super::watch::{Stall, name_of};
+use crate::{Group, Kafka, onnxruntime, read_all};
 
 const DRAIN: Duration = Duration::from_mins(3);
-const CALL: Duration = Duration::from_secs(10);
+const TURN: Duration = Duration::from_millis(500);
 /// Window and stride that the daemon chooses for the test model.
 const CONTEXT: ContextPolicy = ContextPolicy { window: 64, stride: 32, bos: Bos::None };
 
@@ -32,8 +31,18 @@ pub struct Findings {
     pub seed: u64,
     /// Faults injected.
     pub faults: usize,
-    /// Documents and poison records that were acknowledged.
+    /// How many of each kind.
+    pub kinds: BTreeMap<String, usize>,
+    /// Documents and poison records that were acknowledged and not removed before they were read.
     pub obligations: usize,
+    /// Those that were removed before they were read.
+    pub trimmed: usize,
+    /// Those that the producer was not told the fate of.
+    pub doubtful: usize,
+    /// Times that records were removed before they were read.
+    pub gaps: usize,
+    /// Those of which no daemon has said how many records of which partition are gone.
+    pub unsaid: Vec<String>,
     /// Those found nowhere.
     pub lost: Vec<String>,
     /// Those found more than once.
@@ -50,6 +59,8 @@ pub struct Findings {
     pub hangs: usize,
     /// What the surviving daemons have counted.
     pub counters: Counters,
+    /// The longest time that each partition stood still with records to read, while the brokers and the way to them were well.
+    pub stalls: Vec<Stall>,
     /// How long it took.
     pub seconds: f64,
 }
@@ -57,7 +68,7 @@ pub struct Findings {
 impl Findings {
     /// Whether every obligation was met.
     pub fn is_clean(&self) -> bool {
-        [&self.lost, &self.doubled, &self.reordered, &self.changed, &self.unknown]
+        [&self.lost, &self.doubled, &self.reordered, &self.changed, &self.unknown, &self.unsaid]
             .iter()
             .all(|list| list.is_empty())
     }
@@ -67,8 +78,9 @@ impl fmt::Display for Findings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "seed {}: {} faults, {} records: {} lost, {} doubled, {} reordered, {} changed, {} unknown; {} exits, {} hangs, \
-             {} commits, {} aborts, {} rebalances, {} producers replaced; {:.0} s",
+            "seed {}: {} faults, {} records: {} lost, {} doubled, {} reordered, {} changed, {} unknown; {} removed before they \
+             were read in {} gaps, {} of them unsaid; longest stall {}; {} exits, {} hangs, {} commits, {} aborts, \
+             {} rebalances, {} producers replaced; {:.0} s",
             self.seed,
             self.faults,
             self.obligations,
@@ -77,6 +89,10 @@ impl fmt::Display for Findings {
             self.reordered.len(),
             self.changed.len(),
             self.unknown.len(),
+            self.trimmed,
+            self.gaps,
+            self.unsaid.len(),
+            self.stalls.iter().max_by_key(|stall| stall.length).copied().unwrap_or_default(),
             self.exits,
             self.hangs,
             self.counters.commits,
@@ -89,62 +105,44 @@ impl fmt::Display for Findings {
 }
 
 /// Waits until the group has committed the end of every partition.
-pub(super) fn drain(kafka: &Kafka, topics: &Topics, slots: &mut [Slot]) {
-    let consumer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", &kafka.bootstrap_servers)
-        .set("group.id", &topics.group)
-        .set("isolation.level", "read_committed")
-        .create()
-        .unwrap();
+pub(super) fn drain(kafka: &Kafka, topics: &Topics, crew: &mut Crew) {
+    let group = Group::new(kafka, &topics.group, &topics.documents);
     let deadline = Instant::now() + DRAIN;
     loop {
-        for slot in slots.iter_mut() {
-            slot.revive();
-        }
-        let lag = lag(&consumer, &topics.documents);
+        crew.wait(TURN);
+        let lag = group.lag();
         if lag == Some(0) {
             return;
         }
         assert!(Instant::now() < deadline, "consumer lag is still {lag:?} after {DRAIN:?}");
-        std::thread::sleep(Duration::from_millis(500));
     }
-}
-
-fn lag(consumer: &BaseConsumer, topic: &str) -> Option<i64> {
-    let mut wanted = TopicPartitionList::new();
-    for partition in 0..PARTITIONS {
-        wanted.add_partition(topic, partition);
-    }
-    let committed = consumer.committed_offsets(wanted, CALL).ok()?;
-    let mut lag = 0;
-    for partition in committed.elements() {
-        let (_, end) = consumer.fetch_watermarks(topic, partition.partition(), CALL).ok()?;
-        lag += end - if let Offset::Offset(offset) = partition.offset() { offset } else { 0 };
-    }
-    Some(lag)
 }
 
 /// Reads both topics and compares.
 pub(super) fn look(kafka: &Kafka, topics: &Topics, model: &Path, obligations: &Obligations) -> Findings {
-    let mut findings =
-        Findings { obligations: obligations.documents + obligations.poison, ..Findings::default() };
+    let mut findings = Findings {
+        obligations: obligations.expected().count(),
+        trimmed: obligations.trimmed.len(),
+        doubtful: obligations.doubtful.len(),
+        ..Findings::default()
+    };
     let scored = read_all(&kafka.bootstrap_servers, &topics.scored);
     let letters = read_all(&kafka.bootstrap_servers, &topics.dead_letters);
 
     let mut seen: HashMap<String, usize> = HashMap::new();
     let mut clean = CleanRun::new(model);
-    let mut last_of_key: HashMap<String, usize> = HashMap::new();
+    let mut last: HashMap<(String, i32, i32), usize> = HashMap::new();
     for record in &scored {
         let document = ScoredDocument::decode(record.payload.clone().unwrap()).unwrap();
         let name = document.document.id.clone();
         *seen.entry(name.clone()).or_default() += 1;
-        let number = name.strip_prefix("document-").and_then(|number| number.parse::<usize>().ok());
-        let Some(number) = number.filter(|&number| number < obligations.documents) else {
-            findings.unknown.push(name);
-            continue;
-        };
-        if last_of_key.insert(key(number), number).is_some_and(|last| last > number) {
-            findings.reordered.push(name.clone());
+        let Some(number) = number(&name) else { continue };
+        // Of one key, as it lay in one partition, and lies in one: a topic that grows has its keys move.
+        if let Some(&origin) = obligations.acknowledged.get(&name) {
+            let key = (key(number), origin, record.partition);
+            if last.insert(key, number).is_some_and(|last| last > number) {
+                findings.reordered.push(name.clone());
+            }
         }
         let losses = document.reference_losses.to_vec();
         let expected = clean.losses(&tokens(obligations.seed, number));
@@ -153,22 +151,23 @@ pub(super) fn look(kafka: &Kafka, topics: &Topics, model: &Path, obligations: &O
         }
     }
     for letter in &letters {
-        *seen.entry(poison_name(letter)).or_default() += 1;
+        *seen.entry(name_of(false, letter.key.as_deref(), None)).or_default() += 1;
     }
-    let expected = (0..obligations.documents).map(id).chain((0..obligations.poison).map(poison_key));
-    for name in expected {
-        match seen.remove(&name) {
-            None => findings.lost.push(name),
+    for name in obligations.expected() {
+        match seen.remove(name) {
+            None => findings.lost.push(name.clone()),
             Some(1) => {}
-            Some(_) => findings.doubled.push(name),
+            Some(_) => findings.doubled.push(name.clone()),
         }
     }
+    for name in &obligations.doubtful {
+        if seen.remove(name).is_some_and(|times| times > 1) {
+            findings.doubled.push(name.clone());
+        }
+    }
+    // What was removed before it was read is among them, where it came out nevertheless.
     findings.unknown.extend(seen.into_keys());
     findings
-}
-
-fn poison_name(letter: &Record) -> String {
-    String::from_utf8_lossy(letter.key.as_deref().unwrap_or_default()).into_owned()
 }
 
 /// The scorer alone, one document at a time.

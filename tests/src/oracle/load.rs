@@ -1,20 +1,23 @@
 //! Documents whose tokens follow from the seed and their number, produced while the faults act.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
 use rdkafka::ClientConfig;
-use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer as _, ThreadedProducer};
+use rdkafka::client::ClientContext;
+use rdkafka::message::{DeliveryResult, Message as _};
+use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
 
 use super::options::Options;
 use super::topics::Topics;
+use super::watch::Watch;
 use crate::Kafka;
 
 const KEYS: usize = 40;
@@ -22,15 +25,24 @@ const KEYS: usize = 40;
 const TOKENS: std::ops::Range<usize> = 1..140;
 const VOCABULARY: u32 = 512;
 
-/// What the broker has acknowledged.
+/// What there is to be found afterwards, by name.
 #[derive(Clone, Debug, Default)]
 pub struct Obligations {
     /// The run's seed.
     pub seed: u64,
-    /// Documents `0..documents`.
-    pub documents: usize,
-    /// Poison records `0..poison`.
-    pub poison: usize,
+    /// What the broker has acknowledged, and the partition that it is in.
+    pub acknowledged: HashMap<String, i32>,
+    /// What the producer was not told the fate of: it may be there.
+    pub doubtful: HashSet<String>,
+    /// What was removed before anybody read it.
+    pub trimmed: HashSet<String>,
+}
+
+impl Obligations {
+    /// What must come out.
+    pub fn expected(&self) -> impl Iterator<Item = &String> {
+        self.acknowledged.keys().filter(|name| !self.trimmed.contains(*name))
+    }
 }
 
 /// Tokens of document `number`.
@@ -45,45 +57,102 @@ pub fn key(number: usize) -> String {
 }
 
 /// Id of document `number`.
-pub fn id(number: usize) -> String {
+fn id(number: usize) -> String {
     format!("document-{number}")
 }
 
+/// The number of a document, of its id.
+pub fn number(id: &str) -> Option<usize> {
+    id.strip_prefix("document-")?.parse().ok()
+}
+
 /// Key of poison record `number`.
-pub fn poison_key(number: usize) -> String {
+fn poison_key(number: usize) -> String {
     format!("poison-{number}")
+}
+
+/// The name under which a record of the documents topic comes out.
+pub fn name(key: Option<&[u8]>, payload: Option<Bytes>) -> String {
+    let key = String::from_utf8_lossy(key.unwrap_or_default()).into_owned();
+    if key.starts_with("poison-") {
+        return key;
+    }
+    TokenizedDocument::decode(payload.unwrap_or_default()).unwrap().id
+}
+
+/// Hears what becomes of each record.
+#[derive(Clone)]
+struct Delivery {
+    books: Arc<Mutex<Obligations>>,
+    watch: Watch,
+}
+
+impl Delivery {
+    fn books(&self) -> MutexGuard<'_, Obligations> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ClientContext for Delivery {}
+
+impl ProducerContext for Delivery {
+    type DeliveryOpaque = Box<String>;
+
+    fn delivery(&self, outcome: &DeliveryResult<'_>, name: Box<String>) {
+        match outcome {
+            Ok(message) => {
+                self.watch.acknowledged(&name, message.partition());
+                self.books().acknowledged.insert(*name, message.partition());
+            }
+            Err((error, _)) => {
+                eprintln!("the fate of {name} is not known: {error}");
+                self.books().doubtful.insert(*name);
+            }
+        }
+    }
 }
 
 /// A thread that produces documents.
 pub struct Load {
-    seed: u64,
     topic: String,
-    producer: ThreadedProducer<DefaultProducerContext>,
-    sent: Arc<AtomicUsize>,
-    poison: Mutex<usize>,
+    producer: ThreadedProducer<Delivery>,
+    delivery: Delivery,
+    poison: AtomicUsize,
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
 impl Load {
     /// Begins.
-    pub(super) fn start(kafka: &Kafka, topics: &Topics, model: &Path, options: &Options) -> Self {
-        let producer: ThreadedProducer<DefaultProducerContext> = ClientConfig::new()
+    pub(super) fn start(
+        kafka: &Kafka,
+        topics: &Topics,
+        model: &Path,
+        options: &Options,
+        watch: Watch,
+    ) -> Self {
+        let books = Obligations { seed: options.seed, ..Obligations::default() };
+        let delivery = Delivery { books: Arc::new(Mutex::new(books)), watch };
+        let producer: ThreadedProducer<Delivery> = ClientConfig::new()
             .set("bootstrap.servers", &kafka.bootstrap_servers)
             .set("enable.idempotence", "true")
             .set("message.timeout.ms", "0")
             .set("partitioner", "murmur2_random")
-            .create()
+            .set("reconnect.backoff.max.ms", "1000")
+            .set("topic.metadata.refresh.interval.ms", "2000")
+            .create_with_context(delivery.clone())
             .unwrap();
         let tokenizer = Fingerprint::of_bytes(&std::fs::read(model.join("tokenizer.json")).unwrap());
-        let (sent, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let stop = Arc::new(AtomicBool::new(false));
         let thread = std::thread::spawn({
-            let (producer, sent, stop) = (producer.clone(), Arc::clone(&sent), Arc::clone(&stop));
+            let (producer, stop) = (producer.clone(), Arc::clone(&stop));
             let (seed, topic) = (options.seed, topics.documents.clone());
             let pause = Duration::from_secs(1) / u32::try_from(options.documents_per_second).unwrap();
             move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let number = sent.load(Ordering::Relaxed);
+                for number in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
                     let document = TokenizedDocument {
                         id: id(number),
                         tokens: TokenIds::new(&tokens(seed, number)),
@@ -91,34 +160,39 @@ impl Load {
                         source: String::new(),
                         attributes: BTreeMap::new(),
                     };
-                    let (key, payload) = (key(number), document.encode());
-                    let record = BaseRecord::<str, [u8]>::to(&topic).key(&key).payload(&payload);
-                    producer.send(record).map_err(|(error, _)| error).unwrap();
-                    sent.store(number + 1, Ordering::Relaxed);
+                    let payload = document.encode();
+                    send(&producer, &topic, &key(number), Some(payload.as_ref()), document.id);
                     std::thread::sleep(pause);
                 }
             }
         });
         Self {
-            seed: options.seed,
             topic: topics.documents.clone(),
             producer,
-            sent,
-            poison: Mutex::new(0),
+            delivery,
+            poison: AtomicUsize::new(0),
             stop,
             thread,
         }
     }
 
-    /// Documents handed to the producer so far.
+    /// Records that the broker has acknowledged so far.
     pub fn acknowledged(&self) -> usize {
-        self.sent.load(Ordering::Relaxed)
+        self.delivery.books().acknowledged.len()
+    }
+
+    /// Notes what was removed before anybody read it.
+    pub fn trim(&self, names: Vec<String>) {
+        for name in &names {
+            self.delivery.watch.finished(name);
+        }
+        self.delivery.books().trimmed.extend(names);
     }
 
     /// Sends `count` records that cannot be scored, of several kinds.
     pub fn poison(&self, count: usize) {
-        let mut sent = self.poison.lock().unwrap();
-        for number in *sent..*sent + count {
+        let first = self.poison.fetch_add(count, Ordering::Relaxed);
+        for number in first..first + count {
             let foreign = TokenizedDocument {
                 id: poison_key(number),
                 tokens: TokenIds::new(&[1, 2, 3]),
@@ -132,23 +206,21 @@ impl Load {
                 2 => Some(foreign.encode().slice(..20)),
                 _ => None,
             };
-            let key = poison_key(number);
-            let mut record = BaseRecord::<str, [u8]>::to(&self.topic).key(&key);
-            record.payload = payload.as_deref();
-            self.producer.send(record).map_err(|(error, _)| error).unwrap();
+            send(&self.producer, &self.topic, &foreign.id, payload.as_deref(), foreign.id.clone());
         }
-        *sent += count;
     }
 
-    /// Ends, once the broker has acknowledged everything.
+    /// Ends, once the broker has said of everything what became of it.
     pub fn stop(self) -> Obligations {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().unwrap();
         self.producer.flush(Duration::from_mins(2)).unwrap();
-        Obligations {
-            seed: self.seed,
-            documents: self.sent.load(Ordering::Relaxed),
-            poison: *self.poison.lock().unwrap(),
-        }
+        self.delivery.books().clone()
     }
+}
+
+fn send(producer: &ThreadedProducer<Delivery>, topic: &str, key: &str, payload: Option<&[u8]>, name: String) {
+    let mut record = BaseRecord::<str, [u8], Box<String>>::with_opaque_to(topic, Box::new(name)).key(key);
+    record.payload = payload;
+    producer.send(record).map_err(|(error, _)| error).unwrap();
 }

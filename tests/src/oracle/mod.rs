@@ -2,59 +2,74 @@
 //! afterwards a look at what a `read_committed` reader finds.
 //!
 //! Every document that the broker has acknowledged is an obligation: exactly once in the union of the scored and the
-//! dead-letter topic, with the losses of a clean run to the last bit, in the order of its key.
+//! dead-letter topic, with the losses of a clean run to the last bit, in the order of its key. Not so what was removed from
+//! the log before anybody read it: of that a daemon must have said how many there were. Another reader looks at what comes
+//! out meanwhile, and tells how long a partition stood still.
 
 mod check;
+mod crew;
 mod fault;
+mod gap;
+mod inject;
 mod load;
 mod options;
 mod slot;
 mod topics;
+mod watch;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use crate::Kafka;
+use crate::{Kafka, Proxy};
 pub use check::Findings;
-use fault::Faults;
+use crew::Crew;
+pub use fault::Faults;
+use inject::Scene;
 use load::Load;
 pub use options::Options;
-use slot::{Counters, Slot};
 use topics::Topics;
+pub use watch::{Reader, Stall, Watch};
 
 /// Runs one schedule against `kafka`; a line of progress for every fault goes to standard error.
 pub fn run(kafka: &Kafka, model: &Path, options: &Options) -> Findings {
     let started = Instant::now();
     let topics = Topics::create(kafka, options.seed);
-    let load = Load::start(kafka, &topics, model, options);
-    let mut slots: Vec<Slot> =
-        (0..options.daemons).map(|index| Slot::new(index, kafka, &topics, model, options)).collect();
-    let mut faults = Faults::new(options.seed);
+    let proxy = Proxy::start(&kafka.bootstrap_servers);
+    let watch = Watch::default();
+    let reader = Reader::start(kafka, &topics.scored, &topics.dead_letters, watch.clone());
+    let load = Load::start(kafka, &topics, model, options, watch.clone());
+    let crew = Crew::start(&proxy.bootstrap_servers, &topics, model, options);
+    let (gaps, unsaid) = (0, Vec::new());
+    let mut scene =
+        Scene { kafka, proxy: &proxy, topics: &topics, load: &load, watch: &watch, crew, gaps, unsaid };
+    let mut faults = Faults::new(options.seed, options.daemons, kafka.brokers);
+    let mut kinds = BTreeMap::new();
     for number in 1..=options.faults {
-        let fault = faults.next(slots.len(), kafka.brokers);
+        let fault = faults.draw();
+        *kinds.entry(fault.kind()).or_default() += 1;
         eprintln!(
-            "[{:5.0} s] seed {} fault {number}/{}: {fault:?}, {} documents so far",
+            "[{:5.0} s] seed {} fault {number}/{}: {fault:?}, {} documents so far, longest stall {}",
             started.elapsed().as_secs_f64(),
             options.seed,
             options.faults,
-            load.acknowledged()
+            load.acknowledged(),
+            watch.longest(),
         );
-        faults.inject(fault, kafka, &mut slots, &load);
-        for slot in &mut slots {
-            slot.revive();
-        }
+        scene.inject(fault, &mut faults);
     }
+    scene.crew.settle();
+    let Scene { mut crew, gaps, unsaid, .. } = scene;
     let obligations = load.stop();
-    check::drain(kafka, &topics, &mut slots);
+    check::drain(kafka, &topics, &mut crew);
+    let stalls = watch.stalls();
+    reader.stop();
     let mut findings = check::look(kafka, &topics, model, &obligations);
-    findings.seed = options.seed;
-    findings.faults = options.faults;
-    findings.exits = slots.iter().map(|slot| slot.exits).sum();
-    findings.hangs = slots.iter().map(|slot| slot.hangs).sum();
-    findings.counters = slots.iter_mut().map(Slot::counters).fold(Counters::default(), |sum, one| sum + one);
+    (findings.seed, findings.faults, findings.kinds) = (options.seed, options.faults, kinds);
+    (findings.gaps, findings.unsaid, findings.stalls) = (gaps, unsaid, stalls);
+    findings.counters = crew.counters();
+    crew.stop();
+    (findings.exits, findings.hangs) = crew.exits_and_hangs();
     findings.seconds = started.elapsed().as_secs_f64();
-    for slot in &mut slots {
-        slot.terminate();
-    }
     findings
 }

@@ -2,8 +2,9 @@
 
 use crate::Kafka;
 
-/// Partitions of the documents, and of what is scored of them.
-pub(super) const PARTITIONS: i32 = 6;
+/// Partitions of the documents, and of what is scored of them, at the beginning and at most.
+const PARTITIONS: i32 = 6;
+pub(super) const PARTITIONS_MAX: usize = 12;
 
 /// Names of one run's topics, and its group.
 #[derive(Clone, Debug)]
