@@ -5,38 +5,34 @@ use std::process::Command;
 use std::time::Duration;
 
 use sluice_schemas::record::TokenizedDocument;
-use sluice_tests::oracle::{Options, run};
+use sluice_tests::oracle::{Faults, Findings, Options, run};
 use sluice_tests::{Cluster, golden, python, read_all, root};
 
-fn options(seed: u64, faults: usize) -> Options {
-    Options { seed, faults, daemons: 2, exactly_once: true, documents_per_second: 40 }
+/// Runs `faults` faults of `seed` on `brokers` brokers.
+fn holds(brokers: usize, seed: u64, faults: usize) -> Findings {
+    let cluster = Cluster::start(brokers);
+    let findings = run(&cluster.kafka, &golden("tiny-llama"), &Options::of(seed, faults));
+    eprintln!("{findings}");
+    let again = format!("tests/soak --seed {seed} --faults {faults} --daemons 2 --brokers {brokers}");
+    assert!(findings.is_clean(), "run it again: {again}\n{findings:#?}");
+    assert!(findings.obligations > 100 && findings.counters.commits > 0);
+    findings
 }
 
 #[test]
 fn every_document_comes_out_once_whatever_is_killed() {
-    let cluster = Cluster::start(1);
-    for seed in [11, 12] {
-        let findings = run(&cluster.kafka, &golden("tiny-llama"), &options(seed, 8));
-        eprintln!("{findings}");
-        assert!(
-            findings.is_clean(),
-            "run it again: tests/soak --seed {seed} --faults 8 --daemons 2\n{findings:#?}"
-        );
-        assert!(findings.obligations > 100 && findings.counters.commits > 0);
-    }
+    holds(1, 11, 8);
 }
 
+/// Each of them once, in an order of its own.
 #[test]
-fn every_document_comes_out_once_while_brokers_of_three_are_killed() {
-    const SEED: u64 = 13;
-    let cluster = Cluster::start(3);
-    let findings = run(&cluster.kafka, &golden("tiny-llama"), &options(SEED, 6));
-    eprintln!("{findings}");
-    assert!(
-        findings.is_clean(),
-        "run it again: tests/soak --seed {SEED} --faults 6 --daemons 2 --brokers 3\n{findings:#?}"
-    );
-    assert!(findings.obligations > 100 && findings.counters.commits > 0);
+fn every_document_comes_out_once_whatever_of_all_kinds_goes_wrong() {
+    const BROKERS: usize = 3;
+    let kinds = Faults::kinds(BROKERS);
+    let findings = holds(BROKERS, 13, kinds);
+    assert_eq!(findings.kinds.len(), kinds, "{:?}", findings.kinds);
+    assert_eq!((findings.gaps, findings.unsaid.len()), (1, 0));
+    assert!(findings.trimmed > 0, "{findings}");
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Records that are gone before they were read.
 
+use std::time::Instant;
+
 use anyhow::anyhow;
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, KafkaResult};
@@ -9,13 +11,31 @@ use super::offsets::{Committed, committed};
 use super::{PROBE_TIMEOUT, Source};
 use crate::exit::{DATA, ExitCode as _};
 
+/// Records that are gone. What was read before them is published first: it may be gone from the topic as well.
+#[derive(Debug)]
+pub(super) struct Gap {
+    /// When it was found.
+    pub(super) found: Instant,
+    words: String,
+}
+
+impl Gap {
+    /// The end of reading.
+    pub(super) fn into_result(self) -> anyhow::Result<()> {
+        Err(anyhow!(self.words)).exit_code(DATA)
+    }
+}
+
 impl Source<'_> {
     /// Takes the client's word that some partition cannot be read on. It does not say which, nor does it read that one
     /// again by itself. It is believed where the log of a partition that is read has lost the place: then a person must
     /// decide, and not a service manager try again. Otherwise reading begins anew where the group stands.
-    pub(super) fn gap(&self, error: &KafkaError) -> anyhow::Result<()> {
+    pub(super) fn gap(&self, error: &KafkaError) -> anyhow::Result<Option<Gap>> {
         let unknown = match self.lost_place() {
-            Ok(Some(words)) => return Err(anyhow!("{words} ({error})")).exit_code(DATA),
+            Ok(Some(words)) => {
+                tracing::error!(%error, "{words}; finishing what was read before");
+                return Ok(Some(Gap { found: Instant::now(), words }));
+            }
             Ok(None) => None,
             Err(unknown) => Some(unknown),
         };
@@ -27,7 +47,8 @@ impl Source<'_> {
                 "the client has stopped reading a partition, and none is known to have lost its place; reading begins anew"
             );
         }
-        Ok(self.assignment.place_anew(&self.consumer)?)
+        self.assignment.place_anew(&self.consumer)?;
+        Ok(None)
     }
 
     /// The partition whose log has no record where it would be read on, in words.

@@ -31,6 +31,7 @@ use crate::notice::Notices;
 use crate::outcome::{DeadLetter, Outcome};
 use crate::score::ModelIdentity;
 use assignment::Assignment;
+use gap::Gap;
 
 const POLL: Duration = Duration::from_millis(100);
 /// How long a paused consumer waits before it looks at the budget again.
@@ -122,6 +123,7 @@ impl Source<'_> {
         let mut paused = false;
         let mut stopping: Option<Instant> = None;
         let mut last_answer = Instant::now();
+        let mut gap: Option<Gap> = None;
         loop {
             health.beat(Loop::Source);
             let in_flight = ledger.tokens();
@@ -136,13 +138,16 @@ impl Source<'_> {
                     Instant::now()
                 });
                 if ledger.is_finished() {
-                    return Ok(());
+                    return gap.map_or(Ok(()), Gap::into_result);
                 }
                 if since.elapsed() > config.limits.drain() {
                     bail!(
                         "{in_flight} tokens were still in flight when the drain deadline passed; they will be read again"
                     );
                 }
+            }
+            if gap.as_ref().is_some_and(|gap| in_flight == 0 || gap.found.elapsed() > config.limits.drain()) {
+                return gap.map_or(Ok(()), Gap::into_result);
             }
             // A pause throws away what the client has fetched, so it is for when the budget stays used up.
             if !paused
@@ -152,7 +157,10 @@ impl Source<'_> {
             {
                 continue;
             }
-            let pause = health.is_stopping() || in_flight >= budget || (paused && in_flight > budget / 2);
+            let pause = health.is_stopping()
+                || gap.is_some()
+                || in_flight >= budget
+                || (paused && in_flight > budget / 2);
             if pause != paused {
                 assignment.set_paused(consumer, pause);
                 metrics.paused.set(i64::from(pause));
@@ -186,9 +194,12 @@ impl Source<'_> {
             }
             match polled {
                 None => {}
-                Some(Err(error)) => self.consumer_error(&error)?,
+                Some(Err(error)) => {
+                    let found = self.consumer_error(&error)?;
+                    gap = gap.or(found);
+                }
                 // A record that was fetched before the drain began is left for the next reader.
-                Some(Ok(_)) if stopping.is_some() => {}
+                Some(Ok(_)) if stopping.is_some() || gap.is_some() => {}
                 Some(Ok(message)) => {
                     assignment.broker().set_up();
                     last_answer = Instant::now();
@@ -221,14 +232,14 @@ impl Source<'_> {
         Ok(true)
     }
 
-    /// Errors that the client recovers from are counted; the others end the daemon.
-    fn consumer_error(&self, error: &KafkaError) -> anyhow::Result<()> {
+    /// Errors that the client recovers from are counted; the others end the daemon, a gap in the documents among them.
+    fn consumer_error(&self, error: &KafkaError) -> anyhow::Result<Option<Gap>> {
         self.metrics.kafka_errors.inc();
         if let KafkaError::MessageConsumptionFatal(code) = error {
             return Err(self.fatal(*code));
         }
         match error.rdkafka_error_code() {
-            Some(RDKafkaErrorCode::AutoOffsetReset) => self.gap(error)?,
+            Some(RDKafkaErrorCode::AutoOffsetReset) => return self.gap(error),
             Some(RDKafkaErrorCode::Fatal) => return Err(self.fatal(RDKafkaErrorCode::Fatal)),
             Some(RDKafkaErrorCode::AllBrokersDown) => {
                 self.assignment.broker().set_down("all brokers are down");
@@ -245,7 +256,7 @@ impl Source<'_> {
                 }
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// The client has given up, and reads nothing ever again. A service manager starts it anew, but not where another
