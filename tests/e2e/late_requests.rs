@@ -1,6 +1,8 @@
 //! Requests that arrive long after their sender has given up on them and gone on.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+use std::time::Duration;
+
 use sluice_tests::{Cluster, Daemon, Proxy, Request, golden};
 
 const BEFORE: usize = 10;
@@ -76,6 +78,32 @@ fn a_daemon_that_fences_itself_ends_with_what_starts_it_again() {
     let second = daemon(&proxy);
     cluster.wait_scored(ALL);
     assert_eq!(second.stop().code(), Some(0));
+    cluster.assert_each_once(ALL);
+}
+
+/// The brokers give up what is open for too long. A daemon that ended for it would load its model again, with all others that
+/// the same outage has struck.
+#[test]
+fn a_daemon_goes_on_whose_transaction_the_brokers_have_given_up() {
+    const OPEN: Duration = Duration::from_secs(2);
+    let cluster = Cluster::with_topics(1);
+    let proxy = Proxy::start(cluster.servers());
+    let flags = ["--kafka-properties", "transaction.timeout.ms=2000"];
+    let mut daemon = Daemon::start_with(&proxy.bootstrap_servers, &golden("tiny-llama"), &flags);
+    cluster.send(0..BEFORE, 20);
+    cluster.wait_scored(BEFORE);
+    proxy.hold(Request::AddOffsetsToTxn);
+    cluster.send(BEFORE..ALL, 20);
+    proxy.wait_held(Request::AddOffsetsToTxn);
+    // The brokers look for such transactions once a second.
+    std::thread::sleep(OPEN + Duration::from_secs(3));
+    proxy.let_go(&[Request::AddOffsetsToTxn]);
+    cluster.wait_scored(ALL);
+    assert!(daemon.ended().is_none());
+    assert_eq!(daemon.metric("sluiced_producers_replaced_total"), 1, "{}", daemon.log());
+    let words = "the brokers have given up a transaction";
+    assert!(daemon.log().contains(words), "{}", daemon.log());
+    assert_eq!(daemon.stop().code(), Some(0));
     cluster.assert_each_once(ALL);
 }
 

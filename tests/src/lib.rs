@@ -12,6 +12,7 @@ pub mod oracle;
 mod prometheus;
 mod proxy;
 pub mod ranks;
+pub mod steady;
 mod topic;
 mod trainer;
 mod trapped_model;

@@ -70,6 +70,9 @@ pub enum Failure {
     Aborted(anyhow::Error),
     /// The producer answers no more; its outcomes can be published by another, which aborts this transaction.
     Stuck,
+    /// The brokers have given the transaction up, which was open for too long, and its producer with it. Its outcomes can
+    /// be published by another, unless its commit was asked for.
+    Outlived(anyhow::Error),
     /// Nobody waits for the answer any more: the daemon ends.
     GivenUp,
     /// The process must end.
@@ -86,7 +89,7 @@ impl Failure {
     /// What the process ends with where nothing else helps.
     pub fn into_error(self) -> anyhow::Error {
         match self {
-            Self::Aborted(error) | Self::Fatal(error) => error,
+            Self::Aborted(error) | Self::Outlived(error) | Self::Fatal(error) => error,
             Self::Stuck => anyhow!("the Kafka client does not return from a call"),
             Self::GivenUp => anyhow!("nobody waits for the brokers' answer any more"),
         }

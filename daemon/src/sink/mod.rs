@@ -64,6 +64,8 @@ pub struct Sink<'a> {
     publishing: Condition,
     /// When the open transaction began, by the clock that goes on while a machine sleeps.
     begun: Cell<Option<SystemTime>>,
+    /// Whether the brokers were asked to commit it, and may have done so.
+    commit_asked: Cell<bool>,
     /// The producer's own request for its transactional id may arrive once more, and fence it off.
     fences_itself: Cell<bool>,
 }
@@ -85,7 +87,7 @@ impl<'a> Sink<'a> {
         let coordinator = health.condition(Wait::Coordinator);
         coordinator.set_down(delivery == Delivery::ExactlyOnce);
         let publishing = health.condition(Wait::Publishing);
-        let (begun, fences_itself) = (Cell::new(None), Cell::new(false));
+        let (begun, commit_asked, fences_itself) = Default::default();
         Ok(Self {
             producer,
             topics,
@@ -100,6 +102,7 @@ impl<'a> Sink<'a> {
             coordinator,
             publishing,
             begun,
+            commit_asked,
             fences_itself,
         })
     }

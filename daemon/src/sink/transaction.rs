@@ -108,14 +108,27 @@ impl Sink<'_> {
                     self.complain_of(&error, aborts.count(&error));
                     match self.ask_coordinator(Client::abort_transaction) {
                         Err(Failure::Stuck) => self.replace_producer(STUCK)?,
-                        aborted => aborted?,
+                        Err(failure) => self.outlive(failure)?,
+                        Ok(()) => {}
                     }
                     self.sort_out_refused(group, &mut suspects)?;
                     std::thread::sleep(ABORT_WAIT);
                 }
                 Err(Failure::Stuck) => self.replace_producer(STUCK)?,
-                Err(failure) => return Err(failure),
+                Err(failure) => self.outlive(failure)?,
             }
+        }
+    }
+
+    /// Goes on with a new producer where the brokers have given up a transaction, and nobody knows of a commit. After one
+    /// that was asked for, the group's offsets alone say what came of it, and they are read at the start.
+    fn outlive(&mut self, failure: Failure) -> Result<(), Failure> {
+        match failure {
+            Failure::Outlived(error) if !self.commit_asked.get() => {
+                self.metrics.aborts.inc();
+                self.replace_producer(&format!("{error:#}"))
+            }
+            failure => Err(failure),
         }
     }
 
@@ -158,6 +171,7 @@ impl Sink<'_> {
         self.insist(|| self.producer.send_offsets(&offsets, &membership, TRANSACTION_CALL, goes_on))?;
         wait_delivered(&self.producer.client, CALL);
         self.check_scored_topic()?;
+        self.commit_asked.set(true);
         let committed = self.ask_coordinator(|client, timeout| {
             wait_delivered(client, CALL);
             client.commit_transaction(timeout)
@@ -176,6 +190,7 @@ impl Sink<'_> {
             return Err(self.judge_fatal(is_fenced(code), anyhow!("{code}; {reason}")));
         }
         self.begun.set(Some(SystemTime::now()));
+        self.commit_asked.set(false);
         self.insist(|| self.producer.call(CALL, |_| self.goes_on(), |client, _| client.begin_transaction()))
     }
 
@@ -261,26 +276,31 @@ impl Sink<'_> {
         }
     }
 
+    /// What an error means after which the producer is of no more use.
+    ///
+    /// Brokers fence a producer off when another one has its transactional id, and they give up a transaction that was open
+    /// for too long, with its producer: that of a daemon that was suspended, or cut off from its coordinator. There another
+    /// producer helps. Against another daemon of the same name nothing helps but a person.
     fn judge_fatal(&self, fenced: bool, error: anyhow::Error) -> Failure {
-        if !fenced {
-            return Failure::Fatal(error.context("the producer failed for good"));
+        if fenced {
+            self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
         }
-        self.metrics.fences.with_label_values(&[FENCED_BY_PRODUCER]).inc();
-        Failure::Fatal(self.fenced(error))
-    }
-
-    /// Brokers fence a producer off when another one has its transactional id, and when it left a transaction open for
-    /// too long: a daemon that was suspended does, and a new start helps it. So it does where this daemon's own request for
-    /// its transactional id was made twice and arrived a second time. Against the other nothing helps but a person.
-    fn fenced(&self, error: anyhow::Error) -> anyhow::Error {
         let timeout = kafka::transaction_timeout(&self.config.kafka).unwrap_or_default();
         let open = self.begun.get().and_then(|begun| begun.elapsed().ok()).unwrap_or_default();
         if open >= timeout {
-            return error.context(format!(
-                "the brokers have given up a transaction that was open for {} s; the next start reads its records again",
-                open.as_secs()
-            ));
+            let open = open.as_secs();
+            return Failure::Outlived(
+                error.context(format!("the brokers have given up a transaction that was open for {open} s")),
+            );
         }
+        if !fenced {
+            return Failure::Fatal(error.context("the producer failed for good"));
+        }
+        Failure::Fatal(self.fenced(error))
+    }
+
+    /// A new start helps where this daemon's own request for its transactional id was made twice and arrived a second time.
+    fn fenced(&self, error: anyhow::Error) -> anyhow::Error {
         let id = kafka::transactional_id(&self.config.kafka);
         if self.fences_itself.get() {
             return error.context(format!(

@@ -1,11 +1,16 @@
-//! `tests/soak`: any number of faults against daemons on a real Kafka; ends with one line of figures.
+//! `tests/soak`: any number of faults against daemons on a real Kafka, or one daemon at full load; ends with one line of
+//! figures.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use sluice_tests::oracle::{Options, run};
-use sluice_tests::{Kafka, Shape, golden, root};
+use sluice_tests::{Kafka, Shape, golden, root, steady};
 use sluice_text::output::{print_line, say};
+
+/// How much more memory a daemon may have at the end than after the first five minutes.
+const GROWTH_MAX: f64 = 0.02;
 
 /// Injects faults into daemons on a real Kafka and checks that every document comes out exactly once.
 #[derive(Debug, Parser)]
@@ -28,12 +33,18 @@ struct Arguments {
     /// Switch transactions off: the oracle must then find doubles.
     #[arg(long)]
     at_least_once: bool,
+    /// No faults: one daemon at full load for so many minutes, which must not grow.
+    #[arg(long, conflicts_with_all = ["faults", "seed", "daemons", "documents_per_second", "at_least_once"])]
+    steady_minutes: Option<u64>,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let shape = Shape { brokers: arguments.brokers, tls_sasl: false };
     let kafka = Kafka::start_with(&root().join(format!("target/soak-kafka-{}", arguments.brokers)), shape);
+    if let Some(minutes) = arguments.steady_minutes {
+        return stay(&kafka, Duration::from_mins(minutes));
+    }
     let options = Options {
         seed: arguments.seed,
         faults: arguments.faults,
@@ -43,8 +54,8 @@ fn main() -> ExitCode {
     };
     let findings = run(&kafka, &golden("tiny-llama"), &options);
     say(format_args!("faults of each kind: {:?}", findings.kinds));
-    for stall in &findings.stalls {
-        say(format_args!("partition {} stood still for at most {stall}", stall.partition));
+    for (stall, recovery) in &findings.stalls {
+        say(format_args!("stood still for at most {stall}, and {recovery} after the last loss of a daemon"));
     }
     if let Err(error) = print_line(&findings.to_string()) {
         say(format_args!("{error:#}: {findings}"));
@@ -58,4 +69,15 @@ fn main() -> ExitCode {
         say(format_args!("run it again: tests/soak {words}"));
         ExitCode::FAILURE
     }
+}
+
+/// Keeps a daemon busy for `length`.
+fn stay(kafka: &Kafka, length: Duration) -> ExitCode {
+    let found = steady::run(kafka, &golden("tiny-llama"), length);
+    if let Err(error) = print_line(&found.to_string()) {
+        say(format_args!("{error:#}: {found}"));
+        return ExitCode::FAILURE;
+    }
+    let is_steady = found.growth() <= GROWTH_MAX && found.more() == (0, 0);
+    if is_steady { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

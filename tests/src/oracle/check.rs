@@ -16,7 +16,7 @@ use super::crew::Crew;
 use super::load::{Obligations, key, number, tokens};
 use super::slot::Counters;
 use super::topics::Topics;
-use super::watch::{Stall, name_of};
+use super::watch::{Stall, longest, name_of};
 use crate::{Group, Kafka, onnxruntime, read_all};
 
 const DRAIN: Duration = Duration::from_mins(3);
@@ -59,8 +59,9 @@ pub struct Findings {
     pub hangs: usize,
     /// What the surviving daemons have counted.
     pub counters: Counters,
-    /// The longest time that each partition stood still with records to read, while the brokers and the way to them were well.
-    pub stalls: Vec<Stall>,
+    /// The longest time that each partition stood still with records to read, while the brokers and the way to them were
+    /// well; and the longest of that after a member of the group had last gone, come or fallen silent.
+    pub stalls: Vec<(Stall, Stall)>,
     /// How long it took.
     pub seconds: f64,
 }
@@ -79,7 +80,8 @@ impl fmt::Display for Findings {
         write!(
             f,
             "seed {}: {} faults, {} records: {} lost, {} doubled, {} reordered, {} changed, {} unknown; {} removed before they \
-             were read in {} gaps, {} of them unsaid; longest stall {}; {} exits, {} hangs, {} commits, {} aborts, \
+             were read in {} gaps, {} of them unsaid; longest stall {}, {} after the \
+             last loss of a daemon; {} exits, {} hangs, {} commits, {} aborts, \
              {} rebalances, {} producers replaced; {:.0} s",
             self.seed,
             self.faults,
@@ -92,7 +94,8 @@ impl fmt::Display for Findings {
             self.trimmed,
             self.gaps,
             self.unsaid.len(),
-            self.stalls.iter().max_by_key(|stall| stall.length).copied().unwrap_or_default(),
+            longest(&self.stalls).0,
+            longest(&self.stalls).1,
             self.exits,
             self.hangs,
             self.counters.commits,

@@ -152,6 +152,20 @@ impl Faults {
 }
 
 impl Fault {
+    /// Whether it disturbs members of the group, for whose sessions others may have to wait.
+    pub fn is_of_daemons(self) -> bool {
+        matches!(
+            self,
+            Self::KillDaemon(_)
+                | Self::PauseDaemon(_)
+                | Self::LoseDaemon(_)
+                | Self::StopDaemon(_)
+                | Self::JoinAndLeave
+                | Self::RebalanceStorm
+                | Self::TrimUnread
+        )
+    }
+
     /// Its name, without what was drawn with it.
     pub fn kind(self) -> String {
         let whole = format!("{self:?}");

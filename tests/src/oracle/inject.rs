@@ -38,6 +38,14 @@ pub struct Scene<'a> {
 impl Scene<'_> {
     /// Does it, and waits a moment of random length afterwards.
     pub fn inject(&mut self, fault: Fault, faults: &mut Faults) {
+        self.act(fault, faults);
+        if fault.is_of_daemons() {
+            self.watch.disturb();
+        }
+        self.crew.wait(faults.span(100..900));
+    }
+
+    fn act(&mut self, fault: Fault, faults: &mut Faults) {
         match fault {
             Fault::KillDaemon(index) => {
                 self.crew.settle_one(index);
@@ -86,7 +94,6 @@ impl Scene<'_> {
             | Fault::DelayNetwork(_)
             | Fault::SilenceNetwork(_) => self.outage(fault, faults),
         }
-        self.crew.wait(faults.span(100..900));
     }
 
     /// A fault of the brokers or of the way to them, during which nothing is expected to come out.

@@ -4,7 +4,7 @@
 //! Every document that the broker has acknowledged is an obligation: exactly once in the union of the scored and the
 //! dead-letter topic, with the losses of a clean run to the last bit, in the order of its key. Not so what was removed from
 //! the log before anybody read it: of that a daemon must have said how many there were. Another reader looks at what comes
-//! out meanwhile, and tells how long a partition stood still.
+//! out meanwhile, and tells how long a partition stood still, and how long of that after the last loss of a member of the group.
 
 mod check;
 mod crew;
@@ -49,12 +49,13 @@ pub fn run(kafka: &Kafka, model: &Path, options: &Options) -> Findings {
         let fault = faults.draw();
         *kinds.entry(fault.kind()).or_default() += 1;
         eprintln!(
-            "[{:5.0} s] seed {} fault {number}/{}: {fault:?}, {} documents so far, longest stall {}",
+            "[{:5.0} s] seed {} fault {number}/{}: {fault:?}, {} documents so far, longest stalls {:.1} and {:.1} s",
             started.elapsed().as_secs_f64(),
             options.seed,
             options.faults,
             load.acknowledged(),
-            watch.longest(),
+            watch.longest().0.length.as_secs_f64(),
+            watch.longest().1.length.as_secs_f64(),
         );
         scene.inject(fault, &mut faults);
     }

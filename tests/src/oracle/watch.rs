@@ -53,6 +53,8 @@ struct Lane {
     /// When it was last empty, or something came out of it.
     moved: Instant,
     longest: Stall,
+    /// The longest since a member of the group was last disturbed.
+    recovery: Stall,
 }
 
 #[derive(Debug)]
@@ -64,6 +66,8 @@ struct State {
     early: HashSet<String>,
     /// Since when a partition should move; nothing while it cannot.
     well_since: Option<Instant>,
+    /// When a member of the group last went, came or fell silent.
+    disturbed: Instant,
 }
 
 impl State {
@@ -72,8 +76,13 @@ impl State {
         let Some(well_since) = self.well_since else { return };
         for (&partition, lane) in self.lanes.iter_mut().filter(|(_, lane)| !lane.waiting.is_empty()) {
             let length = now.saturating_duration_since(lane.moved.max(well_since));
+            let until = now - self.begun;
             if length > lane.longest.length {
-                lane.longest = Stall { length, partition, until: now - self.begun };
+                lane.longest = Stall { length, partition, until };
+            }
+            let length = length.min(now.saturating_duration_since(self.disturbed));
+            if length > lane.recovery.length {
+                lane.recovery = Stall { length, partition, until };
             }
         }
     }
@@ -105,6 +114,7 @@ impl Default for Watch {
             partitions: HashMap::new(),
             early: HashSet::new(),
             well_since: Some(now),
+            disturbed: now,
         })))
     }
 }
@@ -120,11 +130,11 @@ impl Watch {
         let now = Instant::now();
         state.partitions.insert(name.to_owned(), partition);
         let came_out = state.early.remove(name);
-        let longest = Stall::default();
         let lane = state.lanes.entry(partition).or_insert_with(|| Lane {
             waiting: HashSet::new(),
             moved: now,
-            longest,
+            longest: Stall { partition, ..Stall::default() },
+            recovery: Stall { partition, ..Stall::default() },
         });
         if came_out || lane.waiting.is_empty() {
             lane.moved = now;
@@ -147,6 +157,14 @@ impl Watch {
         state.well_since = well.then_some(now);
     }
 
+    /// A member of the group goes, comes or falls silent: its partitions may wait for the end of its session.
+    pub fn disturb(&self) {
+        let mut state = self.lock();
+        let now = Instant::now();
+        state.look(now);
+        state.disturbed = now;
+    }
+
     /// Runs `act` while partitions cannot move.
     pub fn unwell<T>(&self, act: impl FnOnce() -> T) -> T {
         self.set_well(false);
@@ -155,17 +173,25 @@ impl Watch {
         outcome
     }
 
-    /// The longest time that each partition stood still.
-    pub fn stalls(&self) -> Vec<Stall> {
+    /// The longest time that each partition stood still, and the longest after members of the group were last disturbed.
+    pub fn stalls(&self) -> Vec<(Stall, Stall)> {
         let mut state = self.lock();
         state.look(Instant::now());
-        state.lanes.iter().map(|(&partition, lane)| Stall { partition, ..lane.longest }).collect()
+        state.lanes.values().map(|lane| (lane.longest, lane.recovery)).collect()
     }
 
-    /// The longest of all.
-    pub fn longest(&self) -> Stall {
-        self.stalls().into_iter().max_by_key(|stall| stall.length).unwrap_or_default()
+    /// The longest of all, of both.
+    pub fn longest(&self) -> (Stall, Stall) {
+        longest(&self.stalls())
     }
+}
+
+/// The longest of all, of both.
+pub(super) fn longest(stalls: &[(Stall, Stall)]) -> (Stall, Stall) {
+    let of = |part: fn(&(Stall, Stall)) -> Stall| {
+        stalls.iter().map(part).max_by_key(|stall| stall.length).unwrap_or_default()
+    };
+    (of(|both| both.0), of(|both| both.1))
 }
 
 /// The name of what came out: a document's id, or the key of a dead letter.
@@ -271,8 +297,22 @@ mod tests {
             // Nothing waits.
             state.look(at(90));
         }
-        assert_eq!(watch.longest().length, Duration::from_secs(5));
-        assert_eq!(watch.longest().partition, 3);
+        assert_eq!(watch.longest().0.length, Duration::from_secs(5));
+        assert_eq!(watch.longest().0.partition, 3);
+    }
+
+    #[test]
+    fn the_time_in_which_a_group_recovers_is_counted_from_its_last_loss() {
+        let watch = Watch::default();
+        watch.acknowledged("a", 0);
+        let mut state = watch.lock();
+        let begun = state.lanes[&0].moved;
+        state.look(begun + Duration::from_secs(6));
+        state.disturbed = begun + Duration::from_secs(6);
+        state.move_on("a", begun + Duration::from_secs(13));
+        let lane = &state.lanes[&0];
+        assert_eq!(lane.longest.length, Duration::from_secs(13));
+        assert_eq!(lane.recovery.length, Duration::from_secs(7));
     }
 
     #[test]
