@@ -17,6 +17,7 @@ pub mod in_turns;
 pub mod ingest;
 pub mod job;
 pub mod kafka;
+mod last_answer;
 pub mod ledger;
 pub mod logging;
 pub mod metrics;

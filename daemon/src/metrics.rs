@@ -9,8 +9,9 @@ use prometheus::{
 use sluice_schemas::record::RecordError;
 
 use crate::device::Device;
-use crate::device_memory::DeviceMemory;
+use crate::device_memory::{DeviceMemory, Memory};
 use crate::health::{Health, Wait};
+use crate::last_answer::LastAnswer;
 use crate::outcome::{MODEL_FAILED, RECORD_TOO_LARGE};
 
 /// A fence: the group has given the partitions to another daemon.
@@ -21,6 +22,9 @@ pub const FENCED_BY_PRODUCER: &str = "producer";
 pub const RELOAD_APPLIED: &str = "applied";
 /// The new configuration was not taken; the old one is in force.
 pub const RELOAD_REFUSED: &str = "refused";
+
+/// A device, and what its driver last said of its memory.
+type NamedMemory = (String, LastAnswer<Memory>);
 
 /// The daemon's metrics. Cloning shares them.
 #[derive(Clone, Debug)]
@@ -76,6 +80,8 @@ pub struct Metrics {
     pub assigned_partitions: IntGauge,
     /// Partitions that are assigned to this daemon and not read yet.
     pub unplaced_partitions: IntGauge,
+    /// Longest time that an assigned partition has stood still at a transaction that its producer left open.
+    pub open_transaction_seconds: IntGauge,
     /// 1 while reading is paused because the budget is used up.
     pub paused: IntGauge,
     /// Tokens from reading to committing.
@@ -90,7 +96,8 @@ pub struct Metrics {
     loop_idle_seconds: GaugeVec,
     build_info: IntGaugeVec,
     model_info: IntGaugeVec,
-    device_memory: Arc<Mutex<Option<(String, DeviceMemory)>>>,
+    device_memory: Arc<Mutex<Option<NamedMemory>>>,
+    device_memory_age: GaugeVec,
     device_memory_used: IntGaugeVec,
     device_memory_total: IntGaugeVec,
 }
@@ -195,6 +202,10 @@ impl Metrics {
                 "sluiced_unplaced_partitions",
                 "Partitions that are assigned and not read yet, because their committed offset is not to be had.",
             )?,
+            open_transaction_seconds: gauge(
+                "sluiced_open_transaction_seconds",
+                "Longest time that a partition of the documents has stood still at a transaction that its producer left open.",
+            )?,
             paused: gauge("sluiced_paused", "1 while reading is paused because the budget is used up.")?,
             in_flight_tokens: gauge("sluiced_in_flight_tokens", "Tokens from reading to committing.")?,
             oldest_in_flight_seconds: gauge(
@@ -231,6 +242,16 @@ impl Metrics {
                 )?,
             )?,
             device_memory: Arc::default(),
+            device_memory_age: register(
+                &registry,
+                GaugeVec::new(
+                    Opts::new(
+                        "sluiced_device_memory_age_seconds",
+                        "Time since the GPU's driver last told its memory; absent on the CPU.",
+                    ),
+                    &["device"],
+                )?,
+            )?,
             device_memory_used: gauges(
                 "sluiced_device_memory_used_bytes",
                 "Memory of the GPU that scores in use, by whomever; absent on the CPU.",
@@ -265,7 +286,8 @@ impl Metrics {
 
     /// Says where the model runs, whose memory is shown from here on.
     pub fn set_device(&self, device: Device) {
-        let memory = DeviceMemory::of(device).map(|memory| (device.to_string(), memory));
+        let memory = DeviceMemory::of(device)
+            .map(|memory| (device.to_string(), LastAnswer::start("device-memory", move || memory.read())));
         *self.device_memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
     }
 
@@ -273,11 +295,13 @@ impl Metrics {
         // Of the device before, or where the driver does not tell any more.
         self.device_memory_used.reset();
         self.device_memory_total.reset();
+        self.device_memory_age.reset();
         let device = self.device_memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((name, memory)) = device.as_ref().and_then(|(name, memory)| Some((name, memory.read()?)))
+        let Some((name, (memory, age))) = device.as_ref().and_then(|(name, last)| Some((name, last.seen()?)))
         else {
             return;
         };
+        self.device_memory_age.with_label_values(&[name]).set(age.as_secs_f64());
         self.device_memory_used.with_label_values(&[name]).set(memory.used as i64);
         self.device_memory_total.with_label_values(&[name]).set(memory.total as i64);
     }

@@ -173,6 +173,8 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
         kafka::reach(consumer.client(), &settings.bootstrap_servers, serve).exit_code(UNAVAILABLE)?;
     kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
     say(format!("broker: ok, {} at {}", metadata.brokers().len(), settings.bootstrap_servers))?;
+    let limits = kafka::check_limits(settings, &metadata).exit_code(USAGE)?;
+    say(format!("  limits: {limits}"))?;
     kafka::check_topics(&metadata, settings).exit_code(UNAVAILABLE)?;
     for topic in [&settings.documents_topic, &settings.scored_topic, &settings.dead_letter_topic] {
         if let Some(partitions) = kafka::partitions(&metadata, topic) {

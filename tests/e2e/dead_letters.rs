@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use bytes::Bytes;
-use sluice_tests::{Cluster, Daemon, binary, golden, produce, read_all};
+use sluice_tests::{Cluster, Daemon, Proxy, Request, binary, golden, produce, read_all};
 
 const DOCUMENTS: usize = 40;
 const DEAD_LETTERS: &str = "sluice.dead-letters";
@@ -65,6 +65,55 @@ fn dead_letters_come_back_once_when_their_reason_is_gone() {
     cluster.wait_scored(DOCUMENTS + 5);
     assert_eq!(right.stop().code(), Some(0));
     cluster.assert_each_once(DOCUMENTS + 5);
+}
+
+/// `sluiced dead-letters replay` that is killed while its commit is on the way to the brokers, or was never sent; what
+/// becomes of the commit then is decided by `late`, and after another replay by `later`.
+fn a_replay_that_is_killed(late: impl Fn(&Proxy), later: impl Fn(&Proxy), comes_back: usize) {
+    const REASON: &str = "foreign_tokenizer";
+    let cluster = Cluster::with_topics(2);
+    let folder = tempfile::tempdir().unwrap();
+    write_foreign_model(folder.path());
+    cluster.send(0..DOCUMENTS, 20);
+    let wrong = Daemon::start_with(cluster.servers(), folder.path(), &[]);
+    wrong.wait("dead letters", |daemon| daemon.finished() >= DOCUMENTS);
+    assert_eq!(wrong.stop().code(), Some(0));
+
+    let proxy = Proxy::start(cluster.servers());
+    proxy.hold(Request::EndTxn);
+    let mut killed = Command::new(binary("sluiced"))
+        .args(["dead-letters", "replay", "--bootstrap-servers", &proxy.bootstrap_servers, "--reason", REASON])
+        .spawn()
+        .unwrap();
+    proxy.wait_held(Request::EndTxn);
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    proxy.let_pass(Request::EndTxn);
+    late(&proxy);
+    let again = replay(&cluster, REASON, &[]);
+    assert!(again.starts_with(&format!("{comes_back} dead letters")), "{again}");
+    later(&proxy);
+    let nothing = replay(&cluster, REASON, &[]);
+    assert!(nothing.starts_with("0 dead letters"), "{nothing}");
+    let right = cluster.daemon(&[]);
+    cluster.wait_scored(DOCUMENTS);
+    assert_eq!(right.stop().code(), Some(0));
+    cluster.assert_each_once(DOCUMENTS);
+}
+
+#[test]
+fn dead_letters_come_back_once_when_the_replay_is_killed_before_its_commit() {
+    a_replay_that_is_killed(|_| {}, |_| {}, DOCUMENTS);
+}
+
+#[test]
+fn dead_letters_come_back_once_when_the_commit_of_a_killed_replay_arrives_after_its_end() {
+    a_replay_that_is_killed(|proxy| proxy.release(Request::EndTxn), |_| {}, 0);
+}
+
+#[test]
+fn dead_letters_come_back_once_when_the_commit_of_a_killed_replay_arrives_after_the_next() {
+    a_replay_that_is_killed(|_| {}, |proxy| proxy.release(Request::EndTxn), DOCUMENTS);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Requests that arrive long after their sender has given up on them and gone on.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sluice_tests::{Cluster, Daemon, Proxy, Request, golden};
 
@@ -105,6 +105,37 @@ fn a_daemon_goes_on_whose_transaction_the_brokers_have_given_up() {
     assert!(daemon.log().contains(words), "{}", daemon.log());
     assert_eq!(daemon.stop().code(), Some(0));
     cluster.assert_each_once(ALL);
+}
+
+/// Nobody can tell then whether the commit was made, but the group's offsets at the next start. Meanwhile the partitions of a
+/// daemon that has given up, and does not end, are nobody's.
+#[test]
+fn a_daemon_whose_commit_was_refused_ends_at_once() {
+    const OPEN: Duration = Duration::from_secs(2);
+    /// As long as a call may take that is under way, and half of what a daemon that hangs is given.
+    const AT_ONCE: Duration = Duration::from_secs(5);
+    for is_asked_to_stop in [false, true] {
+        let cluster = Cluster::with_topics(1);
+        let proxy = Proxy::start(cluster.servers());
+        let flags = ["--kafka-properties", "transaction.timeout.ms=2000"];
+        let mut first = Daemon::start_with(&proxy.bootstrap_servers, &golden("tiny-llama"), &flags);
+        proxy.hold(Request::EndTxn);
+        cluster.send(0..BEFORE, 20);
+        proxy.wait_held(Request::EndTxn);
+        if is_asked_to_stop {
+            first.signal("TERM");
+        }
+        std::thread::sleep(OPEN + Duration::from_secs(3));
+        assert!(first.ended().is_none());
+        let begun = Instant::now();
+        proxy.let_go(&[Request::EndTxn]);
+        first.wait_for_end(1);
+        assert!(begun.elapsed() < AT_ONCE, "it took {:?}\n{}", begun.elapsed(), first.log());
+        let second = daemon(&proxy);
+        cluster.wait_scored(BEFORE);
+        assert_eq!(second.stop().code(), Some(0));
+        cluster.assert_each_once(BEFORE);
+    }
 }
 
 #[test]

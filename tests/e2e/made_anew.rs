@@ -59,7 +59,7 @@ fn an_offset_of_another_topic_is_not_begun_at() {
     cluster.wait_scored(BEFORE);
     assert_eq!(daemon.stop().code(), Some(0));
     let own = committed_metadata(&cluster);
-    assert!(own.starts_with("topic-id="), "{own:?}");
+    assert!(own.starts_with("scored-topic-id=") && own.contains(",topic-id="), "{own:?}");
 
     commit(&cluster, 5, "topic-id=5v5NtFUqT4CYhVXEZV3Wbw");
     let mut refusing = cluster.daemon(&[]);
@@ -90,8 +90,31 @@ fn a_scored_topic_made_anew_is_said_and_nothing_more_is_taken_for_scored() {
     daemon.wait_for_end(65);
     assert!(daemon.log().contains("what was published to it before is gone"), "{}", daemon.log());
 
+    go_on_in_a_scored_topic_made_anew(&cluster);
+}
+
+#[test]
+fn a_scored_topic_made_anew_while_no_daemon_runs_is_said_as_well() {
+    let cluster = Cluster::with_topics(1);
+    cluster.send(0..BEFORE, 20);
+    let daemon = cluster.daemon(&[]);
+    cluster.wait_scored(BEFORE);
+    assert_eq!(daemon.stop().code(), Some(0));
+    cluster.kafka.delete_topic(SCORED);
+    cluster.kafka.create_topic(SCORED, 1);
+    go_on_in_a_scored_topic_made_anew(&cluster);
+}
+
+/// A daemon that is started names it and commits nothing, until a person says where to go on.
+fn go_on_in_a_scored_topic_made_anew(cluster: &Cluster) {
     cluster.send(BEFORE..ALL, 20);
-    let next = cluster.daemon(&flags);
+    let mut refusing = cluster.daemon(&[]);
+    refusing.wait_for_end(65);
+    let words = "and its documents count as scored (partition 0)";
+    assert!(refusing.log().contains(words), "{}", refusing.log());
+    // As `--to-current` does, once the group has no members any more.
+    commit(cluster, BEFORE as i64, "");
+    let next = cluster.daemon(&[]);
     cluster.wait_scored(ALL - BEFORE);
     assert_eq!(next.stop().code(), Some(0));
     assert_eq!(cluster.scored_ids().len(), ALL - BEFORE);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
-use rdkafka::producer::{DefaultProducerContext, Producer as _, ThreadedProducer};
+use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer as _, ThreadedProducer};
 use rdkafka::topic_partition_list::TopicPartitionList;
 use sluice_tests::{Cluster, Daemon};
 
@@ -235,6 +235,33 @@ fn a_held_partition_is_not_read_before_its_place_whatever_pauses_and_resumes() {
     cluster.wait_scored(sent);
     assert_eq!(survivor.stop().code(), Some(0));
     cluster.assert_each_once(sent);
+}
+
+/// A producer of documents that hangs in the middle of a transaction: everything behind it waits, and the lag that the daemon
+/// can see is none.
+#[test]
+fn documents_behind_a_transaction_that_hangs_are_shown() {
+    const DOCUMENTS: usize = 10;
+    let cluster = Cluster::with_topics(1);
+    let hanging: ThreadedProducer<DefaultProducerContext> = ClientConfig::new()
+        .set("bootstrap.servers", cluster.servers())
+        .set("transactional.id", "hangs")
+        .create()
+        .unwrap();
+    hanging.init_transactions(CALL).unwrap();
+    hanging.begin_transaction().unwrap();
+    let record = BaseRecord::<str, str>::to("sluice.documents").payload("never committed");
+    hanging.send(record).map_err(|(error, _)| error).unwrap();
+    hanging.flush(CALL).unwrap();
+    cluster.send(0..DOCUMENTS, 20);
+    let daemon = cluster.daemon(&[]);
+    daemon.wait("word of it", |daemon| daemon.metric("sluiced_open_transaction_seconds") >= 3);
+    assert_eq!((daemon.finished(), daemon.metric("sluiced_consumer_lag_records")), (0, 0));
+    hanging.abort_transaction(CALL).unwrap();
+    cluster.wait_scored(DOCUMENTS);
+    daemon.wait("its end", |daemon| daemon.metric("sluiced_open_transaction_seconds") == 0);
+    assert_eq!(daemon.stop().code(), Some(0));
+    cluster.assert_each_once(DOCUMENTS);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
+use sluice_tests::oracle::{Options, Traffic};
 use sluice_tests::{Broker, Cluster, Machine, TRAP, golden, produce, read_all, root, write_hanging_model};
 
 const UNIT: &str = "sluiced@0";
@@ -122,6 +123,49 @@ fn a_daemon_that_another_of_its_name_throws_out_ends_with_78_and_stays_away() {
     cluster.wait_scored(40);
     assert_eq!(other.stop().code(), Some(0));
     cluster.assert_each_once(40);
+}
+
+/// As an upgrade does it: one unit after the other, with nothing but systemd's word that each is ready again. Nothing is lost
+/// or doubled, and no partition stands still for as long as one of a daemon that was killed does.
+#[test]
+fn three_daemons_are_restarted_one_after_the_other_under_load() {
+    const ROUNDS: usize = 2;
+    const UNITS: [&str; 3] = ["sluiced@0", "sluiced@1", "sluiced@2"];
+    /// The daemon's default, after which one that was killed is missed.
+    const SESSION: Duration = Duration::from_secs(15);
+    let cluster = Cluster::start(1);
+    let machine = Machine::with_sluiced();
+    let traffic = Traffic::start(&cluster.kafka, &golden("tiny-llama"), &Options::of(31, 0));
+    let variables: Vec<String> = traffic
+        .variables()
+        .iter()
+        .map(|(name, value)| format!("Environment=SLUICED_KAFKA_{name}={value}"))
+        .collect();
+    machine.configure(cluster.servers(), &golden("tiny-llama"), "", &variables.join("\n"));
+    for unit in UNITS {
+        machine.run(&["systemctl", "start", unit]);
+    }
+    // Nothing was to be expected before there was a daemon.
+    traffic.watch.set_well(true);
+    let begun = Instant::now();
+    for _ in 0..ROUNDS {
+        for unit in UNITS {
+            machine.run(&["systemctl", "restart", unit]);
+        }
+    }
+    let restarts = begun.elapsed();
+    let findings = traffic.finish(&cluster.kafka, &golden("tiny-llama"));
+    eprintln!("{} restarts in {:.0} s; {findings}", ROUNDS * UNITS.len(), restarts.as_secs_f64());
+    for (stall, _) in &findings.stalls {
+        eprintln!("stood still for at most {stall}");
+    }
+    for unit in UNITS {
+        machine.run(&["systemctl", "stop", unit]);
+        assert_eq!(machine.property(unit, "Result"), "success", "{}", machine.log());
+        assert_eq!(machine.property(unit, "NRestarts"), "0", "{}", machine.log());
+    }
+    assert!(findings.is_clean() && findings.obligations > 100, "{findings:#?}");
+    assert!(findings.stalls.iter().all(|(stall, _)| stall.length < SESSION), "{:?}", findings.stalls);
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! Elections of leaders among brokers that are all well: the two requests for it, which no client of ours has.
+//! Elections of leaders among brokers that are all well, and a broker's leave for good: the requests for it, which no client of
+//! ours has.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -9,6 +10,7 @@ use crate::Kafka;
 /// Kafka's numbers of the requests, and the versions that are spoken here.
 const ALTER_PARTITION_REASSIGNMENTS: (i16, i16) = (45, 0);
 const ELECT_LEADERS: (i16, i16) = (43, 2);
+const UNREGISTER_BROKER: (i16, i16) = (64, 0);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// What the brokers may take for it.
 const TIMEOUT_MS: i32 = 20_000;
@@ -41,6 +43,13 @@ impl Kafka {
         self.ask(ELECT_LEADERS, &body);
         let after = self.leaders();
         before.iter().filter(|(partition, leader)| after.get(partition) != Some(leader)).count()
+    }
+
+    /// Takes a broker that has ended out of the cluster, which forgets about it.
+    pub fn unregister(&self, node: usize) {
+        let mut body = Body::default();
+        body.int(node as i32).no_tags();
+        self.ask(UNREGISTER_BROKER, &body);
     }
 
     /// Asks a broker, whichever answers, and takes no error for an answer.

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use crate::{binary, onnxruntime, root};
 
 const PATIENCE: Duration = Duration::from_mins(1);
+/// Daemons that can be started.
+const INSTANCES: usize = 3;
 
 /// A running systemd, which ends with this value.
 pub struct Machine {
@@ -23,7 +25,9 @@ impl Machine {
         machine.copy(&binary("sluiced"), "/usr/bin/sluiced");
         machine.copy(&onnxruntime(), "/usr/lib/sluice/libonnxruntime.so");
         let units = root().join("ops/systemd");
-        machine.copy(&units.join("sluiced@.service"), "/usr/lib/systemd/system/sluiced@.service");
+        for unit in ["sluiced@.service", "sluice-devices@.service"] {
+            machine.copy(&units.join(unit), &format!("/usr/lib/systemd/system/{unit}"));
+        }
         machine.copy(&units.join("sluice.sysusers.conf"), "/usr/lib/sysusers.d/sluice.conf");
         machine.copy(&units.join("sluice.tmpfiles.conf"), "/usr/lib/tmpfiles.d/sluice.conf");
         machine.run(&["systemd-sysusers", "sluice.conf"]);
@@ -126,7 +130,7 @@ impl Machine {
         String::from_utf8_lossy(&self.try_run(&["cat", LOG]).stdout).into_owned()
     }
 
-    /// Configures `sluiced@0` for the CPU, for a broker in memory and for `model`, with further lines of TOML and of
+    /// Configures `sluiced@0` to `@2` for the CPU, for a broker in memory and for `model`, with further lines of TOML and of
     /// its unit.
     pub fn configure(&self, bootstrap_servers: &str, model: &Path, settings: &str, unit: &str) {
         for file in ["model.onnx", "tokenizer.json", "config.json"] {
@@ -139,7 +143,9 @@ impl Machine {
         self.write("/etc/sluice/sluiced.toml", config.as_bytes());
         let environment =
             "SLUICED_MODEL_DEVICE=cpu\nSLUICED_HTTP_LISTEN=127.0.0.1:0\nSLUICED_LOG_FORMAT=json\n";
-        self.write("/etc/sluice/sluiced-0.env", environment.as_bytes());
+        for instance in 0..INSTANCES {
+            self.write(&format!("/etc/sluice/sluiced-{instance}.env"), environment.as_bytes());
+        }
         let unit = format!("[Service]\nStandardError=append:{LOG}\nRestartSec=200ms\n{unit}\n");
         self.write("/etc/systemd/system/sluiced@.service.d/test.conf", unit.as_bytes());
         self.run(&["systemctl", "daemon-reload"]);

@@ -118,7 +118,7 @@ impl fmt::Display for Steady {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (settled, end) = self.both();
         let (first, last) = (settled.0[0], end.0[end.0.len() - 1]);
-        let seconds = (last.at - first.at).as_secs_f64();
+        let seconds = last.at.saturating_sub(first.at).as_secs_f64();
         write!(
             f,
             "{:.0} s at full load: resident {:.1} MB after five minutes, {:.1} MB at the end ({:+.2} %); descriptors {} and \

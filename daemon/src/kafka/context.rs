@@ -51,6 +51,10 @@ pub trait GroupHooks: Hooks {
 
     /// The id of the topic whose records are read, where the brokers tell one. Offsets are committed with it.
     fn topic_id(&self) -> Option<String>;
+
+    /// A partition below whose committed offset everything was published to another scored topic than that of this id; and
+    /// that one's id.
+    fn published_elsewhere(&self, scored: &str) -> Option<(i32, String)>;
 }
 
 /// A client's callbacks: log lines, complaints and tokens, then its hooks.

@@ -2,13 +2,14 @@
 
 mod cluster;
 mod context;
+mod limits;
+mod mark;
 mod settings;
-
-/// What stands before a topic's id in the metadata of a committed offset.
-pub const TOPIC_ID: &str = "topic-id=";
 
 pub use cluster::{check_delivery, check_topics, is_mock, partitions, reach, shape};
 pub use context::{Context, DocumentsConsumer, GroupHooks, Hooks, PlainContext};
+pub use limits::check_limits;
+pub use mark::Mark;
 pub use settings::{
     check_properties, client_config, consumer_config, producer_config, request_timeout, setting_error,
     sink_config, transaction_timeout, transactional_id,

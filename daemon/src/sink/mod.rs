@@ -13,7 +13,7 @@ mod transaction;
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
 use rdkafka::consumer::{CommitMode, Consumer as _};
@@ -22,10 +22,10 @@ use rdkafka::producer::Producer as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use sluice_kafka::{MadeAnew, TopicIds};
 
-use crate::config::{Config, Delivery};
+use crate::config::{Config, Delivery, Kafka};
 use crate::exit::{DATA, ExitCode as _};
 use crate::health::{Condition, Health, Loop, Wait};
-use crate::kafka::{self, DocumentsConsumer};
+use crate::kafka::{self, DocumentsConsumer, Mark};
 use crate::ledger::{Group, Ledger, Ticket};
 use crate::metrics::Metrics;
 use crate::notice::Notices;
@@ -38,6 +38,9 @@ use producer::{RecordProducer, wait_delivered};
 const IDLE: Duration = Duration::from_millis(100);
 /// How long one call to the broker may take before the loop shows a sign of life and makes it again.
 const CALL: Duration = Duration::from_secs(1);
+/// How long the scored topic's id is waited for once the brokers have told it.
+const ID_WAIT: Duration = Duration::from_millis(200);
+const ID_TURN: Duration = Duration::from_millis(2);
 
 /// Records that were in a batch which the broker refused as too large.
 type Suspects = HashSet<Ticket>;
@@ -121,6 +124,7 @@ impl<'a> Sink<'a> {
         if self.delivery == Delivery::ExactlyOnce {
             self.resolve_open_transaction()?;
         }
+        self.ask_scored_topic();
         loop {
             self.health.beat(Loop::Sink);
             let limits = &self.config.limits;
@@ -231,7 +235,7 @@ impl<'a> Sink<'a> {
         if points.is_empty() {
             return Ok(());
         }
-        match self.consumer.commit(&self.offsets(&points, id.as_deref()), CommitMode::Sync) {
+        match self.consumer.commit(&self.offsets(&points, id), CommitMode::Sync) {
             Ok(()) => self.metrics.commits.inc(),
             // At worst a repetition: the next commit covers it, or whoever has the partitions now repeats it.
             Err(error) => {
@@ -331,29 +335,47 @@ impl<'a> Sink<'a> {
         self.consumer.context().hooks().topic_id()
     }
 
+    /// Has the client tell the scored topic's id, which is committed with the first offsets already. Old brokers tell none.
+    fn ask_scored_topic(&self) {
+        let topic = &self.config.kafka.scored_topic;
+        // What cannot be asked now is heard of with the first records.
+        let _ = self.producer.client.client().fetch_metadata(Some(topic), CALL);
+        let asked = Instant::now();
+        while self.topics.id(topic).is_none() && asked.elapsed() < ID_WAIT {
+            std::thread::sleep(ID_TURN);
+        }
+    }
+
     /// Fails where what was published before is gone.
     fn check_scored_topic(&self) -> anyhow::Result<()> {
-        let topic = &self.config.kafka.scored_topic;
-        let Some(MadeAnew { earlier, later }) = self.topics.made_anew(topic) else { return Ok(()) };
+        let Kafka { scored_topic: topic, documents_topic: documents, .. } = &self.config.kafka;
+        let (which, earlier, later) = match (self.topics.made_anew(topic), self.topics.id(topic)) {
+            (Some(MadeAnew { earlier, later }), _) => (String::new(), earlier, later),
+            (None, Some(id)) => match self.consumer.context().hooks().published_elsewhere(&id) {
+                Some((partition, other)) => (format!(" (partition {partition})"), other, id),
+                None => return Ok(()),
+            },
+            (None, None) => return Ok(()),
+        };
         Err(anyhow!(
-            "the topic `{topic}` was deleted and made anew (id {earlier}, now {later}): what was published to it before is gone, \
-             and its documents count as scored; start again to go on with the next ones, or first set the group's offsets back \
-             with kafka-consumer-groups.sh --reset-offsets to have them scored again"
+            "the topic `{topic}` was deleted and made anew, or is on another cluster (id {earlier}, now {later}): what was \
+             published to it before is gone, and its documents count as scored{which}; decide, with all daemons of the group \
+             stopped: kafka-consumer-groups.sh --reset-offsets --topic {documents} --to-current to go on with the next ones, \
+             or --to-earliest to have all that are there scored again"
         ))
         .exit_code(DATA)
     }
 
-    /// The list to commit. The topic's id goes with each offset, so that it is never taken for one of another topic that
-    /// has the name by then.
-    fn offsets(&self, points: &HashMap<i32, i64>, id: Option<&str>) -> TopicPartitionList {
+    /// The list to commit. The topics' ids go with each offset, so that it is never taken for one of another topic that
+    /// has the name by then, nor its documents for scored whose losses are gone.
+    fn offsets(&self, points: &HashMap<i32, i64>, id: Option<String>) -> TopicPartitionList {
+        let mark = Mark { documents: id, scored: self.topics.id(&self.config.kafka.scored_topic) };
         let mut offsets = TopicPartitionList::new();
         for (&partition, &offset) in points {
             let mut element = offsets.add_partition(&self.config.kafka.documents_topic, partition);
             // It is one past a real one, so this cannot fail.
             let _ = element.set_offset(Offset::Offset(offset));
-            if let Some(id) = id {
-                element.set_metadata(format!("{}{id}", kafka::TOPIC_ID));
-            }
+            element.set_metadata(mark.to_string());
         }
         offsets
     }

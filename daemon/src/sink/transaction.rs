@@ -156,7 +156,7 @@ impl Sink<'_> {
             self.send(group, index, suspects)?;
         }
         let id = self.topic_id();
-        let offsets = self.offsets(&Ledger::commit_points(group), id.as_deref());
+        let offsets = self.offsets(&Ledger::commit_points(group), id);
         let Some(membership) = self.consumer.group_metadata() else {
             return Err(Failure::Fatal(anyhow!("the consumer is not a member of a group")));
         };

@@ -13,6 +13,7 @@ use super::broker::Broker;
 use super::identity::Identity;
 use super::offsets::{Onlooker, committed};
 use super::placing::Placing;
+use super::stable::{Ends, Standing};
 use crate::config::{Config, Kafka};
 use crate::health::{Condition, Health, Latch, Wait};
 use crate::kafka::{DocumentsConsumer, GroupHooks, Hooks};
@@ -41,6 +42,7 @@ pub(super) struct Assignment {
     settled: Condition,
     broker: Broker,
     identity: Identity,
+    standing: Mutex<Standing>,
 }
 
 impl Hooks for Assignment {
@@ -61,6 +63,16 @@ impl Hooks for Assignment {
             })
             .sum();
         self.metrics.consumer_lag.set((lag + self.look(Placing::behind)) as i64);
+        let read = statistics.topics.values().flat_map(|topic| topic.partitions.values());
+        let ends = read.filter(|p| p.fetch_state == FETCHING).map(|p| Ends {
+            partition: p.partition,
+            next: p.next_offset,
+            stable: p.ls_offset,
+            end: p.hi_offset,
+        });
+        let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
+        let longest = standing.look(ends, Instant::now());
+        self.metrics.open_transaction_seconds.set(longest.as_secs() as i64);
         let queued = self.ledger.queued();
         self.metrics.set_queued(queued.unscored, queued.unpublished);
     }
@@ -93,6 +105,10 @@ impl GroupHooks for Assignment {
     fn topic_id(&self) -> Option<String> {
         self.identity.id()
     }
+
+    fn published_elsewhere(&self, scored: &str) -> Option<(i32, String)> {
+        self.identity.published_elsewhere(scored)
+    }
 }
 
 impl Assignment {
@@ -118,6 +134,7 @@ impl Assignment {
             settled: health.condition(Wait::Offset),
             broker: Broker::new(&health),
             identity: Identity::new(config.kafka.documents_topic.clone()),
+            standing: Mutex::default(),
             health,
         }
     }
@@ -240,6 +257,9 @@ impl Assignment {
             }
             let own =
                 answer.ok().filter(|committed| !self.identity.is_foreign(question.partition, committed));
+            if let Some(committed) = &own {
+                self.identity.note_published(question.partition, committed);
+            }
             let failed = own.is_none();
             self.change(|placing| placing.answered(question, own.map(|committed| committed.offset)));
             if failed && question.again {

@@ -21,13 +21,15 @@ pub(super) struct Identity {
     was_made_anew: AtomicBool,
     /// Partitions with an offset of another topic: since when, and what of it in words.
     foreign: Mutex<BTreeMap<i32, (Instant, String)>>,
+    /// Partitions with an offset below which everything was published to the scored topic of this id.
+    published: Mutex<BTreeMap<i32, String>>,
 }
 
 impl Identity {
     /// Of a topic whose id is not heard of yet.
     pub(super) fn new(topic: String) -> Self {
         let (ids, was_made_anew, foreign) = (TopicIds::default(), AtomicBool::new(false), Mutex::default());
-        Self { topic, ids, was_made_anew, foreign }
+        Self { topic, ids, was_made_anew, foreign, published: Mutex::default() }
     }
 
     /// Takes a line of the client's log.
@@ -55,7 +57,7 @@ impl Identity {
     /// committed by an earlier version, or by a person, and is believed unless the topic was made anew meanwhile.
     pub(super) fn is_foreign(&self, partition: i32, committed: &Committed) -> bool {
         let Some(id) = self.id() else { return false };
-        let is_foreign = match (committed.offset, &committed.topic_id) {
+        let is_foreign = match (committed.offset, &committed.mark.documents) {
             (Offset::Offset(_), Some(other)) => *other != id,
             (Offset::Offset(_), None) => self.was_made_anew.load(Ordering::SeqCst),
             _ => false,
@@ -63,7 +65,7 @@ impl Identity {
         let mut foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
         if is_foreign {
             let offset = committed.offset.to_raw().unwrap_or_default();
-            let (topic, other) = (&self.topic, committed.topic_id.as_deref().unwrap_or("unknown"));
+            let (topic, other) = (&self.topic, committed.mark.documents.as_deref().unwrap_or("unknown"));
             let words = format!(
                 "the group has committed offset {offset} of partition {partition} in another topic `{topic}` (id {other}) than \
                  the one that has the name now (id {id}): it was deleted and made anew, or is on another cluster; decide where \
@@ -83,8 +85,28 @@ impl Identity {
         foreign.values().find(|(since, _)| since.elapsed() > LINGER).map(|(_, words)| words.clone())
     }
 
+    /// Notes which scored topic a partition's records were published to.
+    pub(super) fn note_published(&self, partition: i32, committed: &Committed) {
+        let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
+        match &committed.mark.scored {
+            Some(id) => published.insert(partition, id.clone()),
+            None => published.remove(&partition),
+        };
+    }
+
+    /// A partition whose records were published to another scored topic than that of this id, and the id of that one.
+    pub(super) fn published_elsewhere(&self, scored: &str) -> Option<(i32, String)> {
+        let published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
+        let (&partition, other) = published.iter().find(|(_, id)| *id != scored)?;
+        Some((partition, other.clone()))
+    }
+
     /// Forgets about partitions that are another daemon's now.
     pub(super) fn give_up(&self, partitions: &[i32]) {
+        self.published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|partition, _| !partitions.contains(partition));
         let mut foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
         foreign.retain(|partition, _| !partitions.contains(partition));
     }

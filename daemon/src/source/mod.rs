@@ -6,6 +6,7 @@ mod gap;
 mod identity;
 mod offsets;
 mod placing;
+mod stable;
 
 use std::sync::Arc;
 use std::thread::{Builder, ScopedJoinHandle};

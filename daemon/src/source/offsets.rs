@@ -7,7 +7,7 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::config::Kafka;
-use crate::kafka::{self, PlainContext, TOPIC_ID};
+use crate::kafka::{self, Mark, PlainContext};
 
 /// How long an onlooker waits for an answer that nobody needs at once.
 const CALL: Duration = Duration::from_secs(1);
@@ -17,8 +17,8 @@ const CALL: Duration = Duration::from_secs(1);
 pub(super) struct Committed {
     /// Where to begin reading: at the beginning where nothing is committed.
     pub(super) offset: Offset,
-    /// The id of the topic that the offset is one of, where whoever committed it said so.
-    pub(super) topic_id: Option<String>,
+    /// The topics that it speaks of, where whoever committed it said so.
+    pub(super) mark: Mark,
 }
 
 /// What the group has committed of `partition`.
@@ -39,10 +39,9 @@ pub(super) fn committed<C: ConsumerContext>(
     element.error()?;
     Ok(match element.offset() {
         Offset::Offset(offset) => {
-            let topic_id = element.metadata().strip_prefix(TOPIC_ID).map(str::to_owned);
-            Committed { offset: Offset::Offset(offset), topic_id }
+            Committed { offset: Offset::Offset(offset), mark: Mark::parse(element.metadata()) }
         }
-        _ => Committed { offset: Offset::Beginning, topic_id: None },
+        _ => Committed { offset: Offset::Beginning, mark: Mark::default() },
     })
 }
 

@@ -13,7 +13,7 @@ use sluice_daemon::score::{Score as _, Scorer};
 use sluice_schemas::record::{Bos, ContextPolicy, ScoredDocument};
 
 use super::crew::Crew;
-use super::load::{Obligations, key, number, tokens};
+use super::load::{Obligations, key, name, number, tokens};
 use super::slot::Counters;
 use super::topics::Topics;
 use super::watch::{Stall, longest, name_of};
@@ -47,6 +47,8 @@ pub struct Findings {
     pub lost: Vec<String>,
     /// Those found more than once.
     pub doubled: Vec<String>,
+    /// Those that lie more than once in the documents topic, and were found as often.
+    pub repeated: Vec<String>,
     /// Documents that came before an earlier one of their key.
     pub reordered: Vec<String>,
     /// Documents whose losses are not those of a clean run.
@@ -79,7 +81,7 @@ impl fmt::Display for Findings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "seed {}: {} faults, {} records: {} lost, {} doubled, {} reordered, {} changed, {} unknown; {} removed before they \
+            "seed {}: {} faults, {} records: {} lost, {} doubled, {} reordered, {} changed, {} unknown; {} stored twice; {} removed before they \
              were read in {} gaps, {} of them unsaid; longest stall {}, {} after the \
              last loss of a daemon; {} exits, {} hangs, {} commits, {} aborts, \
              {} rebalances, {} producers replaced; {:.0} s",
@@ -91,6 +93,7 @@ impl fmt::Display for Findings {
             self.reordered.len(),
             self.changed.len(),
             self.unknown.len(),
+            self.repeated.len(),
             self.trimmed,
             self.gaps,
             self.unsaid.len(),
@@ -137,29 +140,35 @@ pub(super) fn look(kafka: &Kafka, topics: &Topics, model: &Path, obligations: &O
     let mut last: HashMap<(String, i32, i32), usize> = HashMap::new();
     for record in &scored {
         let document = ScoredDocument::decode(record.payload.clone().unwrap()).unwrap();
-        let name = document.document.id.clone();
-        *seen.entry(name.clone()).or_default() += 1;
-        let Some(number) = number(&name) else { continue };
+        let id = document.document.id.clone();
+        *seen.entry(id.clone()).or_default() += 1;
+        let Some(number) = number(&id) else { continue };
         // Of one key, as it lay in one partition, and lies in one: a topic that grows has its keys move.
-        if let Some(&origin) = obligations.acknowledged.get(&name) {
+        if let Some(&origin) = obligations.acknowledged.get(&id) {
             let key = (key(number), origin, record.partition);
             if last.insert(key, number).is_some_and(|last| last > number) {
-                findings.reordered.push(name.clone());
+                findings.reordered.push(id.clone());
             }
         }
         let losses = document.reference_losses.to_vec();
         let expected = clean.losses(&tokens(obligations.seed, number));
         if losses.iter().map(|loss| loss.to_bits()).ne(expected.iter().map(|loss| loss.to_bits())) {
-            findings.changed.push(name);
+            findings.changed.push(id);
         }
     }
     for letter in &letters {
         *seen.entry(name_of(false, letter.key.as_deref(), None)).or_default() += 1;
     }
+    let mut stored: HashMap<String, usize> = HashMap::new();
+    for document in read_all(&kafka.bootstrap_servers, &topics.documents) {
+        *stored.entry(name(document.key.as_deref(), document.payload)).or_default() += 1;
+    }
     for name in obligations.expected() {
         match seen.remove(name) {
             None => findings.lost.push(name.clone()),
             Some(1) => {}
+            // The brokers have kept twice what its producer sent once: both are documents, and both are scored.
+            Some(times) if stored.get(name) == Some(&times) => findings.repeated.push(name.clone()),
             Some(_) => findings.doubled.push(name.clone()),
         }
     }

@@ -66,6 +66,7 @@ impl Scene<'_> {
             }
             Fault::JoinAndLeave => {
                 let stranger = self.crew.stranger(0);
+                self.watch.disturb();
                 self.crew.wait(faults.span(1500..4000));
                 self.crew.take_leave(stranger);
             }
@@ -73,10 +74,13 @@ impl Scene<'_> {
                 let mut strangers = Vec::new();
                 for number in 0..STORM {
                     strangers.push(self.crew.stranger(number));
+                    self.watch.disturb();
                     self.crew.wait(faults.span(100..800));
                 }
                 for stranger in strangers {
+                    // One that leaves while it joins is missed only when its session is over.
                     self.crew.take_leave(stranger);
+                    self.watch.disturb();
                 }
             }
             Fault::Poison => self.load.poison(POISON),

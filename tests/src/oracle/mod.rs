@@ -15,6 +15,7 @@ mod load;
 mod options;
 mod slot;
 mod topics;
+mod traffic;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -29,7 +30,9 @@ use inject::Scene;
 use load::Load;
 pub use options::Options;
 use topics::Topics;
-pub use watch::{Reader, Stall, Watch};
+pub use traffic::Traffic;
+use watch::Reader;
+pub use watch::{Stall, Watch};
 
 /// Runs one schedule against `kafka`; a line of progress for every fault goes to standard error.
 pub fn run(kafka: &Kafka, model: &Path, options: &Options) -> Findings {

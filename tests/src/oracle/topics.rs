@@ -1,6 +1,11 @@
 //! Where the documents of one run come from and go to.
 
+use std::time::Duration;
+
 use crate::Kafka;
+
+/// Brokers hear of a topic one after the other, and a daemon takes the word of any.
+const HEARD: Duration = Duration::from_secs(1);
 
 /// Partitions of the documents, and of what is scored of them, at the beginning and at most.
 const PARTITIONS: i32 = 6;
@@ -30,6 +35,7 @@ impl Topics {
         {
             kafka.create_topic(topic, partitions);
         }
+        std::thread::sleep(HEARD);
         topics
     }
 }
