@@ -2,29 +2,12 @@
 
 use std::time::Instant;
 
-use anyhow::anyhow;
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::topic_partition_list::Offset;
 
 use super::offsets::{Committed, committed};
-use super::{PROBE_TIMEOUT, Source};
-use crate::exit::{DATA, ExitCode as _};
-
-/// Records that are gone. What was read before them is published first: it may be gone from the topic as well.
-#[derive(Debug)]
-pub(super) struct Gap {
-    /// When it was found.
-    pub(super) found: Instant,
-    words: String,
-}
-
-impl Gap {
-    /// The end of reading.
-    pub(super) fn into_result(self) -> anyhow::Result<()> {
-        Err(anyhow!(self.words)).exit_code(DATA)
-    }
-}
+use super::{Gap, PROBE_TIMEOUT, Source};
 
 impl Source<'_> {
     /// Takes the client's word that some partition cannot be read on. It does not say which, nor does it read that one

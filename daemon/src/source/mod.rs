@@ -32,7 +32,6 @@ use crate::notice::Notices;
 use crate::outcome::{DeadLetter, Outcome};
 use crate::score::ModelIdentity;
 use assignment::Assignment;
-use gap::Gap;
 
 const POLL: Duration = Duration::from_millis(100);
 /// How long a paused consumer waits before it looks at the budget again.
@@ -63,6 +62,21 @@ pub struct Source<'a> {
     metrics: Metrics,
     health: Health,
     notices: Notices,
+}
+
+/// Records that are gone. What was read before them is published first: it may be gone from the topic as well.
+#[derive(Debug)]
+struct Gap {
+    /// When it was found.
+    found: Instant,
+    words: String,
+}
+
+impl Gap {
+    /// The end of reading.
+    fn into_result(self) -> anyhow::Result<()> {
+        Err(anyhow!(self.words)).exit_code(DATA)
+    }
 }
 
 /// Connects to the brokers and joins the group.

@@ -18,59 +18,61 @@ const SAID_WITHIN: Duration = Duration::from_secs(40);
 const PATIENCE: Duration = Duration::from_secs(30);
 const TURN: Duration = Duration::from_millis(100);
 
-/// Stops the daemons, removes the first of what waits in a partition, and expects a daemon to end and to say how many
-/// records of which partition are gone. Then the offset is set as it says, and all go on. The removed are no loss of theirs.
-pub(super) fn make(scene: &mut Scene<'_>, faults: &mut Faults) {
-    scene.crew.settle();
-    scene.watch.set_well(false);
-    scene.crew.stop();
-    std::thread::sleep(faults.span(1000..2000));
-    let group = Group::new(scene.kafka, &scene.topics.group, &scene.topics.documents);
-    let begun = Instant::now();
-    let places = loop {
-        // What a killed daemon left open holds its offsets up until it is given up.
-        if let Some(places) = group.places() {
-            break places;
-        }
-        assert!(begun.elapsed() < PATIENCE, "nobody tells the group's offsets");
-    };
-    let fullest = places.iter().max_by_key(|(_, place)| place.end - place.committed);
-    let Some((&partition, place)) = fullest.filter(|(_, place)| place.end > place.committed) else {
-        scene.watch.set_well(true);
-        return;
-    };
-    let gone = 1 + (place.end - place.committed) / 2;
-    let next = place.committed + gone;
-    let names = read(scene.kafka, scene.topics, partition, place.committed, next);
-    scene.kafka.remove_records_of(&scene.topics.documents, &[(partition, next)]);
-    scene.load.trim(names);
-    scene.gaps += 1;
-
-    let words = [
-        format!("partition {partition} of the topic `{}` has no record any more", scene.topics.documents),
-        format!("at offset {}", place.committed),
-        format!("{gone} records were removed"),
-        format!("--to-offset {next}"),
-    ];
-    let begun = Instant::now();
-    let mut said = false;
-    while !said && begun.elapsed() < SAID_WITHIN {
-        for slot in scene.crew.slots() {
-            // A service manager does not start one again that ends for this.
-            if !slot.has_gap() {
-                slot.revive();
+impl Scene<'_> {
+    /// Stops the daemons, removes the first of what waits in a partition, and expects a daemon to end and to say how many
+    /// records of which partition are gone. Then the offset is set as it says, and all go on. The removed are no loss of theirs.
+    pub(super) fn make_gap(&mut self, faults: &mut Faults) {
+        self.crew.settle();
+        self.watch.set_well(false);
+        self.crew.stop();
+        std::thread::sleep(faults.span(1000..2000));
+        let group = Group::new(self.kafka, &self.topics.group, &self.topics.documents);
+        let begun = Instant::now();
+        let places = loop {
+            // What a killed daemon left open holds its offsets up until it is given up.
+            if let Some(places) = group.places() {
+                break places;
             }
+            assert!(begun.elapsed() < PATIENCE, "nobody tells the group's offsets");
+        };
+        let fullest = places.iter().max_by_key(|(_, place)| place.end - place.committed);
+        let Some((&partition, place)) = fullest.filter(|(_, place)| place.end > place.committed) else {
+            self.watch.set_well(true);
+            return;
+        };
+        let gone = 1 + (place.end - place.committed) / 2;
+        let next = place.committed + gone;
+        let names = read(self.kafka, self.topics, partition, place.committed, next);
+        self.kafka.remove_records_of(&self.topics.documents, &[(partition, next)]);
+        self.load.trim(names);
+        self.gaps += 1;
+
+        let words = [
+            format!("partition {partition} of the topic `{}` has no record any more", self.topics.documents),
+            format!("at offset {}", place.committed),
+            format!("{gone} records were removed"),
+            format!("--to-offset {next}"),
+        ];
+        let begun = Instant::now();
+        let mut said = false;
+        while !said && begun.elapsed() < SAID_WITHIN {
+            for slot in self.crew.slots() {
+                // A service manager does not start one again that ends for this.
+                if !slot.has_gap() {
+                    slot.revive();
+                }
+            }
+            said = self.crew.slots().iter_mut().any(|slot| slot.told_gap(&words));
+            std::thread::sleep(TURN);
         }
-        said = scene.crew.slots().iter_mut().any(|slot| slot.told_gap(&words));
-        std::thread::sleep(TURN);
+        if !said {
+            self.unsaid.push(words.join(", "));
+        }
+        self.crew.stop();
+        group.set(partition, next);
+        self.crew.revive();
+        self.watch.set_well(true);
     }
-    if !said {
-        scene.unsaid.push(words.join(", "));
-    }
-    scene.crew.stop();
-    group.set(partition, next);
-    scene.crew.revive();
-    scene.watch.set_well(true);
 }
 
 /// Names of the records of a partition from `first` to before `end`.

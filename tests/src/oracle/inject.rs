@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::crew::Crew;
 use super::fault::{Fault, Faults};
-use super::gap;
 use super::load::Load;
 use super::options::{SESSION, TRANSACTION};
 use super::topics::{PARTITIONS_MAX, Topics};
@@ -85,7 +84,7 @@ impl Scene<'_> {
             }
             Fault::Poison => self.load.poison(POISON),
             Fault::TrimRead => self.trim_read(),
-            Fault::TrimUnread => gap::make(self, faults),
+            Fault::TrimUnread => self.make_gap(faults),
             Fault::AddPartition => self.add_partition(),
             Fault::CutNetwork => self.proxy.cut(),
             Fault::HalfCloseNetwork(end) => self.proxy.half_close(end),
