@@ -17,7 +17,7 @@ use sluice_tests::ranks::{Line, run};
 #[allow(dead_code, reason = "the tests of ranks use the rest")]
 mod topic;
 
-use topic::{EPOCHS, Fixture, LONG, ROW, ROWS, SHORT, TOPIC, VOCABULARY, scored, tokenizer};
+use topic::{EPOCHS, Fixture, LONG, ROW, ROWS, SHORT, TOPIC, VOCABULARY, scored, tokenizer, tokenizer_json};
 
 /// Ample time for processes that import `PyTorch` on a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_mins(5);
@@ -65,11 +65,15 @@ fn the_stream_in_python_keeps_its_promises() {
         "reference_models": models(),
         "digests": true,
     });
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer_file = folder.path().join("tokenizer.json");
+    std::fs::write(&tokenizer_file, tokenizer_json()).unwrap();
     let tests = sluice_tests::root().join("trainer-client/python/tests/kafka");
     let output = Command::new(sluice_tests::torch_python())
         .args(["-B", "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"])
         .arg(tests)
         .env("SLUICE_TEST_STREAM", settings.to_string())
+        .env("SLUICE_TEST_TOKENIZER", &tokenizer_file)
         .env("OMP_NUM_THREADS", "1")
         .output()
         .unwrap();

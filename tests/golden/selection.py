@@ -46,12 +46,21 @@ def scores(name, micro_batch):
     return np.where(missing, np.float32("nan"), value)
 
 
+def share_of(eligible, keep):
+    return min(max(math.floor(keep * eligible + 0.5), 1), eligible)
+
+
 def highest(values, keep):
-    """Indices of the `keep` share: a stable sort leaves ties in the order of their positions."""
+    """Indices of the `keep` share: a stable sort leaves ties in the order of their positions. Two bounds in its place keep
+    as many as score at least 0, but no fewer than the first and no more than the second."""
     eligible = np.flatnonzero(~np.isnan(values))
     if len(eligible) == 0:
         return set()
-    count = min(max(math.floor(keep * len(eligible) + 0.5), 1), len(eligible))
+    if isinstance(keep, tuple):
+        smallest, largest = (share_of(len(eligible), bound) for bound in keep)
+        count = min(max(int((values >= 0).sum()), smallest), largest)
+    else:
+        count = share_of(len(eligible), keep)
     return set(eligible[np.argsort(-values[eligible], kind="stable")][:count].tolist())
 
 
@@ -118,6 +127,12 @@ def main():
         for name in ("excess", "reference-loss", "entropy"):
             kept = [set(np.flatnonzero(scores(name, m) >= np.float32(threshold)).tolist()) for m in batch]
             cases.append({"score": {"name": name}, "threshold": threshold, "kept": kept})
+    for bounds in ((0.05, 1.0), (0.05, 0.3), (0.6, 0.8)):
+        for scope in ("sequence", "micro-batch", "batch"):
+            for name in ("excess", "improvement"):
+                kept = ranked([scores(name, m) for m in batch], bounds, scope)
+                adaptive = {"min": bounds[0], "max": bounds[1]}
+                cases.append({"score": {"name": name}, "adaptive": adaptive, "scope": scope, "kept": kept})
     for case in cases:
         case["kept"] = [sorted(int(i) for i in kept) for kept in case["kept"]]
 

@@ -276,6 +276,9 @@ fn every_selection_trains_on_a_topic_that_has_what_it_looks_at() {
     check("older", "scored", &["--score", "improvement", "--history", &older]);
     check("quantile", "scored", &["--scope", "running-quantile"]);
     check("sequence", "scored", &["--scope", "sequence"]);
+    let adaptive = check("adaptive", "scored", &["--keep", "adaptive:0.2:0.4"]);
+    assert!(adaptive.iter().all(|share| (0.19..0.41).contains(share)), "{adaptive:?}");
+    check("adaptive-step", "scored", &["--keep", "adaptive", "--scope", "batch"]);
     let falling = check("falling", "scored", &["--keep", "linear:0.9:0.3", "--keep-warmup-steps", "1"]);
     assert!(
         falling.iter().zip([1.0, 0.9, 0.6, 0.3]).all(|(found, expected)| (found - expected).abs() < 0.01)

@@ -39,7 +39,14 @@ pub const LONG: (&str, ContextPolicy) =
     ("long", ContextPolicy { window: 96, stride: 48, bos: Bos::Document(7) });
 
 pub fn tokenizer() -> Fingerprint {
-    Fingerprint::of_bytes(b"tokenizer")
+    Fingerprint::of_bytes(tokenizer_json().as_bytes())
+}
+
+/// A `tokenizer.json` of one word for each id.
+pub fn tokenizer_json() -> String {
+    let words: BTreeMap<String, u32> = (0..VOCABULARY).map(|id| (format!("w{id}"), id)).collect();
+    let model = serde_json::json!({ "type": "WordLevel", "vocab": words, "unk_token": "w0" });
+    serde_json::json!({ "version": "1.0", "added_tokens": [], "model": model }).to_string()
 }
 
 /// A broker with the topic that all tests of this file read.

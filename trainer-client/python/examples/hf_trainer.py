@@ -143,7 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shuffle-buffer", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference-model", action="append", default=[], help="fingerprint to accept; repeatable")
-    parser.add_argument("--keep", type=float, default=0.6, help="share of the tokens to learn from")
+    parser.add_argument("--keep", default="0.6", help="share of the tokens to learn from, a schedule, or adaptive")
     parser.add_argument("--scope", default="batch", help="what competes: batch, micro-batch or sequence")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, required=True, help="at most; the schedule of the learning rate is for them")

@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, help="by default the reference model's window")
     parser.add_argument("--micro-batches", type=int, help="of a step, over all ranks; by default one for each")
     parser.add_argument("--reference-model", action="append", default=[], help="fingerprint to accept; repeatable")
-    parser.add_argument("--keep", type=float, default=0.6, help="share of the tokens to learn from")
+    parser.add_argument("--keep", default="0.6", help="share of the tokens to learn from, a schedule, or adaptive")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")

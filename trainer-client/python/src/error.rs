@@ -45,6 +45,12 @@ pub(crate) fn raised(error: FeedError) -> PyErr {
         | FeedError::Removed { .. }
         | FeedError::Shorter { .. }
         | FeedError::MadeAnew { .. } => StateError::new_err(message),
+        FeedError::EmptyTopic(topic) => {
+            let what = format!(
+                "topic {topic:?} holds no documents; fill it first, or give epochs=None to wait for them"
+            );
+            StreamError::new_err(what)
+        }
         FeedError::OtherRank | FeedError::SeveralReferences | FeedError::Agreement(_) => {
             RankError::new_err(message)
         }

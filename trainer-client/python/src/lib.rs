@@ -11,6 +11,7 @@ mod error;
 mod feed;
 mod metrics;
 mod selection;
+mod waiting;
 
 use pyo3::pymodule;
 

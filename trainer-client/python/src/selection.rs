@@ -20,10 +20,13 @@ use crate::error::{StateError, refused};
 ///     lower the better), "intersection" and "union" of those two, "loss", "entropy", "improvement" (loss of an earlier state
 ///     of the model - loss), or "random", the control.
 /// keep: share of the eligible tokens that is kept, above 0 and at most 1, or a schedule: "linear:0.8:0.6",
-///     "cosine:0.8:0.6", "steps:0.8,500=0.7,1000=0.6". 0.6 if neither it nor a threshold is given.
+///     "cosine:0.8:0.6", "steps:0.8,500=0.7,1000=0.6"; or "adaptive", "adaptive:MIN:MAX": every token whose score is at least
+///     0, which the reference predicts better than the model, but no less than the share MIN (0.05) and no more than MAX (1).
+///     0.6 if neither it nor a threshold is given.
 /// threshold: instead of a share, keeps every token whose score is at least this, in nats.
 /// scope: which tokens compete for the share: "sequence", "micro-batch", "batch" (all micro-batches of a step, over all
-///     ranks) or "running-quantile" (none: a running mean of the steps' thresholds decides, which `end_step` moves).
+///     ranks) or "running-quantile" (none: a running mean of the steps' thresholds decides, which `end_step` moves). By default
+///     "batch", and "micro-batch" with "adaptive".
 /// warmup_steps: first steps, which keep every token.
 /// entropy_keep: share of the lowest entropies, for "intersection" and "union"; `keep` where it is not given.
 /// steps: steps of the whole run, which "linear" and "cosine" need.
@@ -52,35 +55,48 @@ type LowestScores = (Option<f32>, Option<f32>);
 #[pymethods]
 impl Selection {
     #[new]
-    #[pyo3(signature = (*, score = "excess", keep = None, threshold = None, scope = "batch", warmup_steps = 0,
+    #[pyo3(signature = (*, score = "excess", keep = None, threshold = None, scope = None, warmup_steps = 0,
         entropy_keep = None, steps = None, seed = 0))]
     #[allow(clippy::too_many_arguments, reason = "named ones, which Python gives by name")]
     fn new(
         score: &str,
         keep: Option<Share>,
         threshold: Option<f32>,
-        scope: &str,
+        scope: Option<&str>,
         warmup_steps: u64,
         entropy_keep: Option<f64>,
         steps: Option<u64>,
         seed: u64,
     ) -> PyResult<Self> {
         let score = score_of(score, entropy_keep)?;
-        let scope: Scope =
-            serde_json::from_value(scope.into()).map_err(|error| refused(format!("scope: {error}")))?;
         let rule = match (threshold, keep) {
             (Some(_), Some(_)) => return Err(refused("give keep or threshold, not both")),
             (Some(threshold), None) if !threshold.is_finite() => {
                 return Err(refused("threshold must be a finite number of nats"));
             }
-            (Some(_), None) if !score.has_threshold() => {
-                return Err(refused(
-                    "intersection, union and random have no single score for a threshold: give keep",
-                ));
-            }
             (Some(threshold), None) => Rule::Threshold(threshold),
-            (None, keep) => Rule::Keep(keep.map_or_else(paper_share, Share::schedule)?),
+            (None, keep) => keep.map_or_else(paper_share, Share::rule)?,
         };
+        if !rule.goes_with(score) {
+            return Err(refused(match rule {
+                Rule::Adaptive(_) => {
+                    "adaptive asks whether one model is better than another, which the scores excess and improvement say: give \
+                     one of them, or a share"
+                }
+                _ => "intersection, union and random have no single score for a threshold: give keep",
+            }));
+        }
+        let scope = match scope {
+            None => rule.default_scope(),
+            Some(name) => {
+                serde_json::from_value(name.into()).map_err(|error| refused(format!("scope: {error}")))?
+            }
+        };
+        if matches!(rule, Rule::Adaptive(_)) && scope == Scope::RunningQuantile {
+            return Err(refused(
+                "running-quantile follows a share, and adaptive has none: give another scope",
+            ));
+        }
         if score == Score::Random && scope == Scope::RunningQuantile {
             return Err(refused("running-quantile follows scores, and random has none: give another scope"));
         }
@@ -114,12 +130,21 @@ impl Selection {
         Ok(value.as_str().unwrap_or_default().to_owned())
     }
 
-    /// Scores from here on are kept, in nats; None where a share decides.
+    /// Scores from here on are kept, in nats; None with another rule.
     #[getter]
     fn threshold(&self) -> Option<f32> {
         match self.rules.rule {
             Rule::Threshold(threshold) => Some(threshold),
-            Rule::Keep(_) => None,
+            Rule::Keep(_) | Rule::Adaptive(_) => None,
+        }
+    }
+
+    /// Smallest and largest share of "adaptive"; None with another rule.
+    #[getter]
+    fn adaptive(&self) -> Option<(f64, f64)> {
+        match self.rules.rule {
+            Rule::Adaptive(rule) => Some((rule.min.get(), rule.max.get())),
+            Rule::Keep(_) | Rule::Threshold(_) => None,
         }
     }
 
@@ -158,7 +183,7 @@ impl Selection {
         self.rules.score.needs().reference_entropy
     }
 
-    /// The share that is kept at a step (from 1); None where a threshold decides.
+    /// The share that is kept at a step (from 1); None where the scores decide.
     fn keep_at(&self, step: u64) -> Option<f64> {
         self.rules.keep_at(step, self.steps).map(KeepRatio::get)
     }
@@ -328,7 +353,7 @@ impl Lists {
     }
 }
 
-/// A share as a number or as the text of a schedule.
+/// A share as a number or as the text of a rule.
 #[derive(FromPyObject)]
 enum Share {
     Number(f64),
@@ -336,17 +361,19 @@ enum Share {
 }
 
 impl Share {
-    fn schedule(self) -> PyResult<KeepSchedule> {
+    fn rule(self) -> PyResult<Rule> {
         match self {
-            Self::Number(keep) => KeepRatio::try_from(keep).map(KeepSchedule::constant).map_err(refused),
+            Self::Number(keep) => {
+                KeepRatio::try_from(keep).map(KeepSchedule::constant).map(Rule::Keep).map_err(refused)
+            }
             Self::Text(text) => text.parse().map_err(refused),
         }
     }
 }
 
 /// The paper's share.
-fn paper_share() -> PyResult<KeepSchedule> {
-    Share::Number(0.6).schedule()
+fn paper_share() -> PyResult<Rule> {
+    Share::Number(0.6).rule()
 }
 
 fn score_of(name: &str, entropy_keep: Option<f64>) -> PyResult<Score> {

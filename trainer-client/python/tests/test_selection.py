@@ -23,10 +23,15 @@ def batches() -> list[dict[str, Any]]:
     return [{name: array(values) for name, values in batch.items()} for batch in GOLDEN["batch"]]
 
 
+def adaptive(case: dict[str, Any]) -> str:
+    return "adaptive:{min}:{max}".format(**case["adaptive"])
+
+
 @pytest.mark.parametrize("case", GOLDEN["cases"])
 def test_it_agrees_with_numpy(case: dict[str, Any]) -> None:
     settings = {"score": case["score"]["name"], "entropy_keep": case["score"].get("entropy_keep")}
     settings |= {name: case[name] for name in ("keep", "threshold", "scope") if name in case}
+    settings |= {"keep": adaptive(case)} if "adaptive" in case else {}
     selection = Selection(**settings)
     if case.get("scope") == "running-quantile":
         # Two steps of half the micro-batches each.
@@ -71,6 +76,10 @@ def test_random_keeps_the_share_and_depends_on_seed_and_step() -> None:
         ({"keep": 0.5, "threshold": 1.0}, "not both"),
         ({"threshold": float("inf")}, "finite"),
         ({"threshold": 1.0, "score": "union"}, "no single score"),
+        ({"keep": "adaptive:0.5"}, "adaptive:MIN:MAX"),
+        ({"keep": "adaptive:0.8:0.5"}, "MIN at most MAX"),
+        ({"keep": "adaptive", "score": "loss"}, "one model is better than another"),
+        ({"keep": "adaptive", "scope": "running-quantile"}, "follows a share"),
         ({"entropy_keep": 0.5}, "second share"),
         ({"warmup_steps": 10, "steps": 10}, "nothing would ever be left out"),
         ({"score": "random", "scope": "running-quantile"}, "random has none"),
@@ -85,8 +94,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     loss = np.zeros((2, 4), np.float32)
     with pytest.raises(ConfigurationError, match="reference_loss has 0 values and loss has 8"):
         select({"loss": loss}, Selection())
-    with pytest.raises(ConfigurationError, match="reference_loss has 4 values"):
-        select({"loss": loss, "reference_loss": loss[:1]}, Selection())
+    for other in (loss[:1], loss.T, loss.reshape(-1)):
+        with pytest.raises(ConfigurationError, match=r"reference_loss is \(.*\), and loss \(2, 4\)"):
+            select({"loss": loss, "reference_loss": other}, Selection())
     with pytest.raises(ConfigurationError, match=r"\[rows, length\]"):
         select({"loss": loss[0], "reference_loss": loss[0]}, Selection())
     with pytest.raises(ConfigurationError, match="entropy has 0 values"):

@@ -307,6 +307,9 @@ def test_a_mask_and_a_divisor() -> None:
     assert torch.equal(gradient, 2.0 * kept)
     with pytest.raises(ValueError, match="one shape"):
         masked_mean(losses, kept[0])
+    for divisor in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="no number of tokens"):
+            masked_mean(losses, kept, divisor=divisor)
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ def test_every_golden_selection() -> None:
     signals = [as_tensors(given) for given in golden["batch"]]
     for case in golden["cases"]:
         settings = {"score": case["score"]["name"], "entropy_keep": case["score"].get("entropy_keep")}
-        settings["keep"] = case.get("keep")
-        selection = Selection(threshold=case.get("threshold"), scope=case.get("scope", "batch"), **settings)
+        settings["keep"] = "adaptive:{min}:{max}".format(**case["adaptive"]) if "adaptive" in case else case.get("keep")
+        selection = Selection(threshold=case.get("threshold"), scope=case.get("scope"), **settings)
         if selection.scope == "running-quantile":
             # Two steps of half the micro-batches each.
             masks = select(signals[:2], selection, row_len=golden["row_len"], step=1)
@@ -83,6 +83,20 @@ def test_any_numbers_are_chosen_from_as_by_the_rust_function(score: str, scope: 
             expected = selection.select(batch, ROW_LEN, step)
             found = select([as_tensors(given) for given in batch], selection, row_len=ROW_LEN, step=step)
             assert [mask.tolist() for mask in found] == [mask.tolist() for mask in expected], (trial, step)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_adaptive_rule_keeps_within_its_bounds(scope: str) -> None:
+    generator = np.random.default_rng(4)
+    for trial in range(24):
+        sizes = generator.integers(0, 40, int(generator.integers(1, 5)))
+        batch = [drawn_signals(generator, int(size), coarse=trial % 2 == 0) for size in sizes]
+        smallest = float(generator.choice([0.01, 0.3, 0.7]))
+        bounds = f"adaptive:{smallest}:{float(generator.choice([0.7, 0.8, 1.0]))}"
+        selection = Selection(keep=bounds, scope=scope)
+        expected = selection.select(batch, ROW_LEN, 1)
+        found = select([as_tensors(given) for given in batch], selection, row_len=ROW_LEN, step=1)
+        assert [mask.tolist() for mask in found] == [mask.tolist() for mask in expected], (trial, bounds)
 
 
 @pytest.mark.parametrize("score", ["excess", "entropy", "reference-loss"])

@@ -28,6 +28,8 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "batch": {"keep": 0.5},
     "sequence": {"keep": 0.5, "scope": "sequence"},
     "threshold": {"threshold": 0.0},
+    "adaptive": {"keep": "adaptive:0.1:0.6"},
+    "adaptive over the step": {"keep": "adaptive:0.1:0.6", "scope": "batch"},
     "union": {"keep": 0.4, "entropy_keep": 0.3, "score": "union"},
     "schedule": {"keep": "linear:1.0:0.4", "steps": 4},
     "draws": {"keep": 0.5, "score": "random", "seed": 7},

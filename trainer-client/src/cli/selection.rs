@@ -78,9 +78,10 @@ pub(super) struct SelectionArguments {
     #[arg(long, env = "SLUICE_TRAIN_SCORE", value_enum)]
     score: Option<ScoreName>,
     /// Share of the tokens to keep, above 0 and at most 1: KEEP, linear:FROM:TO, cosine:FROM:TO or
-    /// steps:FROM,STEP=KEEP,... [default: 0.6]
+    /// steps:FROM,STEP=KEEP,...; or adaptive, adaptive:MIN:MAX: every token that the reference predicts better than the model,
+    /// but no less than the share MIN (0.05) and no more than MAX (1) [default: 0.6]
     #[arg(long, env = "SLUICE_TRAIN_KEEP", conflicts_with = "threshold")]
-    keep: Option<KeepSchedule>,
+    keep: Option<Rule>,
     /// First steps, which keep every token
     #[arg(long, env = "SLUICE_TRAIN_KEEP_WARMUP_STEPS", default_value_t = 0)]
     keep_warmup_steps: u64,
@@ -91,7 +92,7 @@ pub(super) struct SelectionArguments {
     /// reference-entropy are their negatives
     #[arg(long, env = "SLUICE_TRAIN_THRESHOLD", value_name = "NATS", allow_negative_numbers = true, value_parser = finite)]
     threshold: Option<f32>,
-    /// Which tokens compete for the share [default: batch]
+    /// Which tokens compete for the share [default: batch; micro-batch with --keep adaptive]
     #[arg(long, env = "SLUICE_TRAIN_SCOPE", value_enum)]
     scope: Option<ScopeName>,
     /// Older checkpoint of the same model, for the score improvement
@@ -124,10 +125,10 @@ impl SelectionArguments {
         };
         let rule = match (self.threshold, &self.keep) {
             (Some(threshold), _) => Rule::Threshold(threshold),
-            (None, Some(keep)) => Rule::Keep(keep.clone()),
+            (None, Some(rule)) => rule.clone(),
             (None, None) => Rule::Keep(KeepSchedule::constant(default_keep()?)),
         };
-        let scope = self.scope.map(Scope::from).unwrap_or_default();
+        let scope = self.scope.map_or(rule.default_scope(), Scope::from);
         Ok(Objective::Slm(Selection { score, rule, scope, warmup_steps: self.keep_warmup_steps }))
     }
 
@@ -138,7 +139,8 @@ impl SelectionArguments {
         };
         let two_rankings = matches!(self.score, Some(ScoreName::Intersection | ScoreName::Union));
         let has_history = self.history.is_some() || self.history_decay.is_some();
-        let last_change = self.keep.as_ref().map_or(0, KeepSchedule::last_change);
+        let last_change = self.keep.as_ref().map_or(0, Rule::last_change);
+        let is_adaptive = matches!(self.keep, Some(Rule::Adaptive(_)));
         let refusals = [
             (
                 is(ObjectiveName::Clm, None)
@@ -168,6 +170,17 @@ impl SelectionArguments {
             (
                 self.threshold.is_some() && self.scope.is_some(),
                 "with --threshold no token competes with another: leave out --scope",
+            ),
+            (
+                is_adaptive
+                    && (!is(ObjectiveName::Slm, None)
+                        || !matches!(self.score, None | Some(ScoreName::Excess | ScoreName::Improvement))),
+                "--keep adaptive asks whether one model is better than another, which --score excess and improvement say: give \
+                 one of them, or a share",
+            ),
+            (
+                is_adaptive && self.scope == Some(ScopeName::RunningQuantile),
+                "--scope running-quantile follows a share, and --keep adaptive has none: give another scope",
             ),
             (
                 is(ObjectiveName::Slm, Some(ScoreName::Improvement)) && !has_history,

@@ -4,6 +4,7 @@
 //! which score on; a [`Scope`] says which tokens compete with one another. Together they are an [`Objective`].
 //! Nothing here knows a tensor framework, a clock or a random state: a draw is named by seed, step and micro-batch.
 
+mod adaptive;
 mod objective;
 mod rank;
 mod ratio;
@@ -11,6 +12,7 @@ mod running;
 mod schedule;
 mod score;
 
+pub use adaptive::Adaptive;
 pub use objective::{Choice, Objective, Rule, Scope, Selection, Turn};
 pub use ratio::{KeepRatio, KeepRatioError};
 pub use running::{Lowest, RunningThreshold, Thresholds};

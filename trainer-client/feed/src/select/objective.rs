@@ -1,8 +1,11 @@
 //! What a run minimises the loss of, and the choice of tokens that follows from it.
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
-use super::rank::Keys;
+use super::adaptive::{self, Adaptive};
+use super::rank::{Keys, Share};
 use super::ratio::KeepRatio;
 use super::running::{Lowest, RunningThreshold, Thresholds};
 use super::schedule::KeepSchedule;
@@ -39,6 +42,48 @@ pub enum Rule {
     Keep(KeepSchedule),
     /// Every token whose score is at least this, in nats.
     Threshold(f32),
+    /// Every token whose score is at least 0, within bounds.
+    Adaptive(Adaptive),
+}
+
+impl Rule {
+    /// The scope that it has where none is asked for: shares are of the whole step, as in the text of Rho-1; where the tokens'
+    /// own scores decide, none needs to wait for the rest of the step.
+    pub fn default_scope(&self) -> Scope {
+        match self {
+            Self::Keep(_) | Self::Threshold(_) => Scope::Batch,
+            Self::Adaptive(_) => Scope::MicroBatch,
+        }
+    }
+
+    /// Whether it means something for a score: `adaptive` asks whether one model is better than another.
+    pub fn goes_with(&self, score: Score) -> bool {
+        match self {
+            Self::Keep(_) => true,
+            Self::Threshold(_) => score.has_threshold(),
+            Self::Adaptive(_) => matches!(score, Score::Excess | Score::Improvement),
+        }
+    }
+
+    /// The last step at which it says something new; 0 where it says nothing of steps.
+    pub fn last_change(&self) -> u64 {
+        match self {
+            Self::Keep(schedule) => schedule.last_change(),
+            Self::Threshold(_) | Self::Adaptive(_) => 0,
+        }
+    }
+}
+
+/// Of a share, a schedule of shares, or `adaptive`.
+impl FromStr for Rule {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.starts_with(adaptive::NAME) {
+            return text.parse().map(Self::Adaptive);
+        }
+        text.parse().map(Self::Keep)
+    }
 }
 
 /// Which tokens compete with one another for the share.
@@ -112,8 +157,8 @@ impl Objective {
     /// Whether all micro-batches of a step must be known before any of them can be chosen from.
     pub fn needs_whole_batch(&self, step: u64) -> bool {
         self.selection().is_some_and(|selection| {
-            let shares = matches!(selection.rule, Rule::Keep(_));
-            selection.scope == Scope::Batch && shares && step > selection.warmup_steps
+            let competes = matches!(selection.rule, Rule::Keep(_) | Rule::Adaptive(_));
+            selection.scope == Scope::Batch && competes && step > selection.warmup_steps
         })
     }
 
@@ -158,14 +203,14 @@ impl Objective {
 }
 
 impl Selection {
-    /// The share that is kept at a step; `None` where a threshold decides.
+    /// The share that is kept at a step; `None` where the scores decide.
     pub fn keep_at(&self, step: u64, steps: u64) -> Option<KeepRatio> {
         if step <= self.warmup_steps {
             return Some(KeepRatio::ALL);
         }
         match &self.rule {
             Rule::Keep(schedule) => Some(schedule.at(step, self.warmup_steps + 1, steps)),
-            Rule::Threshold(_) => None,
+            Rule::Threshold(_) | Rule::Adaptive(_) => None,
         }
     }
 
@@ -186,20 +231,19 @@ impl Selection {
             }
             _ => keep,
         };
-        let rank = |scores: &[Vec<f32>], keep: Option<KeepRatio>, running: RunningThreshold| match keep {
-            None => without_lowest(scores.iter().map(|scores| at_least(scores, self.threshold()))),
-            Some(KeepRatio::ALL) => {
-                without_lowest(scores.iter().map(|scores| at_least(scores, f32::NEG_INFINITY)))
-            }
-            Some(keep) if self.scope == Scope::RunningQuantile => {
+        let rank = |scores: &[Vec<f32>], keep: Option<KeepRatio>, running: RunningThreshold| match self
+            .cut(keep)
+        {
+            Cut::At(threshold) => without_lowest(scores.iter().map(|scores| at_least(scores, threshold))),
+            Cut::Highest(Share::Ratio(keep)) if self.scope == Scope::RunningQuantile => {
                 scores.iter().map(|scores| running_choice(scores, keep, running)).collect()
             }
-            Some(keep) => {
+            Cut::Highest(share) => {
                 let keys = (turn.micro_batch..).zip(scores).map(|(micro_batch, scores)| match self.score {
                     Score::Random => Keys::drawn(scores, turn.seed, turn.step, micro_batch),
                     _ => Keys::of_scores(scores),
                 });
-                without_lowest(highest(&keys.collect::<Vec<_>>(), self.scope, row_len, keep).into_iter())
+                without_lowest(highest(&keys.collect::<Vec<_>>(), self.scope, row_len, share).into_iter())
             }
         };
         let ranked = rank(&scores, keep, thresholds.score);
@@ -226,12 +270,23 @@ impl Selection {
         choices.map(|((kept, scores), lowest)| Choice { kept, scores, lowest }).collect()
     }
 
-    fn threshold(&self) -> f32 {
-        match self.rule {
-            Rule::Threshold(threshold) => threshold,
-            Rule::Keep(_) => f32::NEG_INFINITY,
+    /// Where the scores are cut, at a step that keeps a share, or lets the scores decide.
+    fn cut(&self, keep: Option<KeepRatio>) -> Cut {
+        match (keep, &self.rule) {
+            (Some(KeepRatio::ALL), _) | (None, Rule::Keep(_)) => Cut::At(f32::NEG_INFINITY),
+            (Some(keep), _) => Cut::Highest(Share::Ratio(keep)),
+            (None, Rule::Threshold(threshold)) => Cut::At(*threshold),
+            (None, Rule::Adaptive(rule)) => Cut::Highest(Share::Adaptive(*rule)),
         }
     }
+}
+
+/// Which scores are kept.
+enum Cut {
+    /// Those of at least this.
+    At(f32),
+    /// The highest of those that compete.
+    Highest(Share),
 }
 
 /// Every position with a score.
@@ -248,7 +303,7 @@ fn at_least(scores: &[f32], threshold: f32) -> Vec<u32> {
 /// Chooses by what earlier steps have taught, and says what this micro-batch teaches: the lowest score that it would have kept
 /// by itself. In the first step of a run each has only itself.
 fn running_choice(scores: &[f32], keep: KeepRatio, running: RunningThreshold) -> (Vec<u32>, Option<f32>) {
-    let own = Keys::of_scores(scores).highest(keep);
+    let own = Keys::of_scores(scores).highest(Share::Ratio(keep));
     let lowest = own.iter().map(|&index| scores[index as usize]).min_by(f32::total_cmp);
     match running.get() {
         Some(threshold) => (at_least(scores, threshold), lowest),
@@ -262,11 +317,11 @@ fn without_lowest(kept: impl Iterator<Item = Vec<u32>>) -> Vec<(Vec<u32>, Option
 }
 
 /// The highest keys within each sequence, micro-batch or the whole batch.
-fn highest(keys: &[Keys], scope: Scope, row_len: usize, keep: KeepRatio) -> Vec<Vec<u32>> {
+fn highest(keys: &[Keys], scope: Scope, row_len: usize, share: Share) -> Vec<Vec<u32>> {
     match scope {
-        Scope::Sequence => keys.iter().map(|keys| keys.highest_of_each(row_len, keep)).collect(),
+        Scope::Sequence => keys.iter().map(|keys| keys.highest_of_each(row_len, share)).collect(),
         Scope::Batch => {
-            let mut rest = &Keys::concat(keys).highest(keep)[..];
+            let mut rest = &Keys::concat(keys).highest(share)[..];
             let mut start = 0;
             let mut kept = Vec::with_capacity(keys.len());
             for keys in keys {
@@ -277,7 +332,7 @@ fn highest(keys: &[Keys], scope: Scope, row_len: usize, keep: KeepRatio) -> Vec<
             }
             kept
         }
-        Scope::MicroBatch | Scope::RunningQuantile => keys.iter().map(|keys| keys.highest(keep)).collect(),
+        Scope::MicroBatch | Scope::RunningQuantile => keys.iter().map(|keys| keys.highest(share)).collect(),
     }
 }
 

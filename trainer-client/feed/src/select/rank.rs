@@ -1,7 +1,29 @@
 //! The top k of a list, in linear time, with ties broken by position.
 
+use super::adaptive::Adaptive;
 use super::ratio::KeepRatio;
 use crate::random::SplitMix64;
+
+/// How many of those that compete are kept.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Share {
+    /// So many of each hundred.
+    Ratio(KeepRatio),
+    /// As many as score at least 0, within bounds.
+    Adaptive(Adaptive),
+}
+
+impl Share {
+    fn count(self, candidates: &[(u32, u64)]) -> usize {
+        match self {
+            Self::Ratio(keep) => keep.count(candidates.len()),
+            Self::Adaptive(rule) => {
+                let zero = order_preserving(0.0);
+                rule.count(candidates.len(), candidates.iter().filter(|(_, key)| *key >= zero).count())
+            }
+        }
+    }
+}
 
 /// One key a position, in the order of its score: a higher key is kept before a lower one, and a position without
 /// a key cannot be kept.
@@ -31,25 +53,26 @@ impl Keys {
         Self(lists.iter().flat_map(|list| list.0.iter().copied()).collect())
     }
 
-    /// Positions of the `keep` share with the highest keys, ascending; of equal keys the earlier position wins.
-    pub fn highest(&self, keep: KeepRatio) -> Vec<u32> {
-        highest(&self.0, keep)
+    /// Positions of the share with the highest keys, ascending; of equal keys the earlier position wins.
+    pub fn highest(&self, share: Share) -> Vec<u32> {
+        highest(&self.0, share)
     }
 
     /// As [`Keys::highest`], of each run of `row_len` positions by itself.
     ///
     /// # Panics
     /// When `row_len` is 0.
-    pub fn highest_of_each(&self, row_len: usize, keep: KeepRatio) -> Vec<u32> {
+    pub fn highest_of_each(&self, row_len: usize, share: Share) -> Vec<u32> {
         let rows = (0..).step_by(row_len).zip(self.0.chunks(row_len));
-        rows.flat_map(|(start, row)| highest(row, keep).into_iter().map(move |index| start + index)).collect()
+        rows.flat_map(|(start, row)| highest(row, share).into_iter().map(move |index| start + index))
+            .collect()
     }
 }
 
-fn highest(keys: &[Option<u64>], keep: KeepRatio) -> Vec<u32> {
+fn highest(keys: &[Option<u64>], share: Share) -> Vec<u32> {
     let mut candidates: Vec<(u32, u64)> =
         (0..).zip(keys).filter_map(|(index, key)| key.map(|key| (index, key))).collect();
-    let count = keep.count(candidates.len());
+    let count = share.count(&candidates);
     if count < candidates.len() {
         candidates
             .select_nth_unstable_by(count, |left, right| right.1.cmp(&left.1).then(left.0.cmp(&right.0)));

@@ -13,6 +13,8 @@ pub struct KeepRatio(f64);
 impl KeepRatio {
     /// Every token.
     pub const ALL: Self = Self(1.0);
+    /// One token in twenty.
+    pub const TWENTIETH: Self = Self(0.05);
 
     /// The ratio as a number.
     pub fn get(self) -> f64 {

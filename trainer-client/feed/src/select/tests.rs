@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use super::rank::Keys;
+use super::rank::{Keys, Share};
 use super::*;
 use crate::random::SplitMix64;
 
@@ -45,6 +45,7 @@ struct Case {
     score: Score,
     keep: Option<KeepRatio>,
     threshold: Option<f32>,
+    adaptive: Option<Adaptive>,
     scope: Option<Scope>,
     kept: Vec<Vec<u32>>,
 }
@@ -80,10 +81,11 @@ fn every_score_and_scope_agrees_with_numpy() {
     let batch: Vec<_> = batch.iter().map(signals).collect();
     let mut seen = std::collections::BTreeSet::new();
     for case in &golden.cases {
-        let rule = match (case.keep, case.threshold) {
-            (Some(keep), None) => Rule::Keep(KeepSchedule::constant(keep)),
-            (None, Some(threshold)) => Rule::Threshold(threshold),
-            _ => panic!("a case has a share or a threshold"),
+        let rule = match (case.keep, case.threshold, case.adaptive) {
+            (Some(keep), None, None) => Rule::Keep(KeepSchedule::constant(keep)),
+            (None, Some(threshold), None) => Rule::Threshold(threshold),
+            (None, None, Some(rule)) => Rule::Adaptive(rule),
+            _ => panic!("a case has one rule"),
         };
         let scope = case.scope.unwrap_or_default();
         let objective = Objective::Slm(Selection { score: case.score, rule, scope, warmup_steps: 0 });
@@ -275,7 +277,7 @@ fn permuting_documents_permutes_the_selection() {
 
 #[test]
 fn equal_scores_are_kept_from_the_front_whatever_the_sign_of_zero() {
-    let top_k = |scores: &[f32]| Keys::of_scores(scores).highest(ratio(0.5));
+    let top_k = |scores: &[f32]| Keys::of_scores(scores).highest(Share::Ratio(ratio(0.5)));
     assert_eq!(top_k(&[0.0, -0.0, 0.0, -0.0]), [0, 1]);
     assert_eq!(top_k(&[-0.0, 0.0, -0.0, 0.0]), [0, 1]);
     let infinite = [f32::NEG_INFINITY, 1.0, f32::INFINITY, -1.0, f32::NAN];

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
+use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::ContextPolicy;
 
 use super::error::SnapshotError;
@@ -13,6 +14,8 @@ use crate::document::Document;
 /// Name of the outline, which lies beside the columns.
 pub(super) const OUTLINE: &str = "outline";
 
+/// SHA-256 of the outline and the columns: a bit that flipped on a disk would be trained on unseen.
+const CHECKSUM: &str = "checksum";
 const TOKENS: &str = "tokens";
 const REFERENCE_LOSS: &str = "reference_loss";
 const REFERENCE_ENTROPY: &str = "reference_entropy";
@@ -133,7 +136,9 @@ impl Columns {
         let (losses, entropies) = (floats(&self.reference_loss), floats(&self.reference_entropy));
         let view = |dtype, len: usize, bytes| TensorView::new(dtype, vec![len], bytes);
         let count = self.tokens.len();
+        let sum = checksum(outline, &tokens, &losses, &entropies);
         let views = [
+            (CHECKSUM, view(Dtype::U8, Fingerprint::LEN, sum.as_bytes())?),
             (OUTLINE, view(Dtype::U8, outline.len(), outline)?),
             (TOKENS, view(Dtype::U32, count, &tokens)?),
             (REFERENCE_LOSS, view(Dtype::F32, count, &losses)?),
@@ -145,11 +150,8 @@ impl Columns {
     /// The numbers in a file, whose outline names these contexts.
     pub fn of(file: &SafeTensors<'_>, policies: Vec<ContextPolicy>) -> Result<Self, SnapshotError> {
         let words = |name: &'static str, dtype: Dtype| -> Result<Vec<[u8; 4]>, SnapshotError> {
-            let view = file.tensor(name).map_err(|_| SnapshotError::Part(name))?;
-            if view.dtype() != dtype {
-                return Err(SnapshotError::Part(name));
-            }
-            Ok(view.data().chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect())
+            let data = column(file, name, dtype)?;
+            Ok(data.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect())
         };
         let floats = |name| -> Result<Vec<f32>, SnapshotError> {
             Ok(words(name, Dtype::F32)?.into_iter().map(f32::from_le_bytes).collect())
@@ -170,4 +172,26 @@ impl Columns {
         }
         Ok(columns)
     }
+}
+
+/// Fails where a file does not hold what was written.
+pub(super) fn check_sum(file: &SafeTensors<'_>) -> Result<(), SnapshotError> {
+    let sum = checksum(
+        column(file, OUTLINE, Dtype::U8)?,
+        column(file, TOKENS, Dtype::U32)?,
+        column(file, REFERENCE_LOSS, Dtype::F32)?,
+        column(file, REFERENCE_ENTROPY, Dtype::F32)?,
+    );
+    if column(file, CHECKSUM, Dtype::U8)? == sum.as_bytes() { Ok(()) } else { Err(SnapshotError::Damaged) }
+}
+
+fn checksum(outline: &[u8], tokens: &[u8], losses: &[u8], entropies: &[u8]) -> Fingerprint {
+    let parts =
+        [(OUTLINE, outline), (TOKENS, tokens), (REFERENCE_LOSS, losses), (REFERENCE_ENTROPY, entropies)];
+    Fingerprint::of_parts(&mut parts.map(|(name, bytes)| (name.to_owned(), Fingerprint::of_bytes(bytes))))
+}
+
+fn column<'a>(file: &SafeTensors<'a>, name: &'static str, dtype: Dtype) -> Result<&'a [u8], SnapshotError> {
+    let view = file.tensor(name).map_err(|_| SnapshotError::Part(name))?;
+    if view.dtype() == dtype { Ok(view.data()) } else { Err(SnapshotError::Part(name)) }
 }

@@ -2,8 +2,8 @@
 
 use safetensors::SafeTensorError;
 
-/// Version of the bytes. Version 1 was kept by rank, in files of another layout.
-pub(super) const FORMAT: u32 = 2;
+/// Version of the bytes. Version 1 was kept by rank, in files of another layout; version 2 had no checksum.
+pub(super) const FORMAT: u32 = 3;
 
 /// Why bytes are no snapshot, or snapshots no whole.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +14,11 @@ pub enum SnapshotError {
     /// A part of the file is missing or of the wrong kind.
     #[error("its {0} is missing or of another type")]
     Part(&'static str),
+    /// The checksum is of other bytes.
+    #[error(
+        "its bytes are not those that were written: the file or the memory it lay in is damaged; take an earlier one"
+    )]
+    Damaged,
     /// The outline is none.
     #[error("its outline cannot be read")]
     Outline(#[from] serde_json::Error),

@@ -231,6 +231,7 @@ impl Snapshot {
         if format != FORMAT {
             return Err(SnapshotError::Format(format));
         }
+        columns::check_sum(&file)?;
         let outline: Outline = serde_json::from_slice(outline.data())?;
         let mut columns = Columns::of(&file, outline.policies)?;
         let mut held = BTreeMap::new();

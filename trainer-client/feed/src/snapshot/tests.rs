@@ -92,6 +92,20 @@ fn a_snapshot_comes_back_from_its_bytes_bit_by_bit() {
     for cut in 0..bytes.len() {
         assert!(Snapshot::from_bytes(&bytes[..cut]).is_err(), "cut after {cut} bytes");
     }
+    // The first eight bytes and the names after them are the container's, whose spaces alone mean nothing.
+    let flipped = |index: usize, bit: u8| {
+        let mut flipped = bytes.clone();
+        flipped[index] ^= 1 << bit;
+        flipped
+    };
+    let is_data = |index: usize| index >= 8 + usize::from(u16::from_le_bytes([bytes[0], bytes[1]]));
+    for (index, bit) in (0..bytes.len()).flat_map(|index| (0..8).map(move |bit| (index, bit))) {
+        match Snapshot::from_bytes(&flipped(index, bit)) {
+            Ok(after) => assert_eq!(bits(&after), bits(&before), "bit {bit} of byte {index}"),
+            Err(_) => continue,
+        }
+        assert!(!is_data(index), "bit {bit} of byte {index} was not seen");
+    }
 }
 
 #[test]

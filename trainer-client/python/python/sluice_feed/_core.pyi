@@ -65,6 +65,8 @@ class Selection:
     @property
     def threshold(self) -> float | None: ...
     @property
+    def adaptive(self) -> tuple[float, float] | None: ...
+    @property
     def entropy_keep(self) -> float | None: ...
     @property
     def warmup_steps(self) -> int: ...
@@ -82,7 +84,7 @@ class Selection:
         score: str = "excess",
         keep: float | str | None = None,
         threshold: float | None = None,
-        scope: str = "batch",
+        scope: str | None = None,
         warmup_steps: int = 0,
         entropy_keep: float | None = None,
         steps: int | None = None,

@@ -41,6 +41,10 @@ def select(
     shapes = [np.shape(batch["loss"]) if "loss" in batch else () for batch in batches]
     if any(len(shape) != 2 for shape in shapes) or len({shape[-1] for shape in shapes}) != 1:
         raise ConfigurationError("loss must be an array [rows, length] in each micro-batch, of one length in all of them")
+    for shape, batch in zip(shapes, batches):
+        for name in NAMES:
+            if name in batch and np.shape(batch[name]) != shape:
+                raise ConfigurationError(f"{name} is {np.shape(batch[name])}, and loss {shape}: give a value for each token")
     flat = [
         {name: np.ascontiguousarray(batch[name], dtype=np.float32).reshape(-1) for name in NAMES if name in batch}
         for batch in batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -87,6 +88,8 @@ class ScoredStream:
         self._group = group
         self._digests = digests
         self._feed: _core.Feed | None = None
+        # One thread opens it, and another that asks meanwhile for its state or its lanes waits for that.
+        self._opening = threading.Lock()
         self._state: Mapping[str, Any] | None = None
         # Whether micro-batches of the last step are still to be given.
         self._is_within_step = False
@@ -155,6 +158,8 @@ class ScoredStream:
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank must keep to go on from here: the bytes of each of its lanes (partitions), by number.
+
+        The bytes carry a checksum. JSON has no bytes: write each lane as `part.hex()`, and read it by `bytes.fromhex`.
 
         It stands after the last step all of whose micro-batches were given. The states of all ranks of one step make the
         state of the run: `merge_state_dicts`, or a distributed checkpoint, which keeps lanes under names of their own. In
@@ -225,34 +230,41 @@ class ScoredStream:
     def __getstate__(self) -> dict[str, Any]:
         if self._feed is not None:
             raise TypeError("a stream that is being read cannot be handed to another process; give num_workers=0")
-        return self.__dict__
+        return {name: value for name, value in self.__dict__.items() if name != "_opening"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _opening=threading.Lock())
 
     def _convert(self, batch: Batch) -> Any:
         """What is given for a micro-batch."""
         return batch
 
     def _opened(self) -> _core.Feed:
-        if self._feed is None:
-            group = self._group = self._group or default_group(self.world_size)
-            try:
-                feed = _core.Feed(**self._settings, state=self._own_state())
-            except BaseException:
-                # The others must hear of it, or they would wait for ever.
-                group.minimum([0] + [1] * self.world_size)
-                raise
-            is_opened, *missing = group.minimum([1] + [int(rank != self.rank) for rank in range(self.world_size)])
-            if not is_opened:
-                raise RankError("another rank could not open the stream; see what it says")
-            if any(missing):
-                raise RankError(
-                    f"no stream has rank {missing.index(1)} of {self.world_size}: each rank has a number of its own, from 0"
-                )
-            if not all_equal(group, feed.identity()):
-                raise RankError(
-                    "the ranks of the group do not read the same run: the topic, tokenizer, settings or state differ"
-                )
-            self._feed, self._is_closed = feed, False
-        return self._feed
+        with self._opening:
+            if self._feed is None:
+                self._feed, self._is_closed = self._open(), False
+            return self._feed
+
+    def _open(self) -> _core.Feed:
+        group = self._group = self._group or default_group(self.world_size)
+        try:
+            feed = _core.Feed(**self._settings, state=self._own_state())
+        except BaseException:
+            # The others must hear of it, or they would wait for ever.
+            group.minimum([0] + [1] * self.world_size)
+            raise
+        is_opened, *missing = group.minimum([1] + [int(rank != self.rank) for rank in range(self.world_size)])
+        if not is_opened:
+            raise RankError("another rank could not open the stream; see what it says")
+        if any(missing):
+            raise RankError(
+                f"no stream has rank {missing.index(1)} of {self.world_size}: each rank has a number of its own, from 0"
+            )
+        if not all_equal(group, feed.identity()):
+            raise RankError(
+                "the ranks of the group do not read the same run: the topic, tokenizer, settings or state differ"
+            )
+        return feed
 
     def _own_state(self) -> list[bytes] | None:
         """The parts of the loaded state that are of this rank's lanes."""

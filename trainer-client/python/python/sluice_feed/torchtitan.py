@@ -131,7 +131,7 @@ class SelectiveCrossEntropy(BaseLoss):  # type: ignore[misc]
         """See `sluice_feed.Selection`, which the settings are of."""
 
         keep: str | None = "0.6"
-        """Share, or schedule such as linear:0.9:0.6."""
+        """Share, schedule such as linear:0.9:0.6, or adaptive."""
         threshold: float | None = None
         score: str = "excess"
         scope: str = "sequence"
@@ -141,11 +141,8 @@ class SelectiveCrossEntropy(BaseLoss):  # type: ignore[misc]
         seed: int = 0
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
-        keep: float | str | None = config.keep
-        if isinstance(keep, str) and ":" not in keep:
-            keep = float(keep)
         self.selection = Selection(
-            keep=keep if config.threshold is None else None,
+            keep=config.keep if config.threshold is None else None,
             threshold=config.threshold,
             score=config.score,
             scope=config.scope,

@@ -1,7 +1,7 @@
 """A topic on a real Kafka, which `tests/e2e/torch.rs` fills before it runs these tests.
 
 SLUICE_TEST_STREAM holds the settings of a stream over it as JSON: 8 partitions (one of them empty), some 400 documents, two
-reference models, two epochs, 8 micro-batches a step.
+reference models, two epochs, 8 micro-batches a step. SLUICE_TEST_TOKENIZER is the `tokenizer.json` of its records.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Callable
 
 import pytest
 from sluice_feed import ScoredStream
+from stream_support import digests
 
 Make = Callable[..., ScoredStream]
 
@@ -34,3 +35,10 @@ def make(settings: dict[str, Any]) -> Iterator[Make]:
     yield stream
     for stream_made in made:
         stream_made.close()
+
+
+@pytest.fixture(scope="session")
+def wanted(settings: dict[str, Any]) -> list[str]:
+    """Digests of all micro-batches of an uninterrupted run."""
+    with ScoredStream(rank=0, world_size=1, **settings) as stream:
+        return digests(stream)

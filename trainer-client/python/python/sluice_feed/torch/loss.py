@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, NamedTuple, Union, overload
 
 import torch
@@ -254,6 +255,8 @@ def _mean(
     total: Tensor, count: int | Tensor, divisor: Count | None, ranks: Ranks, averaged_over: int | None
 ) -> tuple[Tensor, Tensor]:
     """A rank's part of the mean over all kept tokens, and how many they are."""
+    if isinstance(divisor, (int, float)) and not 0 <= divisor < math.inf:
+        raise ConfigurationError(f"divisor={divisor} is no number of tokens: give those that all ranks keep in the step")
     kept_count = ranks.sum(torch.as_tensor(count, dtype=torch.int64, device=total.device).clone())
     by = torch.as_tensor(kept_count if divisor is None else divisor, device=total.device).detach()
     # Nothing kept anywhere is a loss of 0 and not 0 / 0.

@@ -7,7 +7,7 @@ keys in their order; of equal scores the earlier position wins.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Callable, Optional, cast
+from typing import TYPE_CHECKING, Callable, Optional, Union, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,11 @@ TWO_RANKINGS = ("intersection", "union")
 SCORE_DIGITS = (16, 0)
 DRAW_DIGITS = (48, 32, 16, 0)
 DIGIT = 1 << 16
+#: Of the keys of scores; those of scores above 0 are higher.
+KEY_OF_ZERO = 1 << 31
+
+#: A share, or the smallest and the largest share of the rule "adaptive".
+Share = Union[float, tuple[float, float]]
 
 
 # A compiler may drop the addition of zero and fuse a product with a sum, and so choose otherwise.
@@ -80,11 +85,12 @@ def select(
     lowest: list[list[Tensor]] = []
 
     def rank(scores: list[Tensor], keep: float | None, ranking: int) -> list[Tensor]:
-        if keep is None:
+        if selection.threshold is not None and keep is None:
             return [own >= cast(float, selection.threshold) for own in scores]
         eligible = [~own.isnan() for own in scores]
-        if keep >= 1.0:
+        if keep is not None and keep >= 1.0:
             return eligible
+        share: Share = cast(tuple[float, float], selection.adaptive) if keep is None else keep
         is_drawn = selection.score == "random"
         keys = (
             [_draws(own, selection, step, number) for own, number in zip(eligible, numbers)]
@@ -93,9 +99,9 @@ def select(
         )
         if selection.scope == "batch":
             digits = DRAW_DIGITS if is_drawn else SCORE_DIGITS
-            return _highest_of_batch(keys, eligible, keep=keep, digits=digits, numbers=numbers, ranks=ranks)
+            return _highest_of_batch(keys, eligible, share=share, digits=digits, numbers=numbers, ranks=ranks)
         lengths = [row_len if selection.scope == "sequence" else len(own) for own in keys]
-        highest = [_highest_of_each(own, is_one, keep, length) for own, is_one, length in zip(keys, eligible, lengths)]
+        highest = [_highest_of_each(own, is_one, share, length) for own, is_one, length in zip(keys, eligible, lengths)]
         if selection.scope != "running-quantile":
             return highest
         threshold = selection.running_thresholds[ranking]
@@ -192,14 +198,17 @@ def _draws(eligible: Tensor, selection: Selection, step: int, number: int | None
     return torch.from_numpy(drawn.view(np.int64)).to(eligible.device)
 
 
-def _count(keep: float, eligible: Tensor) -> Tensor:
-    """``floor(keep * eligible + 0.5)``, and at least one of any."""
-    rounded = (eligible.to(torch.float64) * keep + 0.5).floor().to(torch.int64)
+def _count(share: Share, eligible: Tensor, positive: Tensor) -> Tensor:
+    """``floor(share * eligible + 0.5)``, and at least one of any; of two bounds as many as are positive, within them."""
+    if isinstance(share, tuple):
+        smallest, largest = (_count(bound, eligible, positive) for bound in share)
+        return torch.minimum(torch.maximum(positive, smallest), largest)
+    rounded = (eligible.to(torch.float64) * share + 0.5).floor().to(torch.int64)
     return torch.minimum(torch.maximum(rounded, eligible.clamp(max=1)), eligible)
 
 
-def _highest_of_each(keys: Tensor, eligible: Tensor, keep: float, row_len: int) -> Tensor:
-    """Mask of the ``keep`` share with the highest keys of each run of ``row_len`` positions."""
+def _highest_of_each(keys: Tensor, eligible: Tensor, share: Share, row_len: int) -> Tensor:
+    """Mask of the share with the highest keys of each run of ``row_len`` positions."""
     length = len(keys)
     if length == 0:
         return eligible
@@ -212,7 +221,7 @@ def _highest_of_each(keys: Tensor, eligible: Tensor, keep: float, row_len: int) 
     by_key = turned.sort(dim=1, descending=True, stable=True).indices
     # A key has no value left to say "cannot be chosen", so a second stable sort puts these last.
     by_both = by_key.gather(1, eligible.gather(1, by_key).sort(dim=1, descending=True, stable=True).indices)
-    count = _count(keep, eligible.sum(dim=1))
+    count = _count(share, eligible.sum(dim=1), (eligible & (keys >= KEY_OF_ZERO)).sum(dim=1))
     is_kept = torch.arange(row_len, device=keys.device) < count[:, None]
     return torch.zeros_like(eligible).scatter_(1, by_both, is_kept).view(-1)[:length]
 
@@ -221,12 +230,12 @@ def _highest_of_batch(
     keys: list[Tensor],
     eligible: list[Tensor],
     *,
-    keep: float,
+    share: Share,
     digits: Sequence[int],
     numbers: Sequence[int | None],
     ranks: Ranks,
 ) -> list[Tensor]:
-    """Masks of the ``keep`` share with the highest keys of all micro-batches of all ranks.
+    """Masks of the share with the highest keys of all micro-batches of all ranks.
 
     Digit by digit, from the highest: positions above the digit in which the last kept key lies are kept, those below it
     are not, and those in it go on to the next digit. After the last they have the same key, and the first of them are
@@ -242,7 +251,8 @@ def _highest_of_batch(
         histogram = torch.zeros(DIGIT, dtype=torch.int64, device=device)
         histogram = ranks.sum(histogram.index_add_(0, digit, undecided.to(torch.int64)))
         if wanted is None:
-            wanted = _count(keep, histogram.sum())
+            # The highest digit of a score's key has its highest bit where the score is at least 0.
+            wanted = _count(share, histogram.sum(), histogram[DIGIT // 2 :].sum())
         # How many keys have each digit or a higher one: it falls from left to right.
         at_least = histogram.flip(0).cumsum(0).flip(0)
         boundary = ((at_least >= wanted).sum() - 1).view(1)

@@ -52,8 +52,11 @@ class SelectiveStep:
     def _tokens_compete(self) -> bool:
         """Whether what one micro-batch keeps depends on the others."""
         keep = self.selection.keep_at(self.batches[0].step)
-        keeps_all = keep is None or (keep >= 1.0 and self.selection.score not in TWO_RANKINGS)
-        return self.selection.scope == "batch" and not keeps_all
+        if keep is None:
+            decides_alone = self.selection.threshold is not None
+        else:
+            decides_alone = keep >= 1.0 and self.selection.score not in TWO_RANKINGS
+        return self.selection.scope == "batch" and not decides_alone
 
     def add(self, output: SelectiveLoss) -> None:
         """Counts what a forward has kept."""
