@@ -113,7 +113,7 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
     for group in &plan.groups {
         let students = plan.students().into_iter().filter(|student| student.group == *group);
         let runs: Vec<RecordedRun> = students
-            .filter(|student| student.seed == plan.seeds[0])
+            .filter(|student| student.seed == group.seeds[0])
             .map(|student| {
                 let run = RecordedRun::read(&options.out.join(student.folder()))?;
                 // All of one seed, which the title names.
@@ -121,7 +121,7 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
             })
             .collect::<anyhow::Result<_>>()?;
         let name = format!("{}-{}", group.setting.name(), group.size.name);
-        let page = report::page(&format!("Experiment 1: {name}, seed {}", plan.seeds[0]), &runs);
+        let page = report::page(&format!("Experiment 1: {name}, seed {}", group.seeds[0]), &runs);
         write_whole(&options.out.join(format!("report-{name}.html")), page.as_bytes())?;
     }
     Ok(table)

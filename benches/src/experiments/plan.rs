@@ -101,6 +101,8 @@ pub enum Kind {
     Random(f64),
     /// The share of the tokens with the highest excess loss.
     Slm(f64),
+    /// Every token that the reference predicts better than the student does (`--keep adaptive`).
+    Adaptive,
 }
 
 impl Kind {
@@ -110,19 +112,26 @@ impl Kind {
             Self::Plain => "plain".to_owned(),
             Self::Random(keep) => format!("random-{:.0}", 100.0 * keep),
             Self::Slm(keep) => format!("slm-{:.0}", 100.0 * keep),
+            Self::Adaptive => "adaptive".to_owned(),
         }
+    }
+
+    /// Whether it looks at scores, so that scoring is a cost of it.
+    pub fn is_scored(self) -> bool {
+        matches!(self, Self::Slm(_) | Self::Adaptive)
     }
 
     /// Flags of `sluice-train run`.
     pub fn flags(self) -> Vec<String> {
         let (objective, keep) = match self {
             Self::Plain => ("clm", None),
-            Self::Random(keep) => ("random", Some(keep)),
-            Self::Slm(keep) => ("slm", Some(keep)),
+            Self::Random(keep) => ("random", Some(keep.to_string())),
+            Self::Slm(keep) => ("slm", Some(keep.to_string())),
+            Self::Adaptive => ("slm", Some("adaptive".to_owned())),
         };
         let mut flags = vec!["--objective".to_owned(), objective.to_owned()];
         if let Some(keep) = keep {
-            flags.extend(["--keep".to_owned(), keep.to_string()]);
+            flags.extend(["--keep".to_owned(), keep]);
         }
         flags
     }
@@ -141,6 +150,8 @@ pub struct Group {
     pub steps: u64,
     /// Steps between evaluations.
     pub eval_every: u64,
+    /// A run of each kind with each.
+    pub seeds: Vec<u64>,
 }
 
 /// One run of the experiment.
@@ -180,8 +191,6 @@ pub struct Plan {
     pub learning_rate: f64,
     /// Highest learning rate of models that go on from others.
     pub learning_rate_continual: f64,
-    /// A run with each.
-    pub seeds: Vec<u64>,
     /// The students.
     pub groups: Vec<Group>,
     /// Whether all is small, to see that it works and no more.
@@ -194,15 +203,17 @@ const LARGE: Size = Size { name: "10M", hidden: 320, layers: 6, heads: 5 };
 impl Plan {
     /// An hour and a half on two cores that have nothing else to do.
     pub fn full() -> Self {
-        use Kind::{Plain, Random, Slm};
+        use Kind::{Adaptive, Plain, Random, Slm};
         let group = |setting, size, kinds: &[Kind], steps, eval_every| Group {
             setting,
             size,
             kinds: kinds.to_vec(),
             steps,
             eval_every,
+            // A run of the small size takes a quarter of a minute.
+            seeds: if size == SMALL { (1..=5).collect() } else { (1..=3).collect() },
         };
-        let controls = [Plain, Random(KEEP), Slm(KEEP)];
+        let controls = [Plain, Random(KEEP), Slm(KEEP), Adaptive];
         let sweep = |further: &[f64]| -> Vec<Kind> {
             controls.iter().copied().chain(further.iter().map(|&keep| Slm(keep))).collect()
         };
@@ -214,12 +225,11 @@ impl Plan {
             reference_epochs: 3,
             learning_rate: 2e-3,
             learning_rate_continual: 1e-3,
-            seeds: vec![1, 2, 3],
             groups: vec![
-                group(Setting::Continual, SMALL, &sweep(&[0.8, 0.4, 0.3, 0.1]), 200, 20),
-                group(Setting::ContinualMixed, SMALL, &sweep(&[0.3]), 200, 20),
-                group(Setting::Scratch, SMALL, &sweep(&[0.8, 0.4, 0.3]), 320, 32),
-                group(Setting::Scratch, LARGE, &sweep(&[0.3]), 320, 32),
+                group(Setting::Continual, SMALL, &sweep(&[0.8, 0.4, 0.3, 0.1]), 200, 10),
+                group(Setting::ContinualMixed, SMALL, &sweep(&[0.3]), 200, 10),
+                group(Setting::Scratch, SMALL, &sweep(&[0.8, 0.4, 0.3]), 320, 16),
+                group(Setting::Scratch, LARGE, &sweep(&[0.3]), 320, 16),
             ],
             is_quick: false,
         }
@@ -235,6 +245,7 @@ impl Plan {
             kinds: group.kinds.iter().copied().filter(|kind| *kind != Kind::Slm(0.4)).take(4).collect(),
             steps: 12,
             eval_every: 4,
+            seeds: vec![1, 2],
             ..group.clone()
         });
         Self {
@@ -242,7 +253,6 @@ impl Plan {
             partitions: 4,
             reference: small,
             base_steps: 12,
-            seeds: vec![1, 2],
             groups: groups.collect(),
             is_quick: true,
             ..full.clone()
@@ -261,12 +271,17 @@ impl Plan {
         Ok(self)
     }
 
+    /// Every seed that a group has.
+    pub fn seeds(&self) -> BTreeSet<u64> {
+        self.groups.iter().flat_map(|group| &group.seeds).copied().collect()
+    }
+
     /// Every run, in the order in which they are done: a seed after the other, so that an experiment that is cut short has
     /// whole seeds.
     pub fn students(&self) -> Vec<Student> {
         let mut students = Vec::new();
-        for &seed in &self.seeds {
-            for group in &self.groups {
+        for seed in self.seeds() {
+            for group in self.groups.iter().filter(|group| group.seeds.contains(&seed)) {
                 for &kind in &group.kinds {
                     students.push(Student { group: group.clone(), kind, seed });
                 }

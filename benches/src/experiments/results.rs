@@ -5,7 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use sluice_trainer::run::metrics::{EvalMetric, tokens_to_reach};
+use sluice_trainer::run::learning_curve::LearningCurve;
+use sluice_trainer::run::metrics::EvalMetric;
 use sluice_trainer::run::recorded::RecordedRun;
 
 use super::flops::Cost;
@@ -70,8 +71,20 @@ pub(super) struct GroupResults {
     pub parameters: usize,
     /// What each kind came to over the seeds.
     pub rows: Vec<Row>,
+    /// Tokens that a plain run takes to the end of another seed's plain run, over that run's own, for every pair: what of a
+    /// ratio is chance.
+    pub null: Null,
     /// Each run.
     pub runs: Vec<RunResults>,
+}
+
+/// Plain training measured against plain training.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Null {
+    /// Of the pairs that reached the other's end.
+    pub tokens_ratio: Option<Stat>,
+    /// All pairs.
+    pub pairs: usize,
 }
 
 /// One run.
@@ -89,8 +102,8 @@ pub(super) struct RunResults {
     pub curve: Vec<EvalMetric>,
     /// Training loss of unselected tokens over the last quarter of the steps, nats.
     pub unselected_loss: Option<f64>,
-    /// What it took to come down to the final loss of the plain run of its seed, over what the plain run took; absent where
-    /// it never did.
+    /// What it took to come down to the end of the plain run's curve of its seed ([`LearningCurve`]), over what the plain run
+    /// took; absent where it never did.
     pub to_plain: Option<Ratios>,
 }
 
@@ -126,8 +139,12 @@ pub(super) struct Stat {
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Row {
     pub kind: String,
-    /// Share kept, if it is `slm`.
+    /// Share asked for, if it is `slm`.
     pub slm_keep: Option<f64>,
+    /// Whether it chooses by scores.
+    pub is_scored: bool,
+    /// Share of the tokens that were kept.
+    pub kept: Option<Stat>,
     pub runs: usize,
     /// Final loss by evaluation set, nats.
     pub losses: BTreeMap<String, Stat>,
@@ -213,13 +230,15 @@ fn read_group(
             .find(|(other, _)| other.kind == Kind::Plain && other.seed == student.seed)
             .map(|(_, run)| run)
             .context("every seed has a plain run")?;
+        let goal = LearningCurve::of(plain.evals(TARGET));
+        let end = goal.end().context("the plain run was not evaluated")?;
         let plain_effort = effort(plain, cost);
         let effort = effort(run, cost);
-        let goal = plain.evals(TARGET).last().context("the plain run was not evaluated")?.loss;
         // Neither control looks at a score.
-        let scoring = if let Kind::Slm(_) = student.kind { scoring } else { Effort::default() };
-        let to_plain = tokens_to_reach(run.evals(TARGET), goal)
-            .map(|tokens| Ratios::of(tokens, effort, plain_effort, scoring));
+        let scoring = if student.kind.is_scored() { scoring } else { Effort::default() };
+        let to_plain = LearningCurve::of(run.evals(TARGET))
+            .tokens_to(end.loss)
+            .map(|tokens| Ratios::of((tokens, effort), (end.tokens, plain_effort), scoring));
         runs.push(RunResults {
             kind: student.kind.name(),
             seed: student.seed,
@@ -230,24 +249,49 @@ fn read_group(
             to_plain,
         });
     }
+    let plains: Vec<LearningCurve> = recorded
+        .iter()
+        .filter(|(student, _)| student.kind == Kind::Plain)
+        .map(|(_, run)| LearningCurve::of(run.evals(TARGET)))
+        .collect();
+    let null = null(&plains);
     let rows = group.kinds.iter().map(|kind| Row::of(*kind, &runs)).collect();
     Ok(GroupResults {
         setting: group.setting,
         size: group.size.name,
         parameters: config.parameters(),
         rows,
+        null,
         runs,
     })
 }
 
+/// Each plain run against the end of every other.
+fn null(plains: &[LearningCurve]) -> Null {
+    let pairs = || {
+        let others = |index: usize| plains.iter().enumerate().filter(move |(other, _)| *other != index);
+        plains
+            .iter()
+            .enumerate()
+            .flat_map(move |(index, run)| others(index).map(move |(_, other)| (run, other)))
+    };
+    Null {
+        tokens_ratio: stat(pairs().filter_map(|(run, other)| run.tokens_to_end_of(other))),
+        pairs: pairs().count(),
+    }
+}
+
 impl Ratios {
-    /// What it takes to see `tokens` in a run, over the whole of the plain run.
-    fn of(tokens: f64, run: Effort, plain: Effort, scoring: Effort) -> Self {
+    /// What a run takes to so many tokens, over what the plain run takes to so many of its own.
+    fn of((tokens, run): (f64, Effort), (plain_tokens, plain): (f64, Effort), scoring: Effort) -> Self {
         let share = tokens / run.tokens as f64;
+        let plain_share = plain_tokens / plain.tokens as f64;
         let scored = if scoring.tokens == 0 { 0.0 } else { tokens / scoring.tokens as f64 };
-        let ratio = |of: fn(Effort) -> f64, scored: f64| (of(run) * share + of(scoring) * scored) / of(plain);
+        let ratio = |of: fn(Effort) -> f64, scored: f64| {
+            (of(run) * share + of(scoring) * scored) / (of(plain) * plain_share)
+        };
         Self {
-            tokens: tokens / plain.tokens as f64,
+            tokens: tokens / plain_tokens,
             flops: ratio(|effort| effort.flops, 0.0),
             flops_with_scoring: ratio(|effort| effort.flops, scored),
             cpu: ratio(|effort| effort.cpu_seconds, 0.0),
@@ -279,6 +323,8 @@ impl Row {
         Self {
             kind: name.clone(),
             slm_keep: if let Kind::Slm(keep) = kind { Some(keep) } else { None },
+            is_scored: kind.is_scored(),
+            kept: stat(runs.iter().map(|run| run.tokens_kept as f64 / run.effort.tokens as f64)),
             runs: runs.len(),
             losses,
             difference: stat(differences),
@@ -347,8 +393,11 @@ mod tests {
         let effort =
             |tokens, flops, cpu_seconds| Effort { tokens, flops, seconds: 2.0 * cpu_seconds, cpu_seconds };
         // Half of the run's 100 tokens; scoring cost 1 FLOP and 0.1 s a token.
-        let ratios =
-            Ratios::of(50.0, effort(100, 80.0, 40.0), effort(100, 100.0, 50.0), effort(200, 200.0, 20.0));
+        let ratios = Ratios::of(
+            (50.0, effort(100, 80.0, 40.0)),
+            (100.0, effort(100, 100.0, 50.0)),
+            effort(200, 200.0, 20.0),
+        );
         let expected = [0.5, 0.4, 0.9, 0.4, 0.5, 0.4, 0.5];
         let Ratios { tokens, flops, flops_with_scoring, cpu, cpu_with_scoring, wall, wall_with_scoring } =
             ratios;

@@ -2,8 +2,11 @@
 
 use std::fmt::Write;
 
+use sluice_trainer::run::learning_curve::AVERAGED;
+
 use super::plan::Setting;
 use super::results::{GroupResults, Results, Row, SettingResults, Stat};
+use super::stages::TARGET;
 
 /// Share of the tokens that is the goal.
 const GOAL: f64 = 0.5;
@@ -29,12 +32,15 @@ fn write_page(page: &mut String, results: &Results) -> std::fmt::Result {
     writeln!(
         page,
         "\n{} seeds, {} cores. Losses in nats per token on held-out text, mean ± standard deviation over seeds. “To plain” is \
-         what a run took until its loss on held-out mathematics came down to the final loss of the plain run of its seed, over \
-         what the plain run took; learning rates are constant, so a run that is cut there is a whole run. “With scoring” adds \
-         the reference's forward pass over as many tokens. The text is a stand-in: word problems from templates in prose, see \
+         what a run took until its loss on held-out mathematics came down to the end of the plain run of its seed, over what the \
+         plain run took; learning rates are constant, so a run that is cut there is a whole run. A loss there is the mean of {} \
+         evaluations in a row, for one by itself is noisy. The line “null” is plain training against the end of another seed's \
+         plain run: a ratio that lies within it says nothing. “With scoring” adds the reference's forward pass over as many \
+         tokens. The text is a stand-in: word problems from templates in prose, see \
          [ops/corpus](../../../ops/corpus/README.md).",
-        results.plan.seeds.len(),
-        results.cores
+        results.plan.seeds().len(),
+        results.cores,
+        AVERAGED
     )?;
     for group in &results.groups {
         write_group(page, group, &results.settings[group.setting.name()])?;
@@ -96,23 +102,45 @@ fn write_group(page: &mut String, group: &GroupResults, setting: &SettingResults
         .runs
         .first()
         .map_or((0, 0), |run| (run.effort.tokens, run.curve.last().map_or(0, |eval| eval.step)));
+    let plain = group.rows.iter().find(|row| row.kind == "plain");
+    if let Some(plain) =
+        plain.and_then(|row| row.losses.get(TARGET)).filter(|loss| loss.mean <= setting.reference_loss)
+    {
+        writeln!(
+            page,
+            "**The reference is no better on the target ({:.3}) than plain training's end ({:.3}): its losses cannot tell what \
+             is worth learning, and no gain can be expected.**\n",
+            setting.reference_loss, plain.mean
+        )?;
+    }
     writeln!(
         page,
-        "{} parameters, {tokens} tokens in {steps} steps; the reference's loss on held-out mathematics is {:.3}.\n",
-        group.parameters, setting.reference_loss
+        "{} seeds; {} parameters, {tokens} tokens in {steps} steps; the reference's loss on held-out mathematics is {:.3}.\n",
+        group.runs.iter().filter(|run| run.kind == "plain").count(),
+        group.parameters,
+        setting.reference_loss
     )?;
-    write!(page, "| run | tokens to plain | reached | math less plain |")?;
+    write!(page, "| run | kept | tokens to plain | reached | math less plain |")?;
     for set in &sets {
         write!(page, " {set} |")?;
     }
     writeln!(page, " sure answers | unselected, training |")?;
-    writeln!(page, "|---|---|---|---|{}---|---|", "---|".repeat(sets.len()))?;
+    writeln!(page, "|---|---|---|---|---|{}---|---|", "---|".repeat(sets.len()))?;
+    writeln!(
+        page,
+        "| null | – | {} | {} of {} | – |{} – | – |",
+        shown(group.null.tokens_ratio, 2),
+        group.null.tokens_ratio.map_or(0, |stat| stat.values),
+        group.null.pairs,
+        " – |".repeat(sets.len())
+    )?;
     for row in &group.rows {
         let reached = row.tokens_ratio.map_or(0, |stat| stat.values);
         write!(
             page,
-            "| {} | {} | {reached} of {} | {} |",
+            "| {} | {} | {} | {reached} of {} | {} |",
             row.kind,
+            shown(row.kept, 2),
             shown(row.tokens_ratio, 2),
             row.runs,
             shown(row.difference, 3)
@@ -148,11 +176,11 @@ fn write_goals(page: &mut String, group: &GroupResults) -> std::fmt::Result {
     // A mean over the seeds that got there says nothing of those that did not.
     let whole = |row: &&Row| row.tokens_ratio.is_some_and(|stat| stat.values == row.runs);
     let mean = |row: &Row| row.tokens_ratio.map_or(f64::INFINITY, |stat| stat.mean);
-    let slm = || group.rows.iter().filter(|row| row.slm_keep.is_some()).filter(whole);
+    let slm = || group.rows.iter().filter(|row| row.is_scored).filter(whole);
     let paper = slm().find(|row| row.slm_keep == Some(super::plan::KEEP));
     let best = slm().min_by(|left, right| mean(left).total_cmp(&mean(right)));
     writeln!(page)?;
-    for (what, row) in [("at k = 60 %", paper), ("at the best k", best)] {
+    for (what, row) in [("at k = 60 %", paper), ("by the best rule", best)] {
         match row {
             Some(row) => {
                 let verdict = if mean(row) <= GOAL { "met" } else { "missed" };
@@ -165,7 +193,7 @@ fn write_goals(page: &mut String, group: &GroupResults) -> std::fmt::Result {
             }
             None => writeln!(
                 page,
-                "- Tokens {what}: no share reached plain's final loss with every seed; goal {GOAL}: missed."
+                "- Tokens {what}: none reached plain's final loss with every seed; goal {GOAL}: missed."
             )?,
         }
     }

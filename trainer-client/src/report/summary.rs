@@ -2,7 +2,8 @@
 
 use sluice_feed::select::Objective;
 
-use crate::run::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric, tokens_to_reach};
+use crate::run::learning_curve::LearningCurve;
+use crate::run::metrics::{EvalMetric, Metric, ScoresMetric, StepMetric};
 use crate::run::recorded::RecordedRun;
 
 /// Runs side by side.
@@ -19,7 +20,7 @@ pub(super) struct RunSummary<'a> {
     pub steps: Vec<&'a StepMetric>,
     evals: Vec<&'a EvalMetric>,
     pub scores: Vec<&'a ScoresMetric>,
-    /// Tokens needed to reach the plain run's final loss on the target set, over the tokens the plain run saw.
+    /// Tokens needed to reach the end of the plain run's curve on the target set, over the tokens the plain run took to it.
     pub tokens_to_plain: Option<f64>,
 }
 
@@ -35,11 +36,9 @@ impl<'a> Comparison<'a> {
         let mut comparison = Self { runs: vec![], sets };
         if let Some(&target) = comparison.sets.first() {
             let plain = summaries.iter().find(|run| run.is_plain());
-            if let Some((goal, tokens)) = plain.and_then(|run| Some((run.final_loss(target)?, run.tokens())))
-            {
+            if let Some(plain) = plain.map(|run| LearningCurve::of(run.evals(target))) {
                 for run in summaries.iter_mut().filter(|run| !run.is_plain()) {
-                    run.tokens_to_plain =
-                        tokens_to_reach(run.evals(target), goal).map(|needed| needed / tokens as f64);
+                    run.tokens_to_plain = LearningCurve::of(run.evals(target)).tokens_to_end_of(&plain);
                 }
             }
         }

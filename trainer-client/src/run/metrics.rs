@@ -105,20 +105,6 @@ pub struct ScoresMetric {
     pub histogram: ScoreHistogram,
 }
 
-/// Tokens seen when the loss first came down to `goal`, on a straight line between evaluations on one set, which are in order.
-pub fn tokens_to_reach<'a>(evals: impl IntoIterator<Item = &'a EvalMetric>, goal: f64) -> Option<f64> {
-    let mut before: Option<&EvalMetric> = None;
-    for eval in evals {
-        if eval.loss <= goal {
-            let Some(before) = before else { return Some(eval.tokens as f64) };
-            let share = (before.loss - goal) / (before.loss - eval.loss);
-            return Some(before.tokens as f64 + share * (eval.tokens - before.tokens) as f64);
-        }
-        before = Some(eval);
-    }
-    None
-}
-
 /// Reads `metrics.jsonl`; a last line cut short by a crash is left out.
 pub(crate) fn read_metrics(path: &Path) -> anyhow::Result<Vec<Metric>> {
     // Bytes, because a crash may cut the last line inside a character.

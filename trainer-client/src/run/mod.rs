@@ -4,6 +4,7 @@ pub mod checkpoints;
 pub mod files;
 pub mod folder;
 pub mod histogram;
+pub mod learning_curve;
 pub mod metrics;
 pub mod picture;
 pub mod record;
