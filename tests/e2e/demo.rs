@@ -20,6 +20,14 @@ fn json(path: &Path) -> serde_json::Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
+/// Share of a run's tokens that it learnt from.
+fn share_kept(run: &Path) -> f64 {
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let records = metrics.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let last = records.filter(|record| record["type"] == "step").last().unwrap();
+    last["tokens_kept"].as_f64().unwrap() / last["tokens"].as_f64().unwrap()
+}
+
 /// Command lines of the processes that a demo with this folder has started.
 fn started_by_demo(out: &Path) -> Vec<String> {
     let mark = format!("{MARK}={}", out.display());
@@ -40,9 +48,12 @@ fn the_whole_line_runs_and_reports() {
     let output = demo(&out).output().unwrap();
     let progress = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{progress}");
-    assert!(progress.contains("640 documents scored, 0 dead-lettered"), "{progress}");
+    assert!(progress.contains("documents scored, 0 dead-lettered"), "{progress}");
 
     let table = String::from_utf8_lossy(&output.stdout);
+    // The control learns from as many tokens as the selection has left.
+    let shares: Vec<f64> = ["slm", "random"].iter().map(|run| share_kept(&out.join(run))).collect();
+    assert!(shares[0] < 1.0 && (shares[0] - shares[1]).abs() < 0.01, "{shares:?}");
     for run in ["slm", "clm", "random"] {
         assert!(table.lines().any(|line| line.starts_with(run)), "{run} is not in the table:\n{table}");
         assert!(out.join(run).join("metrics.jsonl").exists());
