@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use sluice_feed::select::{KeepRatio, Objective, Score};
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_trainer::model::ModelConfig;
+use sluice_trainer::model::cost::Cost;
 use sluice_trainer::report;
 use sluice_trainer::run::histogram::ScoreHistogram;
 use sluice_trainer::run::metrics::{EvalMetric, Metric, ScoresMetric, SourceCount, StepMetric};
@@ -128,7 +130,7 @@ fn nothing_from_outside_is_read_as_markup() {
     runs[1].metrics.push(Metric::Scores(ScoresMetric { step: 1, histogram }));
     runs[1].name = "slm & clm <1>".to_owned();
     runs[1].record.objective = Objective::slm(Score::Excess, keep(0.6));
-    let page = report::page("<title> & \"more\"", &runs);
+    let page = report::page("<title> & \"more\"", &runs, None);
     assert!(page.contains("aria-label=\"Scores of slm &amp; clm &lt;1&gt;, step 1\""));
     for raw in ["<script", "plain<b>", "math <i>", "d<1>", "a&b<", "math & co", "<title> &"] {
         assert!(!page.contains(raw), "{raw:?} stands in the page as it came");
@@ -146,7 +148,7 @@ fn nothing_from_outside_is_read_as_markup() {
 
 #[test]
 fn every_section_has_its_numbers() {
-    let page = report::page("runs", &three_runs());
+    let page = report::page("runs", &three_runs(), None);
     // Headline: final losses, tokens, kept tokens, wall time. slm falls from 8 by 5 where clm falls by 4: 0.8.
     for number in ["<b>3.000</b>", ">4.000<", ">4.500<", ">40k<", ">24k<", ">1 min 00 s<", "0.80 of clm"] {
         assert!(page.contains(number), "{number} is missing");
@@ -171,7 +173,7 @@ fn every_section_has_its_numbers() {
 
 #[test]
 fn the_beginning_of_a_held_out_curve_is_in_its_whole_chart() {
-    let page = report::page("runs", &[run("slm", Objective::Clm, 3.0, None)]);
+    let page = report::page("runs", &[run("slm", Objective::Clm, 3.0, None)], None);
     // Ten steps between evaluations from 8 down to 3: the first point is the highest, so it lies near the top of the frame,
     // which begins at 14, and not above it.
     let heights = |id: &str| -> Vec<f64> {
@@ -198,7 +200,7 @@ fn scores_and_categories_have_their_pictures_and_shares() {
     let at =
         |step, losses: [f32; 4]| TokenLosses { step, set: "math & co".to_owned(), losses: losses.to_vec() };
     slm.token_losses = vec![at(0, [9.0; 4]), at(20, [3.0, 1.0, 0.5, 4.0]), at(40, [2.0, 2.0, 0.5, 4.0])];
-    let page = report::page("runs", &[slm]);
+    let page = report::page("runs", &[slm], None);
     assert!(page.contains("slm, step 1<") && page.contains(&format!("slm, step {STEPS}<")));
     assert_eq!(page.matches("<td>25 %</td>").count(), 4, "a quarter of each kind");
     for (kind, last) in [("H→H", "4.00"), ("L→H", "2.00"), ("H→L", "2.00"), ("L→L", "0.50")] {
@@ -211,13 +213,13 @@ fn scores_and_categories_have_their_pictures_and_shares() {
 fn runs_that_differ_in_their_start_are_said_to_differ() {
     let mut runs = three_runs();
     runs[1].record.initial_weights = Fingerprint::of_bytes(b"other");
-    let text = report::text_table(&runs);
+    let text = report::text_table(&runs, None);
     assert!(text.contains("Compare with care: the runs differ in their initial weights."), "{text}");
 }
 
 #[test]
 fn the_table_for_a_terminal_is_aligned() {
-    let text = report::text_table(&three_runs());
+    let text = report::text_table(&three_runs(), None);
     let lines: Vec<&str> = text.lines().collect();
     assert!(lines[0].starts_with("run       objective"));
     assert!(
@@ -227,11 +229,38 @@ fn the_table_for_a_terminal_is_aligned() {
     );
 }
 
+/// Scoring is counted where its losses are looked at, and the random control pays for none.
+#[test]
+fn compute_to_the_plain_end_stands_beside_its_tokens() {
+    let config = r#"{"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": false}"#;
+    let config = ModelConfig::from_hugging_face(config.as_bytes()).unwrap();
+    let mut runs = three_runs();
+    runs[2] = run("random", Objective::slm(Score::Random, keep(0.6)), 3.0, None);
+    for run in &mut runs {
+        run.record.settings.insert("model".to_owned(), serde_json::to_value(&config).unwrap());
+    }
+    let text = report::text_table(&runs, Some(&config));
+    let cost = Cost::of(&config, 256);
+    let (positions, tokens) = (STEPS * 4 * 256, STEPS * TOKENS);
+    let plain = cost.training(positions, tokens, tokens);
+    let chosen = cost.training(positions, tokens, tokens / 10 * 6);
+    // Both come down to the plain run's end after 0.8 of its tokens.
+    let (random, slm) = (0.8 * chosen / plain, 0.8 * (chosen + cost.scoring(positions)) / plain);
+    assert!(random < 0.8 && slm > random);
+    for ratio in
+        [format!("{random:.2} of clm's"), format!("{slm:.2} of the compute, that of scoring included")]
+    {
+        assert!(text.contains(&ratio), "{ratio}: {text}");
+    }
+    assert!(!report::text_table(&runs[..1], Some(&config)).contains("compute to it"));
+}
+
 #[test]
 fn a_run_that_was_just_begun_has_a_page_too() {
     let mut begun = run("begun", Objective::slm(Score::Excess, keep(0.5)), 3.0, None);
     begun.metrics.clear();
-    let page = report::page("runs", &[begun]);
+    let page = report::page("runs", &[begun], None);
     assert!(page.contains("begun") && page.contains("No run was evaluated"));
-    assert!(report::page("none", &[]).contains("No run left tokens out."));
+    assert!(report::page("none", &[], None).contains("No run left tokens out."));
 }

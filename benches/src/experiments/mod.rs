@@ -3,7 +3,6 @@
 //! that an experiment that was interrupted goes on.
 
 mod budget;
-mod flops;
 mod gsm8k;
 mod options;
 mod parts;
@@ -110,6 +109,7 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
     for (name, svg) in plot::all(results) {
         write_whole(&options.results.join(name), svg.as_bytes())?;
     }
+    let reference = plan.reference.config(plan.vocabulary);
     for group in &plan.groups {
         let students = plan.students().into_iter().filter(|student| student.group == *group);
         let runs: Vec<RecordedRun> = students
@@ -121,7 +121,8 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
             })
             .collect::<anyhow::Result<_>>()?;
         let name = format!("{}-{}", group.setting.name(), group.size.name);
-        let page = report::page(&format!("Experiment 1: {name}, seed {}", group.seeds[0]), &runs);
+        let page =
+            report::page(&format!("Experiment 1: {name}, seed {}", group.seeds[0]), &runs, Some(&reference));
         write_whole(&options.out.join(format!("report-{name}.html")), page.as_bytes())?;
     }
     Ok(table)

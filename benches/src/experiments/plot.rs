@@ -18,6 +18,7 @@ pub(super) fn all(results: &Results) -> Vec<(String, String)> {
             has_markers: true,
             frame: Frame::Settled,
             label_decimals: Some(3),
+            level: None,
         };
         plots.extend(chart.standalone().map(|svg| (format!("loss-{name}.svg"), svg)));
     }
@@ -29,6 +30,7 @@ pub(super) fn all(results: &Results) -> Vec<(String, String)> {
         has_markers: true,
         frame: Frame::Whole,
         label_decimals: None,
+        level: None,
     };
     plots.extend(chart.standalone().map(|svg| ("tokens-over-k.svg".to_owned(), svg)));
     plots

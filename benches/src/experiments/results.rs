@@ -5,11 +5,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use sluice_trainer::model::cost::Cost;
 use sluice_trainer::run::learning_curve::LearningCurve;
 use sluice_trainer::run::metrics::EvalMetric;
 use sluice_trainer::run::recorded::RecordedRun;
 
-use super::flops::Cost;
 use super::parts::{base_folder, reference_folder};
 use super::plan::{BATCH_SIZE, Group, Kind, Plan, SEQUENCE_LENGTH, Setting, Student};
 use super::stages::{TARGET, read_scoring};
@@ -165,7 +165,7 @@ pub(super) struct Row {
 impl Results {
     /// Reads the folders of a finished experiment.
     pub fn read(plan: &Plan, out: &Path, command: &str) -> Result<Self> {
-        let reference = Cost::of(&plan.reference.config(plan.vocabulary));
+        let reference = Cost::of(&plan.reference.config(plan.vocabulary), SEQUENCE_LENGTH);
         let mut settings = BTreeMap::new();
         for setting in plan.settings() {
             let scoring = read_scoring(out, setting)?;
@@ -218,7 +218,7 @@ fn read_group(
     scoring: Effort,
 ) -> Result<GroupResults> {
     let config = group.size.config(plan.vocabulary);
-    let cost = Cost::of(&config);
+    let cost = Cost::of(&config, SEQUENCE_LENGTH);
     let mut recorded = Vec::new();
     for student in students {
         recorded.push((student, RecordedRun::read(&out.join(student.folder()))?));

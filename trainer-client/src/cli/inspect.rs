@@ -11,9 +11,9 @@ use sluice_text::output::{Reader, print_line, say};
 use super::arguments::at_least;
 use crate::export::{INLINE_BYTES_MAX, SHARD_BYTES_MAX, export_onnx, publish};
 use crate::failure::{Classify, Failure};
-use crate::model::BurnLearner;
 use crate::model::config::CONFIG_FILE;
 use crate::model::optimizer::AdamWConfig;
+use crate::model::{BurnLearner, ModelConfig};
 use crate::report;
 use crate::run::checkpoints::{Best, CHECKPOINTS, latest_checkpoint};
 use crate::run::folder::recorded;
@@ -149,6 +149,9 @@ pub(super) struct ReportArguments {
     /// Title of the page
     #[arg(long, env = "SLUICE_TRAIN_TITLE", default_value = "Sluice: runs compared")]
     title: String,
+    /// Folder of the reference model (its config.json), to count its forward pass where compute is compared
+    #[arg(long, env = "SLUICE_TRAIN_SCORED_BY", value_name = "FOLDER")]
+    scored_by: Option<PathBuf>,
     /// Run folders to compare
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
@@ -239,10 +242,12 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<()> {
 pub(super) fn report(arguments: &ReportArguments) -> anyhow::Result<()> {
     let runs: Vec<RecordedRun> =
         arguments.runs.iter().map(|run| RecordedRun::read(run)).collect::<Result<_, _>>().or_data()?;
-    let page = report::page(&arguments.title, &runs);
+    let scored_by =
+        arguments.scored_by.as_deref().map(ModelConfig::read).transpose().context("--scored-by").or_data()?;
+    let page = report::page(&arguments.title, &runs, scored_by.as_ref());
     std::fs::write(&arguments.out, page)
         .with_context(|| format!("cannot write {}", arguments.out.display()))?;
-    print_line(&report::text_table(&runs))?;
+    print_line(&report::text_table(&runs, scored_by.as_ref()))?;
     say(format_args!("the report is in {}", arguments.out.display()));
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! - [`config`]: the shape of a model; [`hugging_face`]: to and from Hugging Face's `config.json`; [`rope`]: rotary
 //!   frequencies;
 //! - [`weights`]: every weight under its Hugging Face name, and its seeded start;
+//! - [`cost`]: floating point operations of training and scoring, from the shapes alone;
 //! - [`checkpoint`]: those weights in a folder; [`optimizer`]: AdamW;
 //! - `layers`: the decoder's operations, each with its gradient; `norm`: the norm, `projection`: what some families add to
 //!   projections; `attention`: what a token looks at, in blocks; `decoder`: the body made of them;
@@ -20,6 +21,7 @@ mod attention;
 pub mod backward;
 pub mod checkpoint;
 pub mod config;
+pub mod cost;
 pub(crate) mod decoder;
 pub mod device;
 mod head;

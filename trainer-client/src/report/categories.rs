@@ -57,6 +57,7 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
             has_markers: true,
             frame: Frame::Whole,
             label_decimals: Some(2),
+            level: None,
         };
         figure(html, name, &chart, &format!("categories-{index}"));
     }

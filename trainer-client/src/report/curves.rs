@@ -1,8 +1,9 @@
 //! Loss over a run: on held-out text, and on the tokens that were selected or left out.
 
 use super::html::{Html, escape};
-use super::line_chart::{Frame, LineChart, Series};
+use super::line_chart::{Frame, Level, LineChart, Series};
 use super::summary::Comparison;
+use crate::run::learning_curve::LearningCurve;
 use crate::run::metrics::StepMetric;
 
 /// Points of a curve over steps; each is the mean over its share of the steps.
@@ -12,11 +13,13 @@ const POINTS_MAX: usize = 60;
 pub(super) fn evaluation_section(html: &mut Html, comparison: &Comparison<'_>) {
     html.section(
         "Loss on held-out text",
-        "Each line is a run: further down is better, and a line that comes down further to the left has needed fewer \
-         tokens. The number at its end is the final loss.",
+        "Each line is a run: further down is better, and a line that crosses the thin level one further to the left has needed \
+         fewer tokens to be as good as plain training. The number at its end is the final loss.",
     );
     html.push("<div class=\"charts\">");
     for (index, &set) in comparison.sets.iter().enumerate() {
+        let plain = comparison.plain().filter(|_| index == 0 && comparison.runs.len() > 1);
+        let level = plain.and_then(|run| LearningCurve::of(run.evals(set)).end()).map(|end| end.loss);
         // Whole, and closer, because the steep beginning flattens the end.
         for (frame, caption, id) in [
             (Frame::Whole, set.to_owned(), format!("eval-{index}")),
@@ -35,6 +38,7 @@ pub(super) fn evaluation_section(html: &mut Html, comparison: &Comparison<'_>) {
                 has_markers: true,
                 frame,
                 label_decimals: Some(3),
+                level: level.map(|y| Level { y, name: "where plain training ends" }),
             };
             figure(html, &caption, &chart, &id);
         }
@@ -72,6 +76,7 @@ pub(super) fn keep_section(html: &mut Html, comparison: &Comparison<'_>) {
         has_markers: false,
         frame: Frame::Whole,
         label_decimals: Some(0),
+        level: None,
     };
     html.push("<div class=\"charts\">");
     figure(html, "k over time", &chart, "keep");
@@ -107,6 +112,7 @@ pub(super) fn selection_section(html: &mut Html, comparison: &Comparison<'_>) {
             has_markers: false,
             frame: Frame::Settled,
             label_decimals: Some(3),
+            level: None,
         };
         any_cut |= figure(html, run.name(), &chart, &format!("selection-{index}"));
         any = true;

@@ -43,6 +43,17 @@ pub struct LineChart<'a> {
     pub frame: Frame,
     /// Decimals of the last value, which stands beside its line's label; none without.
     pub label_decimals: Option<usize>,
+    /// A height that lines are to be read against, with its name.
+    pub level: Option<Level<'a>>,
+}
+
+/// A horizontal line across a chart.
+#[derive(Clone, Copy, Debug)]
+pub struct Level<'a> {
+    /// Where.
+    pub y: f64,
+    /// What it is; stands above its beginning.
+    pub name: &'a str,
 }
 
 /// How much of the curves a chart shows.
@@ -173,6 +184,20 @@ impl LineChart<'_> {
 
     fn lines(&self, svg: &mut String, scale: &Scale, id: &str) -> std::fmt::Result {
         writeln!(svg, "<g clip-path=\"url(#{id})\">")?;
+        if let Some(Level { y, name }) = self.level {
+            let (y, right) = (scale.y(y), WIDTH - RIGHT);
+            writeln!(
+                svg,
+                "<line class=\"level\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>"
+            )?;
+            writeln!(
+                svg,
+                "<text class=\"tick\" x=\"{}\" y=\"{:.1}\">{}</text>",
+                LEFT + 6.0,
+                y - 5.0,
+                escape(name)
+            )?;
+        }
         for series in &self.series {
             let places: Vec<String> =
                 series.points.iter().map(|&(x, y)| format!("{:.1},{:.1}", scale.x(x), scale.y(y))).collect();

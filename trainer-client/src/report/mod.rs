@@ -15,13 +15,14 @@ mod token_picture;
 use html::{Html, escape};
 use summary::Comparison;
 
+use crate::model::ModelConfig;
 use crate::run::recorded::RecordedRun;
 
 const STYLE: &str = include_str!("style.css");
 
-/// The whole page.
-pub fn page(title: &str, runs: &[RecordedRun]) -> String {
-    let comparison = Comparison::of(runs);
+/// The whole page. `scored_by` is the shape of the reference, whose forward pass is counted as compute where it is given.
+pub fn page(title: &str, runs: &[RecordedRun], scored_by: Option<&ModelConfig>) -> String {
+    let comparison = Comparison::of(runs, scored_by);
     let mut body = Html::default();
     body.push(&format!("<header><h1>{}</h1>", escape(title)));
     body.push(INTRODUCTION);
@@ -47,8 +48,8 @@ pub fn page(title: &str, runs: &[RecordedRun]) -> String {
 }
 
 /// The headline table for a terminal.
-pub fn text_table(runs: &[RecordedRun]) -> String {
-    table::text(&Comparison::of(runs))
+pub fn text_table(runs: &[RecordedRun], scored_by: Option<&ModelConfig>) -> String {
+    table::text(&Comparison::of(runs, scored_by))
 }
 
 const INTRODUCTION: &str = "\

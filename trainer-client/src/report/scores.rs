@@ -31,6 +31,7 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
                 has_markers: false,
                 frame: Frame::Whole,
                 label_decimals: None,
+                level: None,
             };
             figure(html, &caption, &chart, &format!("scores-{index}-{place}"));
         }

@@ -2,6 +2,7 @@
 
 use super::html::{Html, PALETTE, count, duration, escape, percent};
 use super::summary::{Comparison, RunSummary};
+use crate::run::learning_curve::AVERAGED;
 
 /// Rows of cells, the first column being names.
 struct Table {
@@ -25,6 +26,9 @@ impl Table {
         headers.extend(["tokens seen", "tokens learnt from", "training time"].map(str::to_owned));
         if let (Some(_), Some(target)) = (comparison.plain(), comparison.sets.first()) {
             headers.push(format!("tokens to clm's final loss on {target}"));
+            if comparison.knows_compute() {
+                headers.push("compute to it, scoring counted".to_owned());
+            }
         }
         let rows = comparison.runs.iter().map(|run| row(comparison, run)).collect();
         Self { headers, rows }
@@ -55,6 +59,13 @@ fn row(comparison: &Comparison<'_>, run: &RunSummary<'_>) -> Vec<Cell> {
             Some(ratio) => format!("{ratio:.2} of clm's"),
             None => "not reached".to_owned(),
         }));
+        if comparison.knows_compute() {
+            cells.push(Cell::plain(match run.compute_to_plain {
+                _ if run.is_plain() => "1 (by definition)".to_owned(),
+                Some(ratio) => format!("{ratio:.2} of clm's"),
+                None => "–".to_owned(),
+            }));
+        }
     }
     cells
 }
@@ -99,6 +110,12 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
     html.push("</ul></section>");
 }
 
+/// What somebody should know who hopes for as much on another stream.
+const LIMITS: &str = "Selection brings nothing where most of the stream is clean text of the target: plain training learns it as \
+                      fast. It brings nothing where the reference is no better on the target than the model in training, for its \
+                      losses then do not say what is worth learning. And it takes from the rest of the text what it gives to the \
+                      target.";
+
 /// Differences of the target loss below this are not worth a word, in nats.
 const NOISE_NATS: f64 = 0.01;
 
@@ -114,7 +131,13 @@ fn findings(comparison: &Comparison<'_>) -> Vec<String> {
             let word = if difference < 0.0 { "below" } else { "above" };
             let reached = match run.tokens_to_plain {
                 Some(ratio) => {
-                    format!("it reached {}'s final loss after {ratio:.2} of the tokens", plain.name())
+                    let compute = run.compute_to_plain.map_or(String::new(), |compute| {
+                        format!(" and {compute:.2} of the compute, that of scoring included")
+                    });
+                    format!(
+                        "it reached {}'s final loss after {ratio:.2} of the tokens{compute}",
+                        plain.name()
+                    )
                 }
                 None => format!("it did not reach {}'s final loss", plain.name()),
             };
@@ -138,7 +161,11 @@ fn findings(comparison: &Comparison<'_>) -> Vec<String> {
                 }
             }
         }
-        findings.push("One run of each kind, from one seed: small differences are chance.".to_owned());
+        findings.push(format!(
+            "One run of each kind, from one seed: small differences are chance. Final losses that runs are to reach are means of \
+             {AVERAGED} evaluations."
+        ));
+        findings.push(LIMITS.to_owned());
     }
     findings.extend(conditions(comparison));
     findings

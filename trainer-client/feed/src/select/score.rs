@@ -91,6 +91,11 @@ impl Score {
         }
     }
 
+    /// Whether it looks at losses or entropies of the reference, so that scoring is a cost of it.
+    pub fn looks_at_reference(self) -> bool {
+        !matches!(self, Self::Loss | Self::Entropy | Self::Improvement | Self::Random)
+    }
+
     /// Whether one number decides, so that a threshold on it means something.
     pub fn has_threshold(self) -> bool {
         !matches!(self, Self::Intersection { .. } | Self::Union { .. } | Self::Random)

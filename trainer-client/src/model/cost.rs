@@ -5,9 +5,8 @@
 //! which is looked up, and the head is counted apart from the body: its backward pass is done for kept tokens alone.
 
 use serde::Serialize;
-use sluice_trainer::model::ModelConfig;
 
-use super::plan::SEQUENCE_LENGTH;
+use super::config::ModelConfig;
 
 /// What one token costs a model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -19,12 +18,12 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// That of a model of this shape, in sequences of [`SEQUENCE_LENGTH`].
-    pub fn of(config: &ModelConfig) -> Self {
+    /// That of a model of this shape, in sequences of `length` tokens.
+    pub fn of(config: &ModelConfig, length: usize) -> Self {
         let ModelConfig { vocab_size, hidden_size, intermediate_size, layers, kv_heads, .. } = *config;
         let attention = 2 * hidden_size * hidden_size + 2 * hidden_size * kv_heads * config.head_dim();
         let layer = attention + 3 * hidden_size * intermediate_size;
-        let body = 2 * layers * layer + 4 * layers * hidden_size * SEQUENCE_LENGTH;
+        let body = 2 * layers * layer + 4 * layers * hidden_size * length;
         Self { body_forward: body as f64, head_forward: (2 * vocab_size * hidden_size) as f64 }
     }
 
@@ -43,15 +42,19 @@ impl Cost {
 
 #[cfg(test)]
 mod tests {
-    use super::Cost;
-    use crate::experiments::plan::Size;
+    #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+    use super::{Cost, ModelConfig};
 
     #[test]
     fn agrees_with_a_count_by_hand() {
-        // Width 4, 2 layers, MLP width 64 (8/3 of 4, rounded up to a multiple of 64), vocabulary 10, sequences of 256:
-        // a layer has 4 * 16 + 3 * 256 = 832 weights, 2 FLOPs each; attention is 4 * 4 * 256 = 4096 a layer.
-        let config = Size { name: "", hidden: 4, layers: 2, heads: 2 }.config(10);
-        let cost = Cost::of(&config);
+        // Width 4, 2 layers, MLP width 64, vocabulary 10, sequences of 256: a layer has 4 * 16 + 3 * 256 = 832 weights, 2 FLOPs
+        // each; attention is 4 * 4 * 256 = 4096 a layer.
+        let config = r#"{"model_type": "llama", "vocab_size": 10, "hidden_size": 4, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": false}"#;
+        let config = ModelConfig::from_hugging_face(config.as_bytes()).unwrap();
+        let cost = Cost::of(&config, 256);
         assert_eq!(cost, Cost { body_forward: 2.0 * (1664.0 + 4096.0), head_forward: 80.0 });
         // Two positions, one of them a prediction that is kept: 6 * 11520 + 3 * 80.
         assert!((cost.training(2, 1, 1) - 69_360.0).abs() < 1e-9);
