@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use sluice_feed::select::{KeepRatio, Objective, Score};
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_trainer::model::ModelConfig;
 use sluice_trainer::model::cost::Cost;
+use sluice_trainer::model::{Backward, ModelConfig};
 use sluice_trainer::report;
 use sluice_trainer::run::histogram::ScoreHistogram;
 use sluice_trainer::run::metrics::{EvalMetric, Metric, ScoresMetric, SourceCount, StepMetric};
@@ -243,8 +243,8 @@ fn compute_to_the_plain_end_stands_beside_its_tokens() {
     let text = report::text_table(&runs, Some(&config));
     let cost = Cost::of(&config, 256);
     let (positions, tokens) = (STEPS * 4 * 256, STEPS * TOKENS);
-    let plain = cost.training(positions, tokens, tokens);
-    let chosen = cost.training(positions, tokens, tokens / 10 * 6);
+    let plain = cost.training(positions, tokens, tokens, Backward::Exact);
+    let chosen = cost.training(positions, tokens, tokens / 10 * 6, Backward::Exact);
     // Both come down to the plain run's end after 0.8 of its tokens.
     let (random, slm) = (0.8 * chosen / plain, 0.8 * (chosen + cost.scoring(positions)) / plain);
     assert!(random < 0.8 && slm > random);

@@ -348,7 +348,7 @@ fn effort(run: &RecordedRun, cost: Cost) -> Effort {
     let positions = steps * (BATCH_SIZE * SEQUENCE_LENGTH) as u64;
     Effort {
         tokens,
-        flops: cost.training(positions, tokens, kept),
+        flops: cost.training(positions, tokens, kept, run.record.backward()),
         seconds: run.steps().map(|step| step.seconds).sum(),
         cpu_seconds: run.steps().map(|step| step.cpu_seconds).sum(),
     }

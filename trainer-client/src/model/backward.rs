@@ -14,3 +14,13 @@ pub enum Backward {
     // Collider, arXiv 2502.00340: activations of filtered tokens are left out of the backward pass of every layer.
     Kept,
 }
+
+impl Backward {
+    /// Its name, as on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Kept => "kept",
+        }
+    }
+}

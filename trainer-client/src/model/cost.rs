@@ -6,6 +6,7 @@
 
 use serde::Serialize;
 
+use super::backward::Backward;
 use super::config::ModelConfig;
 
 /// What one token costs a model.
@@ -27,11 +28,15 @@ impl Cost {
         Self { body_forward: body as f64, head_forward: (2 * vocab_size * hidden_size) as f64 }
     }
 
-    /// Training: three forward passes' worth of the body for each position, and of the head one for each prediction and two
-    /// for each kept token.
-    pub fn training(self, positions: u64, predictions: u64, kept: u64) -> f64 {
-        3.0 * self.body_forward * positions as f64
-            + self.head_forward * (predictions as f64 + 2.0 * kept as f64)
+    /// Training: a forward pass of the body for each position and of the head for each prediction; twice as much again for the
+    /// backward pass of the head at each kept token, and of the body at each position, or at each kept token.
+    pub fn training(self, positions: u64, predictions: u64, kept: u64, backward: Backward) -> f64 {
+        let differentiated = match backward {
+            Backward::Exact => positions,
+            Backward::Kept => kept,
+        };
+        let body = self.body_forward * (positions as f64 + 2.0 * differentiated as f64);
+        body + self.head_forward * (predictions as f64 + 2.0 * kept as f64)
     }
 
     /// Scoring: a forward pass for each token that goes through the model.
@@ -44,7 +49,7 @@ impl Cost {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-    use super::{Cost, ModelConfig};
+    use super::{Backward, Cost, ModelConfig};
 
     #[test]
     fn agrees_with_a_count_by_hand() {
@@ -57,8 +62,10 @@ mod tests {
         let cost = Cost::of(&config, 256);
         assert_eq!(cost, Cost { body_forward: 2.0 * (1664.0 + 4096.0), head_forward: 80.0 });
         // Two positions, one of them a prediction that is kept: 6 * 11520 + 3 * 80.
-        assert!((cost.training(2, 1, 1) - 69_360.0).abs() < 1e-9);
-        assert!((cost.training(2, 1, 0) - 69_200.0).abs() < 1e-9);
+        assert!((cost.training(2, 1, 1, Backward::Exact) - 69_360.0).abs() < 1e-9);
+        assert!((cost.training(2, 1, 0, Backward::Exact) - 69_200.0).abs() < 1e-9);
+        // Two positions forward and one of them backward: 4 * 11520 + 3 * 80.
+        assert!((cost.training(2, 1, 1, Backward::Kept) - 46_320.0).abs() < 1e-9);
         assert!((cost.scoring(3) - 34_800.0).abs() < 1e-9);
     }
 }

@@ -124,8 +124,12 @@ impl<'a> RunSummary<'a> {
         let config: ModelConfig = serde_json::from_value(record.settings.get("model")?.clone()).ok()?;
         let of_step = record.batch_size * record.accumulate * record.sequence_length;
         let positions = (self.steps.len() * of_step) as u64;
-        let training =
-            Cost::of(&config, record.sequence_length).training(positions, self.tokens(), self.tokens_kept());
+        let training = Cost::of(&config, record.sequence_length).training(
+            positions,
+            self.tokens(),
+            self.tokens_kept(),
+            record.backward(),
+        );
         let is_scored =
             record.objective.selection().is_some_and(|selection| selection.score.looks_at_reference());
         // What was read twice was scored twice.

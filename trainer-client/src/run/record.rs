@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use sluice_feed::select::Objective;
 use sluice_schemas::fingerprint::Fingerprint;
 
+use crate::model::backward::Backward;
 use crate::training::schedule::Schedule;
 
 /// The setting of `run.json` that says what gradients flow through.
@@ -41,9 +42,10 @@ pub struct RunRecord {
 }
 
 impl RunRecord {
-    /// What gradients flow through, by its name; runs of before there was such a setting were exact.
-    pub fn backward(&self) -> &str {
-        self.settings.get(BACKWARD_KEY).and_then(serde_json::Value::as_str).unwrap_or("exact")
+    /// What gradients flow through; in runs of before there was such a setting they were exact.
+    pub fn backward(&self) -> Backward {
+        let backward = self.settings.get(BACKWARD_KEY).cloned();
+        backward.and_then(|name| serde_json::from_value(name).ok()).unwrap_or_default()
     }
 
     /// Name of the first setting in which a run that is to go on after `step` differs from this one; `None` if the steps up to

@@ -255,7 +255,7 @@ impl Telemetry {
                 name.as_ref(),
                 record.command.as_str(),
                 record.objective.name(),
-                record.backward(),
+                record.backward().name(),
                 tokenizer.as_str(),
                 reference.as_str(),
             ])
