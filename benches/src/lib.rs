@@ -2,6 +2,7 @@
 
 pub mod device_check;
 pub mod experiments;
+pub mod one_pass;
 pub mod packing;
 pub mod process;
 pub mod step;

@@ -72,6 +72,26 @@ fn a_checkpoint_that_lacks_its_optimizer_or_is_damaged_is_not_gone_on_from() {
 }
 
 #[test]
+fn a_run_says_what_its_gradients_flow_through() {
+    let place = Place::new();
+    let run = |name: &str, flags: &[&str]| {
+        let mut training = place.training("run", "scored", name);
+        succeed(training.args(["--steps", "4", "--accumulate", "2", "--until-end"]).args(flags));
+        let record = json(&place.path(&format!("{name}/run.json")));
+        let weights = format!("{name}/checkpoints/step-0000004/model.safetensors");
+        (record["settings"]["backward"].clone(), std::fs::read(place.path(&weights)).unwrap())
+    };
+    let (by_default, exact) = run("exact", &[]);
+    let (said, kept) = run("kept", &["--backward", "kept"]);
+    assert_eq!((by_default, said), ("exact".into(), "kept".into()));
+    assert!(exact != kept, "it is another gradient");
+    // Chosen before the forward pass, with and without tapes.
+    let random = ["--backward", "kept", "--objective", "random"];
+    run("random", &random);
+    run("recomputed", &[&random[..], &["--recompute-activations"]].concat());
+}
+
+#[test]
 fn a_reference_is_made_and_exported_and_students_are_trained_and_compared() {
     let place = Place::new();
     succeed(place.training("reference", "documents", "reference").args(["--epochs", "2"]));

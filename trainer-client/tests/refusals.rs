@@ -180,6 +180,7 @@ fn selections_that_contradict_themselves_are_refused() {
     for (flags, expected) in [
         (vec!["--objective", "clm", "--score", "loss"], "keeps every token"),
         (vec!["--objective", "clm", "--scope", "sequence"], "keeps every token"),
+        (vec!["--objective", "clm", "--backward", "kept"], "drops no token"),
         (vec!["--objective", "random", "--score", "excess"], "looks at no score"),
         (vec!["--objective", "random", "--threshold", "1"], "looks at no score"),
         (vec!["--objective", "random", "--scope", "running-quantile"], "follows scores"),

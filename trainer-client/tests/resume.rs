@@ -307,6 +307,7 @@ fn a_run_goes_on_only_as_itself() {
         (vec!["--accumulate", "2"], "--accumulate differs"),
         (vec!["--weight-decay", "0.2"], "the optimizer differs"),
         (vec!["--unequal-contexts", "allow"], "--unequal-contexts differs"),
+        (vec!["--backward", "kept"], "--backward differs"),
         (vec!["--world-size", "2"], "give --accumulate W*A"),
     ] {
         let output = place.run(&out, &[&flags[..], &other].concat()).stderr(Stdio::piped()).output().unwrap();

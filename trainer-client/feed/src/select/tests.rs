@@ -143,6 +143,40 @@ fn micro_batches_one_by_one_are_chosen_from_as_together_unless_they_compete() {
 }
 
 #[test]
+fn what_the_model_has_no_say_in_is_chosen_the_same_before_it_has_run() {
+    let Golden { row_len, batch, .. } = golden();
+    let measured: Vec<_> = batch.iter().map(numbers).collect();
+    let mut unmeasured = measured.clone();
+    for [loss, entropy, history_loss, ..] in &mut unmeasured {
+        loss.iter_mut().filter(|loss| !loss.is_nan()).for_each(|loss| *loss = 0.0);
+        entropy.clear();
+        history_loss.clear();
+    }
+    let chosen = |objective: &Objective, lists: &[[Vec<f32>; 5]]| {
+        let lists: Vec<_> = lists.iter().map(signals).collect();
+        kept(objective.select(&lists, row_len, TURN, &Thresholds::default()))
+    };
+    let entropy_keep = None;
+    for score in [
+        Score::ReferenceLoss,
+        Score::ReferenceEntropy,
+        Score::Intersection { entropy_keep },
+        Score::Union { entropy_keep },
+        Score::Random,
+    ] {
+        for scope in [Scope::Sequence, Scope::MicroBatch, Scope::Batch] {
+            let objective = selection(score, 0.4, scope);
+            assert!(objective.chooses_beforehand());
+            assert_eq!(chosen(&objective, &unmeasured), chosen(&objective, &measured), "{score:?} {scope:?}");
+        }
+    }
+    for score in [Score::Excess, Score::Loss, Score::Entropy, Score::Improvement] {
+        assert!(!selection(score, 0.4, Scope::Batch).chooses_beforehand(), "{score:?}");
+    }
+    assert!(!Objective::Clm.chooses_beforehand());
+}
+
+#[test]
 fn every_schedule_agrees_with_numpy() {
     let golden = golden();
     for (text, expected) in &golden.schedules {
