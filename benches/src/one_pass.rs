@@ -16,7 +16,7 @@ use sluice_feed::select::{
 use sluice_text::output::say;
 use sluice_text::{Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, TextReader};
 use sluice_trainer::model::optimizer::AdamWConfig;
-use sluice_trainer::model::{BurnLearner, ModelConfig};
+use sluice_trainer::model::{BurnLearner, ModelConfig, Variant};
 use sluice_trainer::text::TextTokenizer;
 use sluice_trainer::training::learner::{Learner as _, Measured};
 
@@ -103,6 +103,7 @@ pub fn compare(texts: &Texts, setup: &Setup) -> anyhow::Result<Value> {
         rope_theta: 10_000.0,
         rms_norm_eps: 1e-6,
         tie_word_embeddings: false,
+        variant: Variant::default(),
     };
     let learner = |seed| BurnLearner::new(config.clone(), AdamWConfig::default(), seed);
     let held_out = packed(&texts.held_out, setup)?;

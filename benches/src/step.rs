@@ -137,8 +137,11 @@ pub fn head_alone(setup: &Setup, vocabulary: usize) -> ModelConfig {
 }
 
 /// One way to take a step: `plain`, or `slm`, `kept` and `chosen` with the percentage that is kept behind a hyphen, 60 without.
+/// With `once:` before it, each row is a micro-batch that is chosen from by itself; with `twice:`, one that competes with the
+/// others.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Variant {
+    passes: Passes,
     /// Share of the tokens that is learnt from; 1 for a plain step.
     keep: f64,
     backward: Backward,
@@ -146,19 +149,38 @@ pub struct Variant {
     chooses_beforehand: bool,
 }
 
+/// Forward passes of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Passes {
+    /// One, of all rows at once.
+    Whole,
+    /// One, row by row.
+    Once,
+    /// Two, row by row.
+    Twice,
+}
+
 impl std::str::FromStr for Variant {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
+        let (passes, text) = match text.split_once(':') {
+            None => (Passes::Whole, text),
+            Some(("once", text)) => (Passes::Once, text),
+            Some(("twice", text)) => (Passes::Twice, text),
+            Some((unknown, _)) => bail!("no such number of passes: {unknown}"),
+        };
         let (name, percent) = text.split_once('-').unwrap_or((text, "60"));
         let (backward, chooses_beforehand) = match name {
-            "plain" => return Ok(Self { keep: 1.0, backward: Backward::Exact, chooses_beforehand: false }),
+            "plain" => {
+                return Ok(Self { passes, keep: 1.0, backward: Backward::Exact, chooses_beforehand: false });
+            }
             "slm" => (Backward::Exact, false),
             "kept" => (Backward::Kept, false),
             "chosen" => (Backward::Kept, true),
             unknown => bail!("no such step: {unknown}"),
         };
-        Ok(Self { keep: percent.parse::<f64>()? / 100.0, backward, chooses_beforehand })
+        Ok(Self { passes, keep: percent.parse::<f64>()? / 100.0, backward, chooses_beforehand })
     }
 }
 
@@ -192,30 +214,42 @@ pub(crate) fn step(
     batch: &Batch,
     variant: Variant,
 ) -> anyhow::Result<serde_json::Value> {
-    let Variant { keep, backward, chooses_beforehand } = variant;
+    let Variant { passes, keep, backward, chooses_beforehand } = variant;
     let score = if chooses_beforehand { Score::Random } else { Score::Excess };
     let objective =
         if keep < 1.0 { Objective::slm(score, KeepRatio::try_from(keep)?) } else { Objective::Clm };
     let turn = Turn { seed: SEED, step: 1, steps: 1, micro_batch: 0 };
-    let select = |measured: &Measured| {
-        let signals = [measured.signals(batch)];
-        let mut choices = objective.select(&signals, batch.len, turn, &Thresholds::default());
-        choices.pop().unwrap_or_default().kept
-    };
-    learner.flow_through(backward);
     let mut selecting = 0.0;
+    let mut select = |measured: &[Measured], batches: &[Batch]| -> Vec<Vec<u32>> {
+        let started = Instant::now();
+        let signals: Vec<_> =
+            measured.iter().zip(batches).map(|(measured, batch)| measured.signals(batch)).collect();
+        let choices = objective.select(&signals, batch.len, turn, &Thresholds::default());
+        selecting += started.elapsed().as_secs_f64();
+        choices.into_iter().map(|choice| choice.kept).collect()
+    };
+    let batches = if passes == Passes::Whole { vec![batch.clone()] } else { rows_of(batch) };
+    learner.flow_through(backward);
     let (started, cpu) = (Instant::now(), cpu_seconds(std::process::id())?);
     if chooses_beforehand {
         // The loss is looked at for nothing but where there is one.
-        let kept = select(&Measured { losses: batch.reference.clone(), ..Measured::default() });
-        learner.accumulate_chosen(batch, &kept, Some(Needs::default()), &mut |_| {});
+        let losses = |batch: &Batch| Measured { losses: batch.reference.clone(), ..Measured::default() };
+        let kept = select(&batches.iter().map(losses).collect::<Vec<_>>(), &batches);
+        for (batch, kept) in batches.iter().zip(kept) {
+            learner.accumulate_chosen(batch, &kept, Some(Needs::default()), &mut |_| {});
+        }
+    } else if passes == Passes::Twice {
+        let measured: Vec<_> = batches.iter().map(|batch| learner.measure(batch, Needs::default())).collect();
+        for (batch, kept) in batches.iter().zip(select(&measured, &batches)) {
+            learner.accumulate_chosen(batch, &kept, None, &mut |_| {});
+        }
     } else {
-        learner.accumulate(batch, Needs::default(), &mut |measured| {
-            let started = Instant::now();
-            let kept = select(measured);
-            selecting = started.elapsed().as_secs_f64();
-            kept
-        });
+        for batch in &batches {
+            learner.accumulate(batch, Needs::default(), &mut |measured| {
+                let (measured, batch) = (std::slice::from_ref(measured), std::slice::from_ref(batch));
+                select(measured, batch).pop().unwrap_or_default()
+            });
+        }
     }
     let outcome = learner.update(LEARNING_RATE);
     learner.synchronize()?;
@@ -226,6 +260,24 @@ pub(crate) fn step(
         "loss": outcome.kept_loss,
         "kept": outcome.kept,
     }))
+}
+
+/// Each row of a batch as a batch of its own.
+fn rows_of(batch: &Batch) -> Vec<Batch> {
+    let row = |row: usize| {
+        let span = row * batch.len..(row + 1) * batch.len;
+        Batch {
+            rows: 1,
+            len: batch.len,
+            tokens: batch.tokens[span.clone()].to_vec(),
+            segments: batch.segments[span.clone()].to_vec(),
+            positions: batch.positions[span.clone()].to_vec(),
+            targets: batch.targets[span.clone()].to_vec(),
+            reference: batch.reference[span].to_vec(),
+            reference_entropy: vec![],
+        }
+    };
+    (0..batch.rows).map(row).collect()
 }
 
 /// Most memory of a step of a model that is hardly more than its head, beyond what a small step left.

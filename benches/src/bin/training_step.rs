@@ -67,7 +67,8 @@ struct Compare {
     #[arg(long, value_delimiter = ',', default_value = "8192,32768")]
     vocabularies: Vec<usize>,
     /// Our own versions of the step, of which slm must be one: `plain`, or `slm`, `kept` (--backward kept) and `chosen` (the same,
-    /// chosen before the forward pass), with the percentage that is kept behind a hyphen, 60 without.
+    /// chosen before the forward pass), with the percentage that is kept behind a hyphen, 60 without; each row a micro-batch with
+    /// `once:` before it, and one that competes with the others with `twice:`.
     #[arg(long, value_delimiter = ',', default_value = "plain,slm")]
     ours: Vec<String>,
     /// Our own versions of which the memory of a step is measured too.

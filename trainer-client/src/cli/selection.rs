@@ -50,7 +50,8 @@ enum ScopeName {
     Sequence,
     /// Those of one micro-batch
     MicroBatch,
-    /// Those of all micro-batches of an optimizer step (the text of Rho-1); with several, each runs forward twice
+    /// Those of all micro-batches of an optimizer step (the text of Rho-1); with several, and a score that looks at the model in
+    /// training, each runs forward twice
     Batch,
     /// None: a running mean of the steps' thresholds decides, and the share is kept on average
     RunningQuantile,

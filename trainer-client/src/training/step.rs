@@ -3,7 +3,7 @@
 use anyhow::bail;
 use sluice_feed::batch::{Batch, NO_TARGET, PackedBatch};
 use sluice_feed::cut::Piece;
-use sluice_feed::select::{Choice, Signals, Thresholds, Turn};
+use sluice_feed::select::{Choice, Lowest, Signals, Thresholds, Turn};
 use sluice_feed::sources::SourceNames;
 
 use super::books::Books;
@@ -23,97 +23,28 @@ pub(super) struct Stepper<'a> {
 }
 
 impl Stepper<'_> {
-    /// The step of this number. Each micro-batch runs forward once where its choice needs nothing of the others, and where the
-    /// model decides nothing; where micro-batches compete for what the model says, each runs forward once more after the losses
-    /// of all have decided, but its head for the kept tokens alone.
+    /// The step of this number.
     pub fn take(
-        self,
+        mut self,
         step: u64,
         batch: &[PackedBatch],
         thresholds: &mut Thresholds,
         sources: &mut SourceNames,
     ) -> anyhow::Result<(StepMetric, Option<ScoresMetric>)> {
-        let Self { learner, plan, row_len, telemetry } = self;
+        let mut books = Books::new(&self.plan.objective);
+        if self.plan.counts_scores(step) {
+            books = books.counting_scores();
+        }
+        let lowest = self.accumulate(step, batch, thresholds, (&mut books, sources));
+        let Self { learner, plan, telemetry, .. } = self;
         let Plan { objective, schedule, .. } = plan;
-        let turn = plan.turn(step);
-        let broken_down = |broken: Broken| {
+        let lowest = lowest.map_err(|Broken { not_finite, of }| {
             telemetry.refused(Refused::NotFinite);
-            let Broken { not_finite, of } = broken;
             anyhow::anyhow!(
                 "step {step} was not taken: the model gives {not_finite} of the {of} tokens of a micro-batch a loss that is not \
                  finite; start again from an earlier checkpoint, with a lower --learning-rate or longer --warmup-steps"
             )
-        };
-        let needs = objective.needs();
-        let mut books = Books::new(objective);
-        if plan.counts_scores(step) {
-            books = books.counting_scores();
-        }
-        let select = |measured: &[Measured]| {
-            telemetry.enter(Stage::Select);
-            let signals: Vec<Signals<'_>> = measured
-                .iter()
-                .zip(batch)
-                .map(|(measured, packed)| measured.signals(&packed.batch))
-                .collect();
-            objective.select(&signals, row_len, turn, thresholds)
-        };
-        let mut lowest = Vec::with_capacity(batch.len());
-        if objective.chooses_beforehand() {
-            let unmeasured: Vec<Measured> = batch.iter().map(|packed| unmeasured(&packed.batch)).collect();
-            for (packed, choice) in batch.iter().zip(select(&unmeasured)) {
-                telemetry.enter(Stage::Forward);
-                let mut found = None;
-                learner.accumulate_chosen(&packed.batch, &choice.kept, Some(needs), &mut |measured| {
-                    found = broken(measured, packed);
-                    books.add(packed, &measured.losses, &choice, sources);
-                    telemetry.enter(Stage::Backward);
-                });
-                if let Some(broken) = found {
-                    return Err(broken_down(broken));
-                }
-                lowest.push(choice.lowest);
-            }
-        } else if batch.len() > 1 && objective.needs_whole_batch(step) {
-            telemetry.enter(Stage::Forward);
-            let measured: Vec<Measured> =
-                batch.iter().map(|packed| learner.measure(&packed.batch, needs)).collect();
-            if let Some(broken) = measured.iter().zip(batch).find_map(|(of, packed)| broken(of, packed)) {
-                return Err(broken_down(broken));
-            }
-            let choices = select(&measured);
-            for ((packed, measured), choice) in batch.iter().zip(&measured).zip(choices) {
-                books.add(packed, &measured.losses, &choice, sources);
-                telemetry.enter(Stage::Forward);
-                learner.accumulate_chosen(&packed.batch, &choice.kept, None, &mut |_| {
-                    telemetry.enter(Stage::Backward);
-                });
-                lowest.push(choice.lowest);
-            }
-        } else {
-            for (micro_batch, packed) in (0..).zip(batch) {
-                telemetry.enter(Stage::Forward);
-                let mut found = None;
-                learner.accumulate(&packed.batch, needs, &mut |measured| {
-                    telemetry.enter(Stage::Select);
-                    found = broken(measured, packed);
-                    if found.is_some() {
-                        return vec![];
-                    }
-                    let turn = Turn { micro_batch, ..turn };
-                    let signals = [measured.signals(&packed.batch)];
-                    let choice = objective.select(&signals, row_len, turn, thresholds).pop();
-                    let choice: Choice = choice.unwrap_or_default();
-                    lowest.push(choice.lowest);
-                    books.add(packed, &measured.losses, &choice, sources);
-                    telemetry.enter(Stage::Backward);
-                    choice.kept
-                });
-                if let Some(broken) = found {
-                    return Err(broken_down(broken));
-                }
-            }
-        }
+        })?;
         thresholds.end_step(&lowest);
         telemetry.enter(Stage::Optimizer);
         let learning_rate = schedule.at(step);
@@ -138,6 +69,81 @@ impl Stepper<'_> {
         let loss = (kept > 0).then_some(kept_loss);
         let scores = books.take_scores().map(|histogram| ScoresMetric { step, histogram });
         Ok((StepMetric { step, loss, learning_rate, gradient_norm, ..books.into_metric() }, scores))
+    }
+
+    /// Adds up the gradients of a step's micro-batches, and gives what each teaches running thresholds.
+    ///
+    /// Each micro-batch runs forward once where its choice needs nothing of the others, and where the model decides nothing;
+    /// where micro-batches compete for what the model says, each runs forward once more after the losses of all have decided,
+    /// but its head for the kept tokens alone.
+    fn accumulate(
+        &mut self,
+        step: u64,
+        batch: &[PackedBatch],
+        thresholds: &Thresholds,
+        (books, sources): (&mut Books, &mut SourceNames),
+    ) -> Result<Vec<Lowest>, Broken> {
+        let Self { learner, plan, row_len, telemetry } = self;
+        let (objective, turn) = (&plan.objective, plan.turn(step));
+        let needs = objective.needs();
+        let select = |measured: &[Measured]| {
+            telemetry.enter(Stage::Select);
+            let pairs = measured.iter().zip(batch);
+            let signals: Vec<Signals<'_>> =
+                pairs.map(|(measured, packed)| measured.signals(&packed.batch)).collect();
+            objective.select(&signals, *row_len, turn, thresholds)
+        };
+        let mut lowest = Vec::with_capacity(batch.len());
+        if objective.chooses_beforehand() {
+            let unmeasured: Vec<Measured> = batch.iter().map(|packed| unmeasured(&packed.batch)).collect();
+            for (packed, choice) in batch.iter().zip(select(&unmeasured)) {
+                telemetry.enter(Stage::Forward);
+                let mut found = None;
+                learner.accumulate_chosen(&packed.batch, &choice.kept, Some(needs), &mut |measured| {
+                    found = broken(measured, packed);
+                    books.add(packed, &measured.losses, &choice, sources);
+                    telemetry.enter(Stage::Backward);
+                });
+                found.map_or(Ok(()), Err)?;
+                lowest.push(choice.lowest);
+            }
+        } else if batch.len() > 1 && objective.needs_whole_batch(step) {
+            telemetry.enter(Stage::Forward);
+            let measured: Vec<Measured> =
+                batch.iter().map(|packed| learner.measure(&packed.batch, needs)).collect();
+            let found = measured.iter().zip(batch).find_map(|(measured, packed)| broken(measured, packed));
+            found.map_or(Ok(()), Err)?;
+            for ((packed, measured), choice) in batch.iter().zip(&measured).zip(select(&measured)) {
+                books.add(packed, &measured.losses, &choice, sources);
+                telemetry.enter(Stage::Forward);
+                learner.accumulate_chosen(&packed.batch, &choice.kept, None, &mut |_| {
+                    telemetry.enter(Stage::Backward);
+                });
+                lowest.push(choice.lowest);
+            }
+        } else {
+            for (micro_batch, packed) in (0..).zip(batch) {
+                telemetry.enter(Stage::Forward);
+                let mut found = None;
+                learner.accumulate(&packed.batch, needs, &mut |measured| {
+                    telemetry.enter(Stage::Select);
+                    found = broken(measured, packed);
+                    if found.is_some() {
+                        return vec![];
+                    }
+                    let turn = Turn { micro_batch, ..turn };
+                    let signals = [measured.signals(&packed.batch)];
+                    let choice = objective.select(&signals, *row_len, turn, thresholds).pop();
+                    let choice: Choice = choice.unwrap_or_default();
+                    lowest.push(choice.lowest);
+                    books.add(packed, &measured.losses, &choice, sources);
+                    telemetry.enter(Stage::Backward);
+                    choice.kept
+                });
+                found.map_or(Ok(()), Err)?;
+            }
+        }
+        Ok(lowest)
     }
 }
 

@@ -24,6 +24,7 @@ pub(in crate::model) struct AttentionShape {
 }
 
 /// What each token of a group may look at: itself, and what stands before it in its segment. There is one of a group.
+#[allow(clippy::large_enum_variant)]
 pub(in crate::model) enum Visible {
     /// On the CPU: the row of the group's matrices where its segment begins for each token, `[rows * len]`; [`PADDING`] in
     /// padding.
