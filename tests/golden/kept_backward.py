@@ -130,9 +130,7 @@ def gradients(model: Llama, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, filled))
 
 
-def check_slope(
-    model: Llama, given: dict[str, Tensor], kept: list[int], found: dict[str, Tensor], seed: int
-) -> float:
+def check_slope(model: Llama, given: dict[str, Tensor], kept: list[int], found: dict[str, Tensor], seed: int) -> float:
     """How far the gradient's slope in a random direction is from a central difference, of the slope."""
     generator = torch.Generator().manual_seed(seed)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
