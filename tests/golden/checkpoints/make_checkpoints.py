@@ -95,9 +95,7 @@ def families() -> dict[str, Made]:
         ),
         "llama-yarn": Made(llama(**wide, **rope(**YARN))),
         "mistral": Made(
-            transformers.MistralForCausalLM(
-                transformers.MistralConfig(**COMMON, **rope(), sliding_window=32, head_dim=8)
-            ),
+            transformers.MistralForCausalLM(transformers.MistralConfig(**COMMON, **rope(), sliding_window=32, head_dim=8)),
         ),
         "qwen2": Made(
             transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**COMMON, **rope(), tie_word_embeddings=True)),

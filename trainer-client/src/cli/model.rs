@@ -7,10 +7,10 @@ use sluice_schemas::fingerprint::Fingerprint;
 
 use super::arguments::OutputArguments;
 use crate::failure::Classify;
+use crate::model::carried::Carried;
 use crate::model::checkpoint::{OPTIMIZER_FILE, read_weights};
 use crate::model::config::CONFIG_FILE;
 use crate::model::device::DeviceError;
-use crate::model::hugging_face::Carried;
 use crate::model::optimizer::AdamWConfig;
 use crate::model::{BurnLearner, Device, DeviceName, ModelConfig, Precision, Variant};
 use crate::text::{TOKENIZER_FILE, TextTokenizer};

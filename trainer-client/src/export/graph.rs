@@ -6,25 +6,21 @@
 //! Runtime's optimizer recognises them, in single precision as transformers computes them.
 
 use std::collections::HashMap;
-use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use sluice_schemas::graph::{
     Dim, GraphBuilder, float_attribute, int_attribute, ints_attribute, raw_tensor, tensor_info,
 };
-use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
-use sluice_schemas::onnx::{
-    GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
-};
+use sluice_schemas::onnx::tensor_proto::DataType;
+use sluice_schemas::onnx::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto};
 
+use super::external::{External, PAGE_BYTES};
 use crate::model::ModelConfig;
 use crate::model::config::Scales;
 use crate::model::decoder::rotary_tables;
 use crate::run::tensors::{NamedTensor, Stored};
 
-/// File name of weights that do not fit into the graph's.
-pub const DATA_FILE: &str = "model.onnx.data";
 /// Input: token ids, int64 `[batch, sequence]`.
 pub const INPUT: &str = "input_ids";
 /// Output: logits `[batch, sequence, vocab]`; position `i` predicts token `i + 1`.
@@ -34,9 +30,6 @@ pub const OUTPUT: &str = "logits";
 const MICROSOFT: &str = "com.microsoft";
 /// `GroupQueryAttention` turns heads of a multiple of these dimensions.
 const HEAD_DIM_STEP: usize = 16;
-/// Where external tensors begin: at a page, so that they can be mapped into memory.
-const PAGE_BYTES: usize = 4096;
-
 /// The operator that attention is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Attention {
@@ -65,37 +58,6 @@ fn data_type(stored: Stored) -> DataType {
         Stored::F32 => DataType::Float,
         Stored::F16 => DataType::Float16,
         Stored::Bf16 => DataType::Bfloat16,
-    }
-}
-
-/// Where weights go that are not in the graph's own file.
-pub(super) struct External<'a> {
-    file: &'a mut dyn Write,
-    written: usize,
-}
-
-impl<'a> External<'a> {
-    pub(super) fn new(file: &'a mut dyn Write) -> Self {
-        Self { file, written: 0 }
-    }
-
-    /// Writes a tensor's bytes, and has it say where they are.
-    fn take(&mut self, tensor: &mut TensorProto, bytes: &[u8]) -> Result<()> {
-        let begin = self.written.next_multiple_of(PAGE_BYTES);
-        self.file.write_all(&vec![0; begin - self.written])?;
-        self.file.write_all(bytes)?;
-        self.written = begin + bytes.len();
-        let entry = |key: &str, value: String| StringStringEntryProto {
-            key: Some(key.to_owned()),
-            value: Some(value),
-        };
-        tensor.data_location = Some(DataLocation::External.into());
-        tensor.external_data = vec![
-            entry("location", DATA_FILE.to_owned()),
-            entry("offset", begin.to_string()),
-            entry("length", bytes.len().to_string()),
-        ];
-        Ok(())
     }
 }
 

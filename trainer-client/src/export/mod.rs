@@ -1,5 +1,6 @@
 //! A checkpoint for others: as an ONNX model that the daemon scores with, or as transformers publishes models.
 
+mod external;
 mod graph;
 
 use std::fs;
@@ -11,13 +12,15 @@ use prost::Message;
 
 use crate::failure::Classify;
 use crate::model::ModelConfig;
+use crate::model::carried::Carried;
 use crate::model::checkpoint::{read_weights, write_weights};
-use crate::model::hugging_face::Carried;
 use crate::run::files::{write_through, write_whole};
 use crate::run::tensors::{Pending, Stored};
 use crate::text::TOKENIZER_FILE;
-pub use graph::{DATA_FILE, INPUT, OUTPUT};
-use graph::{External, onnx_model};
+pub use external::DATA_FILE;
+use external::External;
+use graph::onnx_model;
+pub use graph::{INPUT, OUTPUT};
 
 /// File name of the exported graph, and of its weights where they fit beside it.
 pub const MODEL_FILE: &str = "model.onnx";

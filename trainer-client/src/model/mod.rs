@@ -4,7 +4,7 @@
 //!   frequencies;
 //! - [`weights`]: every weight under its Hugging Face name, and its seeded start;
 //! - [`cost`]: floating point operations of training and scoring, from the shapes alone;
-//! - [`checkpoint`]: those weights in a folder; [`optimizer`]: AdamW;
+//! - [`checkpoint`]: those weights in a folder; [`carried`]: what goes along with them; [`optimizer`]: AdamW;
 //! - `layers`: the decoder's operations, each with its gradient; `norm`: the norm, `projection`: what some families add to
 //!   projections; `attention`: what a token looks at, in blocks; `decoder`: the body made of them;
 //! - [`backward`]: what a gradient flows through; `rows`: the rows of matrices that it flows into;
@@ -19,6 +19,7 @@
 
 mod attention;
 pub mod backward;
+pub mod carried;
 pub mod checkpoint;
 pub mod config;
 pub mod cost;

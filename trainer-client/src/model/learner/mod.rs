@@ -12,13 +12,13 @@ use sluice_feed::select::Needs;
 use sluice_schemas::fingerprint::Fingerprint;
 
 use super::backward::Backward;
+use super::carried::Carried;
 use super::checkpoint::{HISTORY_FILE, OPTIMIZER_FILE, WEIGHTS_METADATA, read_weights};
 use super::config::ModelConfig;
 use super::decoder;
 use super::device::{Device, Precision};
 use super::head::{self, Keep};
 use super::host::{from_host, on_host, to_host};
-use super::hugging_face::Carried;
 use super::kernels;
 use super::optimizer::{
     AdamWConfig, AdamWStep, MEAN_PREFIX, Moments, SQUARE_PREFIX, STEP_KEY, split_moments,
