@@ -245,7 +245,7 @@ fn the_best_model_is_kept_beside_the_last() {
     let folder = tempfile::tempdir().unwrap();
     let stop_at = Some((5, Arc::default()));
     let losses = vec![9.0, 5.0, 9.0, 3.0, 1.0];
-    train(folder.path(), &mut Spy { losses, stop_at, ..Spy::new() }, false, Some("two")).unwrap();
+    train(folder.path(), &mut Spy { stop_at, losses, ..Spy::new() }, false, Some("two")).unwrap();
     let run = folder.path().join("run");
     assert_eq!(Best::read(&run).unwrap().unwrap().step, 10);
     train(folder.path(), &mut Spy { losses: vec![4.0, 9.0, 2.0], ..Spy::new() }, true, Some("two")).unwrap();

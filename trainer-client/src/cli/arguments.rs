@@ -67,7 +67,7 @@ pub(super) struct OutputArguments {
     /// does from there on may differ
     #[arg(long, env = "SLUICE_TRAIN_BRANCH_FROM", value_name = "CHECKPOINT", conflicts_with = "init")]
     pub branch_from: Option<PathBuf>,
-    /// Write TensorBoard event files too, beside metrics.jsonl
+    /// Write event files too, beside metrics.jsonl, for `tensorboard --logdir`
     #[arg(long, env = "SLUICE_TRAIN_TENSORBOARD")]
     pub tensorboard: bool,
     /// Checkpoints to keep: the last ones

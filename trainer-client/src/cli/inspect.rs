@@ -86,7 +86,7 @@ pub(super) struct EvaluateArguments {
     /// window]
     #[arg(long, env = "SLUICE_TRAIN_STRIDE", value_parser = at_least::<1>)]
     stride: Option<usize>,
-    /// Where the bos_token_id of config.json stands, the daemon's score.bos
+    /// Where the BOS that config.json names stands, the daemon's score.bos
     #[arg(long, env = "SLUICE_TRAIN_BOS", value_enum, default_value_t = BosName::None)]
     bos: BosName,
     /// Of a run folder, the last checkpoint or the best [default: the best of a reference, else the last]

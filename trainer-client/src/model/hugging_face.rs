@@ -62,9 +62,8 @@ struct HuggingFaceConfig {
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
     tie_word_embeddings: Option<bool>,
-    /// Absent is not the same as null: Mistral's default is 4,096.
-    #[serde(default, deserialize_with = "given")]
-    sliding_window: Option<Option<usize>>,
+    #[serde(default)]
+    sliding_window: Sliding,
     use_sliding_window: Option<bool>,
     layer_types: Option<Vec<String>>,
     embedding_multiplier: Option<f64>,
@@ -74,13 +73,34 @@ struct HuggingFaceConfig {
     quantization_config: Option<Value>,
 }
 
-/// A value that is there, though it may be null.
-fn given<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Option<usize>>, D::Error> {
-    Option::deserialize(from).map(Some)
+/// Tokens that a token sees. Absent is not the same as null: families have defaults.
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(from = "Option<usize>")]
+enum Sliding {
+    #[default]
+    Absent,
+    Given(Option<usize>),
+}
+
+impl From<Option<usize>> for Sliding {
+    fn from(given: Option<usize>) -> Self {
+        Self::Given(given)
+    }
+}
+
+impl Sliding {
+    /// What is given, or 4,096, the default of all families that have such a thing.
+    fn or_default(self) -> Option<usize> {
+        match self {
+            Self::Absent => Some(4096),
+            Self::Given(given) => given,
+        }
+    }
 }
 
 /// `rope_scaling`, or the `rope_parameters` of transformers 5.
 #[derive(Deserialize)]
+#[allow(clippy::struct_field_names, reason = "they are the file's")]
 struct Rope {
     rope_type: Option<String>,
     #[serde(rename = "type")]
@@ -151,10 +171,10 @@ impl HuggingFaceConfig {
     fn sliding_window(&self, family: Family) -> Option<usize> {
         match family {
             Family::Llama | Family::Granite => None,
-            Family::Mistral => self.sliding_window.unwrap_or(Some(4096)),
+            Family::Mistral => self.sliding_window.or_default(),
             Family::Qwen2 | Family::Qwen3 => {
                 let slides = self.use_sliding_window.unwrap_or(false);
-                self.sliding_window.unwrap_or(Some(4096)).filter(|_| slides)
+                self.sliding_window.or_default().filter(|_| slides)
             }
         }
     }

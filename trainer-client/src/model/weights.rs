@@ -255,7 +255,7 @@ pub(crate) fn initial(config: &ModelConfig, seed: u64) -> Vec<NamedTensor> {
         .map(|Spec { name, shape }| {
             let count = shape.iter().product();
             let values = if shape.len() == 1 {
-                vec![if name.ends_with(".bias") { 0.0 } else { 1.0 }; count]
+                vec![if name.ends_with("_proj.bias") { 0.0 } else { 1.0 }; count]
             } else {
                 (0..count).map(|_| (generator.sample() * INITIAL_DEVIATION) as f32).collect()
             };
