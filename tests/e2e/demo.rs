@@ -24,7 +24,7 @@ fn json(path: &Path) -> serde_json::Value {
 fn share_kept(run: &Path) -> f64 {
     let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let records = metrics.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    let last = records.filter(|record| record["type"] == "step").last().unwrap();
+    let last = records.rev().find(|record| record["type"] == "step").unwrap();
     last["tokens_kept"].as_f64().unwrap() / last["tokens"].as_f64().unwrap()
 }
 
