@@ -43,9 +43,10 @@ impl Group {
         let places = elements.iter().map(|element| {
             let (begin, end) = self.client.fetch_watermarks(&self.topic, element.partition(), CALL).ok()?;
             let Offset::Offset(committed) = element.offset() else {
-                return Some((element.partition(), Place { begin, committed: begin, end }));
+                let place = Place { begin, committed: begin, is_new: true, end };
+                return Some((element.partition(), place));
             };
-            Some((element.partition(), Place { begin, committed, end }))
+            Some((element.partition(), Place { begin, committed, is_new: false, end }))
         });
         places.collect()
     }
@@ -74,6 +75,8 @@ pub struct Place {
     pub begin: i64,
     /// Where the group goes on; the beginning where it has committed nothing.
     pub committed: i64,
+    /// Whether it has committed nothing: then nothing is missed that is gone.
+    pub is_new: bool,
     /// The end of what can be read.
     pub end: i64,
 }

@@ -11,7 +11,7 @@ use super::fault::Faults;
 use super::inject::Scene;
 use super::load::name;
 use super::topics::Topics;
-use crate::{Group, Kafka};
+use crate::{Group, Kafka, Place};
 
 /// How long a daemon may take to find out, start and rebalances included.
 const SAID_WITHIN: Duration = Duration::from_secs(40);
@@ -23,10 +23,17 @@ impl Scene<'_> {
     /// records of which partition are gone. Then the offset is set as it says, and all go on. The removed are no loss of theirs.
     pub(super) fn make_gap(&mut self, faults: &mut Faults) {
         self.crew.settle();
+        let group = Group::new(self.kafka, &self.topics.group, &self.topics.documents);
+        // A group that has committed nothing begins with what is there, and misses nothing.
+        let is_begun = |place: &Place| !place.is_new || place.end == place.begin;
+        let begun = Instant::now();
+        while !group.places().is_some_and(|places| places.values().all(is_begun)) {
+            assert!(begun.elapsed() < PATIENCE, "the group commits nothing");
+            self.crew.wait(TURN);
+        }
         self.watch.set_well(false);
         self.crew.stop();
         std::thread::sleep(faults.span(1000..2000));
-        let group = Group::new(self.kafka, &self.topics.group, &self.topics.documents);
         let begun = Instant::now();
         let places = loop {
             // What a killed daemon left open holds its offsets up until it is given up.
@@ -65,11 +72,12 @@ impl Scene<'_> {
             said = self.crew.slots().iter_mut().any(|slot| slot.told_gap(&words));
             std::thread::sleep(TURN);
         }
-        if !said {
+        self.crew.stop();
+        if said {
+            group.set(partition, next);
+        } else {
             self.unsaid.push(words.join(", "));
         }
-        self.crew.stop();
-        group.set(partition, next);
         self.crew.revive();
         self.watch.set_well(true);
     }
