@@ -83,7 +83,7 @@ fn times_that_the_brokers_do_not_allow_are_refused_in_words() {
             "session.timeout.ms = 5999 is less than the brokers' group.min.session.timeout.ms = 6000",
         ),
         (
-            "session.timeout.ms=1800001",
+            "session.timeout.ms=1800001,max.poll.interval.ms=1800001",
             64,
             "is more than the brokers' group.max.session.timeout.ms = 1800000",
         ),

@@ -25,9 +25,9 @@ impl Scene<'_> {
         self.crew.settle();
         let group = Group::new(self.kafka, &self.topics.group, &self.topics.documents);
         // A group that has committed nothing begins with what is there, and misses nothing.
-        let is_begun = |place: &Place| !place.is_new || place.end == place.begin;
+        let is_begun = |place: &Place| !place.is_new;
         let begun = Instant::now();
-        while !group.places().is_some_and(|places| places.values().all(is_begun)) {
+        while !group.places().is_some_and(|places| places.values().any(is_begun)) {
             assert!(begun.elapsed() < PATIENCE, "the group commits nothing");
             self.crew.wait(TURN);
         }
@@ -42,7 +42,8 @@ impl Scene<'_> {
             }
             assert!(begun.elapsed() < PATIENCE, "nobody tells the group's offsets");
         };
-        let fullest = places.iter().max_by_key(|(_, place)| place.end - place.committed);
+        let begun = places.iter().filter(|(_, place)| is_begun(place));
+        let fullest = begun.max_by_key(|(_, place)| place.end - place.committed);
         let Some((&partition, place)) = fullest.filter(|(_, place)| place.end > place.committed) else {
             self.watch.set_well(true);
             return;
