@@ -67,7 +67,7 @@ fn the_stream_in_python_keeps_its_promises() {
     });
     let folder = tempfile::tempdir().unwrap();
     let tokenizer_file = folder.path().join("tokenizer.json");
-    std::fs::write(&tokenizer_file, tokenizer_json()).unwrap();
+    fs::write(&tokenizer_file, tokenizer_json()).unwrap();
     let tests = sluice_tests::root().join("trainer-client/python/tests/kafka");
     let output = Command::new(sluice_tests::torch_python())
         .args(["-B", "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"])
