@@ -86,7 +86,7 @@ def select(
 
     def rank(scores: list[Tensor], keep: float | None, ranking: int) -> list[Tensor]:
         if selection.threshold is not None and keep is None:
-            return [own >= cast(float, selection.threshold) for own in scores]
+            return [own >= selection.threshold for own in scores]
         eligible = [~own.isnan() for own in scores]
         if keep is not None and keep >= 1.0:
             return eligible
