@@ -10,6 +10,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList, TopicPartitionListElem};
+use rdkafka::types::RDKafkaErrorCode;
 
 const PATIENCE: Duration = Duration::from_mins(1);
 
@@ -66,6 +67,13 @@ pub fn produce_keyless(bootstrap_servers: &str, topic: &str, payload: &[u8]) {
     producer.flush(PATIENCE).unwrap();
 }
 
+/// Whether the client goes on by itself after an error.
+fn is_passing(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{AllBrokersDown, BrokerTransportFailure, OperationTimedOut, Resolve};
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | Resolve))
+}
+
 /// Everything that stands in `topic` now, by partition and offset.
 pub fn read_all(bootstrap_servers: &str, topic: &str) -> Vec<Record> {
     let consumer: BaseConsumer = ClientConfig::new()
@@ -95,6 +103,8 @@ pub fn read_all(bootstrap_servers: &str, topic: &str) -> Vec<Record> {
                 unread.remove(&partition);
                 continue;
             }
+            // A broker that is gone is no end of what the others hold.
+            Some(Err(error)) if is_passing(&error) => continue,
             Some(message) => message.unwrap(),
         };
         let headers = message.headers().map(|headers| {
