@@ -44,6 +44,8 @@ def test_ctrl_c_ends_the_wait_for_more_and_the_stream_can_be_read_on() -> None:
     script = """
 import json, os, signal, sys, threading
 from sluice_feed import ScoredStream
+# A shell that starts tests in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings = {**json.loads(os.environ["SLUICE_TEST_STREAM"]), "topic": "long", "epochs": None}
 stream = ScoredStream(rank=0, world_size=1, **settings)
 given = 0
@@ -59,15 +61,19 @@ except KeyboardInterrupt:
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stdout.readline, "")))
     reader.start()
-    deadline = time.monotonic() + PATIENCE_S
-    # Nothing more comes once it has waited for long: every micro-batch of whole steps was given.
-    seen = -1
-    while time.monotonic() < deadline and (len(lines) != seen or seen <= 0):
-        seen = len(lines)
-        time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(PATIENCE_S) == 0
-    reader.join(PATIENCE_S)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        # Nothing more comes once it has waited for long: every micro-batch of whole steps was given.
+        seen = -1
+        while time.monotonic() < deadline and (len(lines) != seen or seen <= 0):
+            seen = len(lines)
+            time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        # A process that goes on would keep the reader, and so all tests, from ending.
+        process.kill()
+        reader.join(PATIENCE_S)
     assert lines[-1] == f"interrupted {seen // 8} 8\n", lines[-1]
 
 
