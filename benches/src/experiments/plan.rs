@@ -201,7 +201,7 @@ const SMALL: Size = Size { name: "2M", hidden: 128, layers: 4, heads: 4 };
 const LARGE: Size = Size { name: "10M", hidden: 320, layers: 6, heads: 5 };
 
 impl Plan {
-    /// Two to three hours on two cores that have nothing else to do.
+    /// All of it: hours on two cores, which are estimated before the first run.
     pub fn full() -> Self {
         use Kind::{Adaptive, Plain, Random, Slm};
         let group = |setting, size, kinds: &[Kind], steps, eval_every| Group {
