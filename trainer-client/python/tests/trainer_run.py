@@ -12,6 +12,7 @@ import torch
 from adapter_support import CLIP, RATE, LaneStream, tiny_llama
 from sluice_feed import Selection
 from sluice_feed.transformers import SelectiveTrainer
+from torch_support import end_process
 from transformers import TrainingArguments
 
 
@@ -85,6 +86,7 @@ def main(cases: list[dict[str, Any]]) -> None:
     trainer.accelerator.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    end_process()
 
 
 if __name__ == "__main__":
