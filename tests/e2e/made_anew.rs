@@ -143,3 +143,30 @@ fn a_trainer_does_not_go_on_in_a_topic_made_anew() {
     assert_eq!(trainer.wait().code(), Some(65));
     assert_eq!(scorer.stop().code(), Some(0));
 }
+
+#[test]
+fn a_trainer_is_not_resumed_in_a_topic_made_anew_that_has_grown_longer() {
+    const FEW: usize = 400;
+    const MANY: usize = 1000;
+    let cluster = Cluster::with_topics(1);
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    cluster.send(0..FEW, 20);
+    let scorer = cluster.daemon(&[]);
+    cluster.wait_scored(FEW);
+    let flags = ["--follow", "--steps", "1000000", "--shuffle-buffer", "1", "--resume"];
+    let trainer = Trainer::start(cluster.servers(), &run, &flags, &[]);
+    scorer.wait("steps", |_| trainer.metric("sluice_train_steps_total").is_some_and(|steps| steps > 0.0));
+    assert_eq!(trainer.stop().code(), Some(0));
+    assert_eq!(scorer.stop().code(), Some(0));
+
+    cluster.kafka.delete_topic(SCORED);
+    cluster.kafka.create_topic(SCORED, 1);
+    cluster.send(FEW..MANY, 20);
+    let scorer = cluster.daemon(&["--kafka-group-id", "another"]);
+    cluster.wait_scored(MANY);
+    assert_eq!(scorer.stop().code(), Some(0));
+    let mut resumed = Trainer::start(cluster.servers(), &run, &flags, &[]);
+    assert_eq!(resumed.ended().code(), Some(65));
+    assert!(resumed.log().contains("deleted and made anew since this run began"), "{}", resumed.log());
+}

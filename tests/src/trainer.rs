@@ -4,6 +4,7 @@ use std::io::BufReader;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use crate::daemon::follow_log;
 use crate::{binary, golden, http_get};
@@ -57,6 +58,16 @@ impl Trainer {
         let (status, text) = http_get(&self.address, "/metrics");
         assert_eq!(status, 200, "{text}");
         text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+    }
+
+    /// Waits for the end, after which its log is complete.
+    pub fn ended(&mut self) -> ExitStatus {
+        let status = self.process.wait().unwrap();
+        // The thread that reads the log holds the other one until it has read all of it.
+        while Arc::strong_count(&self.log) > 1 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        status
     }
 
     /// Waits for the end.

@@ -67,6 +67,15 @@ impl TopicIds {
         (taken != now).then(|| MadeAnew { earlier: taken.clone(), later: now.clone() })
     }
 
+    /// Takes `id` for that of `topic`, as an earlier client heard it.
+    pub fn expect(&self, topic: &str, id: String) {
+        let mut ids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = ids.entry(topic.to_owned());
+        known
+            .and_modify(|ids| ids.taken.clone_from(&id))
+            .or_insert_with(|| Ids { taken: id.clone(), now: id });
+    }
+
     /// Takes the id that `topic` has by now for its own.
     pub fn take(&self, topic: &str) {
         let mut ids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -112,6 +121,25 @@ mod tests {
         assert_eq!((ids.made_anew("a.b"), ids.made_anew("a")), (Some(made_anew), None));
         ids.take("a.b");
         assert_eq!((ids.id("a.b").as_deref(), ids.made_anew("a.b")), (Some("0pCyJ8DkSZ2cVZ4ihkqDMQ"), None));
+    }
+
+    #[test]
+    fn an_id_that_an_earlier_client_heard_is_held_against_this_ones() {
+        for is_heard_first in [true, false] {
+            for (message, is_made_anew) in [(FIRST, false), (SECOND, true)] {
+                let ids = TopicIds::default();
+                let expect = || ids.expect("a.b", "5v5NtFUqT4CYhVXEZV3Wbw".to_owned());
+                if is_heard_first {
+                    ids.hear("METADATA", message);
+                    expect();
+                } else {
+                    expect();
+                    ids.hear("METADATA", message);
+                }
+                assert_eq!(ids.made_anew("a.b").is_some(), is_made_anew);
+                assert_eq!(ids.id("a.b").as_deref(), Some("5v5NtFUqT4CYhVXEZV3Wbw"));
+            }
+        }
     }
 
     #[test]

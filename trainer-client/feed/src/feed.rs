@@ -71,6 +71,7 @@ impl Feed {
                 let only = snapshot.contexts.keys().next().filter(|_| snapshot.contexts.len() == 1).copied();
                 Start {
                     shard,
+                    topic_id: snapshot.topic_id.clone(),
                     places: snapshot.positions(),
                     reference_model: snapshot.identity.reference_model.or(only),
                     contexts: snapshot.contexts.clone(),
@@ -227,6 +228,7 @@ impl Feed {
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             identity: self.identity(),
+            topic_id: self.stream.topic_id(),
             step: self.supply.step(),
             lanes: self.supply.lanes(),
             turn: self.supply.turn(),

@@ -38,6 +38,8 @@ pub struct LaneSnapshot {
 pub struct Snapshot {
     /// What the data must be gone on with under.
     pub identity: Identity,
+    /// The id of the topic, where the broker has told it; a topic that is deleted and made anew has another.
+    pub topic_id: Option<String>,
     /// Steps whose micro-batches were given out.
     pub step: u64,
     /// Lanes of the whole stream.
@@ -56,6 +58,9 @@ pub struct Snapshot {
 struct Outline {
     format: u32,
     identity: Identity,
+    /// Checkpoints of before it was kept have none.
+    #[serde(default)]
+    topic_id: Option<String>,
     step: u64,
     lanes: usize,
     turn: usize,
@@ -106,6 +111,10 @@ impl Snapshot {
             if (whole.step, whole.turn) != (part.step, part.turn) {
                 return Err(SnapshotError::Parts("the step"));
             }
+            if whole.topic_id.as_ref().zip(part.topic_id.as_ref()).is_some_and(|(one, other)| one != other) {
+                return Err(SnapshotError::Parts("the topic's id"));
+            }
+            whole.topic_id = whole.topic_id.or(part.topic_id);
             whole.identity.reference_model = whole.identity.reference_model.or(part.identity.reference_model);
             for (model, context) in part.contexts {
                 if whole.contexts.insert(model, context).is_some_and(|earlier| earlier != context) {
@@ -213,6 +222,7 @@ impl Snapshot {
         let outline = Outline {
             format: FORMAT,
             identity: self.identity.clone(),
+            topic_id: self.topic_id.clone(),
             lanes: self.lanes,
             step: self.step,
             turn: self.turn,
@@ -255,9 +265,9 @@ impl Snapshot {
             held.insert(lane, snapshot);
         }
         columns.finish()?;
-        let Outline { identity, step, lanes, turn, contexts, .. } =
+        let Outline { identity, topic_id, step, lanes, turn, contexts, .. } =
             Outline { held: BTreeMap::new(), policies: vec![], ..outline };
-        Ok(Self { identity, step, lanes, turn, contexts, held })
+        Ok(Self { identity, topic_id, step, lanes, turn, contexts, held })
     }
 }
 

@@ -54,7 +54,7 @@ fn snapshot(lanes: usize) -> Snapshot {
     };
     let contexts = BTreeMap::from([(Fingerprint::of_bytes(b"model"), POLICY)]);
     let held = (0..lanes).map(|number| (number, lane(number))).collect();
-    Snapshot { identity: identity(), step: 3, lanes, turn: 1, contexts, held }
+    Snapshot { identity: identity(), topic_id: Some("id".into()), step: 3, lanes, turn: 1, contexts, held }
 }
 
 /// Written out with all bits, because NaN is not equal to itself.
@@ -79,8 +79,9 @@ fn bits(snapshot: &Snapshot) -> String {
         let waiting = pieces(&held.waiting);
         format!("{lane} {:?} {} {shuffled:?} {rows:?} {waiting}\n", held.position, held.draws)
     };
-    let Snapshot { identity, step, lanes, turn, contexts, held } = snapshot;
-    format!("{identity:?} {step} {lanes} {turn} {contexts:?}\n") + &held.iter().map(lane).collect::<String>()
+    let Snapshot { identity, topic_id, step, lanes, turn, contexts, held } = snapshot;
+    format!("{identity:?} {topic_id:?} {step} {lanes} {turn} {contexts:?}\n")
+        + &held.iter().map(lane).collect::<String>()
 }
 
 #[test]

@@ -226,7 +226,7 @@ fn refused(error: KafkaError) -> StreamError {
 pub(super) struct Listener {
     last_error: Mutex<Option<String>>,
     /// Which topic is read.
-    topics: TopicIds,
+    topics: Arc<TopicIds>,
     observer: SharedObserver,
     /// Records not read yet, as this reader last entered them.
     lag: Mutex<i64>,
@@ -234,7 +234,12 @@ pub(super) struct Listener {
 
 impl Listener {
     fn new(observer: SharedObserver) -> Self {
-        Self { last_error: Mutex::default(), observer, lag: Mutex::default(), topics: TopicIds::default() }
+        Self { last_error: Mutex::default(), observer, lag: Mutex::default(), topics: Arc::default() }
+    }
+
+    /// Which topics the client has heard of.
+    pub(super) fn topics(&self) -> &Arc<TopicIds> {
+        &self.topics
     }
 
     /// Fails where `topic` is not the one any more that was read.

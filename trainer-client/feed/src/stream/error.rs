@@ -150,10 +150,10 @@ pub enum StreamError {
         /// The end that the partition has.
         high: i64,
     },
-    /// The topic was deleted and made anew while it was read.
+    /// The topic was deleted and made anew since the run began to read it.
     #[error(
-        "topic {topic:?} was deleted and made anew while it was read (id {}, now {}): offsets of one mean nothing in the other; \
-         begin a new run",
+        "topic {topic:?} was deleted and made anew since this run began to read it (id {}, now {}): offsets of one mean nothing \
+         in the other; begin a new run",
         .made_anew.earlier, .made_anew.later
     )]
     MadeAnew {

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rdkafka::consumer::Consumer as _;
+use sluice_kafka::TopicIds;
 use sluice_schemas::fingerprint::Fingerprint;
 
 use super::connection::Broker;
@@ -41,6 +43,7 @@ pub struct KafkaStream {
     reader: Option<JoinHandle<()>>,
     provenance: Provenance,
     takes_several_models: bool,
+    topics: Arc<TopicIds>,
 }
 
 /// Which part of a topic is read, and from where on.
@@ -48,6 +51,8 @@ pub struct KafkaStream {
 pub struct Start {
     /// The rank's lanes.
     pub shard: Shard,
+    /// The topic's id before this place, where the broker told it.
+    pub topic_id: Option<String>,
     /// Where lanes stand; one without a place is read from its first record.
     pub places: BTreeMap<usize, Position>,
     /// The reference model that documents before this place have shown.
@@ -64,7 +69,13 @@ impl Start {
 
     /// A rank's lanes from their first records on.
     pub fn of(shard: Shard) -> Self {
-        Self { shard, places: BTreeMap::new(), reference_model: None, contexts: Contexts::new() }
+        Self {
+            shard,
+            topic_id: None,
+            places: BTreeMap::new(),
+            reference_model: None,
+            contexts: Contexts::new(),
+        }
     }
 }
 
@@ -81,8 +92,12 @@ impl KafkaStream {
         decoder: Decoder,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, StreamError> {
-        let Start { shard, places, reference_model, contexts } = start;
+        let Start { shard, topic_id, places, reference_model, contexts } = start;
         let (consumer, partitions) = broker.connect(topic, extent)?;
+        let topics = Arc::clone(consumer.context().topics());
+        if let Some(id) = topic_id {
+            topics.expect(topic, id);
+        }
         let lanes = partitions.len();
         let mut own = Vec::new();
         let mut is_empty = true;
@@ -125,6 +140,7 @@ impl KafkaStream {
             reader: Some(thread),
             provenance,
             takes_several_models,
+            topics,
         })
     }
 
@@ -182,6 +198,10 @@ impl DocumentStream for KafkaStream {
 
     fn takes_several_models(&self) -> bool {
         self.takes_several_models
+    }
+
+    fn topic_id(&self) -> Option<String> {
+        self.topics.id(&self.topic)
     }
 }
 

@@ -67,6 +67,12 @@ pub trait DocumentStream: Send {
     /// Fingerprint of the model that made the reference losses, once a document has shown it; the first one of several.
     fn reference_model(&self) -> Option<Fingerprint>;
 
+    /// The topic's id, where documents come from one and the broker has told it: a topic that is deleted and made anew has
+    /// another.
+    fn topic_id(&self) -> Option<String> {
+        None
+    }
+
     /// Whether losses of more than one reference model are taken.
     fn takes_several_models(&self) -> bool {
         false
