@@ -14,7 +14,7 @@ use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProd
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::names;
 use sluice_schemas::record::{TokenIds, TokenizedDocument};
-use sluice_text::{EncodeError, Fields, Format, Text, TextReader, TextTokenizer};
+use sluice_text::{Bounds, EncodeError, Fields, Format, Text, TextReader, TextTokenizer};
 
 use crate::config::owned_property;
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, UNAVAILABLE, USAGE};
@@ -96,10 +96,8 @@ impl ProducerContext for Delivery {
 pub fn run(ingest: &Ingest) -> anyhow::Result<()> {
     let tokenizer = TextTokenizer::read(&ingest.tokenizer).map_err(ExitError::from)?;
     let fingerprint = tokenizer.fingerprint();
-    let bounds = Bounds {
-        begin: token(&tokenizer, "--begin-with", ingest.begin_with.as_deref())?,
-        end: token(&tokenizer, "--end-with", ingest.end_with.as_deref())?,
-    };
+    let bounds = Bounds::named(&tokenizer, ingest.begin_with.as_deref(), ingest.end_with.as_deref());
+    let bounds = bounds.exit_code(USAGE)?;
     if let Some(problem) = ingest.properties.keys().find_map(|key| owned_property(key)) {
         return Err(anyhow!(problem)).exit_code(USAGE);
     }
@@ -279,31 +277,6 @@ impl Run<'_> {
     }
 }
 
-/// Tokens that stand around every document.
-#[derive(Clone, Copy, Debug, Default)]
-struct Bounds {
-    begin: Option<u32>,
-    end: Option<u32>,
-}
-
-impl Bounds {
-    /// The tokens between them. A document without tokens stays one, to be refused as such.
-    fn around(self, tokens: Vec<u32>) -> Vec<u32> {
-        if tokens.is_empty() {
-            return tokens;
-        }
-        self.begin.into_iter().chain(tokens).chain(self.end).collect()
-    }
-}
-
-/// Id of the token that a flag names, if it names one.
-fn token(tokenizer: &TextTokenizer, flag: &str, name: Option<&str>) -> anyhow::Result<Option<u32>> {
-    let Some(name) = name else { return Ok(None) };
-    let unknown =
-        || anyhow!("the tokenizer knows no token {name:?}: give {flag} one as its tokenizer.json spells it");
-    tokenizer.token_id(name).ok_or_else(unknown).exit_code(USAGE).map(Some)
-}
-
 /// Hands a document to the client, waiting while its queue is full; false where the document is too large.
 fn send(
     producer: &ThreadedProducer<Delivery>,
@@ -360,18 +333,5 @@ impl Waiting {
             progress.suspend(|| tracing::warn!("waiting for the broker to take documents"));
             self.0 = Instant::now();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Bounds;
-
-    #[test]
-    fn a_document_of_no_tokens_stays_one() {
-        let bounds = Bounds { begin: Some(1), end: Some(2) };
-        assert_eq!(bounds.around(vec![]), [0_u32; 0], "and is refused as such");
-        assert_eq!(bounds.around(vec![7]), [1, 7, 2]);
-        assert_eq!(Bounds::default().around(vec![7]), [7]);
     }
 }

@@ -191,6 +191,7 @@ fn what_cannot_be_read_is_refused_by_name() {
     };
     for (name, from, to, reason) in [
         ("llama", "\"llama\"", "\"gemma3_text\"", "model_type is \"gemma3_text\""),
+        ("llama", "\"llama\"", "\"cohere\"", "model_type is \"cohere\""),
         ("llama", "\"silu\"", "\"gelu\"", "hidden_act is \"gelu\""),
         ("llama", "\"mlp_bias\": false", "\"mlp_bias\": true", "mlp_bias is true"),
         ("qwen3", "\"attention_bias\": false", "\"attention_bias\": true", "attention_bias is true"),

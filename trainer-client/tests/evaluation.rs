@@ -25,7 +25,7 @@ use sluice_trainer::run::folder::RunFolder;
 use sluice_trainer::run::metrics::{EvalMetric, Metric, StepMetric};
 use sluice_trainer::run::record::RunRecord;
 use sluice_trainer::run::recorded::RecordedRun;
-use sluice_trainer::text::TextTokenizer;
+use sluice_trainer::text::{Bounds, TextTokenizer};
 use sluice_trainer::training::evaluate::{EvalFile, EvalSet, policy_of, read_sets};
 use sluice_trainer::training::learner::{Learner, Measured, StepOutcome};
 use sluice_trainer::training::schedule::{Schedule, Shape};
@@ -108,10 +108,21 @@ impl Learner for Spy {
 }
 
 fn set_of(folder: &Path, name: &str, lines: &str) -> EvalSet {
+    set_between(folder, name, lines, (None, None))
+}
+
+/// The same with what every text stands between.
+fn set_between(
+    folder: &Path,
+    name: &str,
+    lines: &str,
+    (begin, end): (Option<&str>, Option<&str>),
+) -> EvalSet {
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder)).unwrap();
     let path = folder.join(format!("{name}.jsonl"));
     std::fs::write(&path, lines).unwrap();
-    read_sets(&[EvalFile { name: name.into(), path }], &tokenizer, SHAPE.rows).unwrap().remove(0)
+    let bounds = Bounds::named(&tokenizer, begin, end).unwrap();
+    read_sets(&[EvalFile { name: name.into(), path }], &tokenizer, bounds, SHAPE.rows).unwrap().remove(0)
 }
 
 /// A run, or what comes of going on with it.
@@ -312,6 +323,27 @@ fn what_stands_before_an_answer_is_read_and_not_predicted() {
     let summary = set.summary(policy, &sure);
     assert_eq!((summary.sure, summary.predictions), (Some(0.5), 48));
     assert!((summary.loss - (0.1 * 46.0 + 1.5) / 48.0).abs() < 1e-6);
+}
+
+#[test]
+fn texts_stand_between_the_tokens_that_the_topics_documents_stand_between() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = sluice_trainer::model::ModelConfig { vocab_size: 256, ..support::model::tiny(false) };
+    let learner = BurnLearner::new(config, AdamWConfig::default(), 7).unwrap();
+    let losses =
+        |set: EvalSet| set.token_losses(&learner, policy_of(12), &AtomicBool::new(false)).unwrap().unwrap();
+    let plain = "{\"text\": \"abc\"}\n{\"context\": \"ab\", \"text\": \"cd\"}\n";
+    let written_out = "{\"text\": \"<abc>\"}\n{\"context\": \"<ab\", \"text\": \"cd>\"}\n";
+    let between = losses(set_between(folder.path(), "between", plain, (Some("<"), Some(">"))));
+    assert_eq!(between.len(), 4 + 3);
+    assert_eq!(between, losses(set_of(folder.path(), "written out", written_out)));
+
+    let tokenizer = TextTokenizer::read(&folder.path().join("tokenizer.json")).unwrap();
+    let error = Bounds::named(&tokenizer, Some("<bos>"), None).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "the tokenizer knows no token \"<bos>\": give --begin-with one as its tokenizer.json spells it"
+    );
 }
 
 #[test]

@@ -19,7 +19,7 @@ use sluice_trainer::run::folder::RunFolder;
 use sluice_trainer::run::metrics::{EvalMetric, Metric, StepMetric};
 use sluice_trainer::run::record::RunRecord;
 use sluice_trainer::run::recorded::RecordedRun;
-use sluice_trainer::text::TextTokenizer;
+use sluice_trainer::text::{Bounds, TextTokenizer};
 use sluice_trainer::training::evaluate::{EvalFile, read_sets};
 use sluice_trainer::training::learner::Learner;
 use sluice_trainer::training::schedule::{Schedule, Shape};
@@ -49,8 +49,13 @@ fn train(folder: &Path, objective: Objective, steps: u64, stop: &Arc<AtomicBool>
     let tokenizer = TextTokenizer::read(&write_tokenizer(folder)).unwrap();
     let held_out = folder.join("held-out.jsonl");
     std::fs::write(&held_out, "{\"text\": \"abcabc\"}\n\n{\"text\": \"é!\", \"id\": 1}\n").unwrap();
-    let evals =
-        read_sets(&[EvalFile { name: "letters".into(), path: held_out }], &tokenizer, SHAPE.rows).unwrap();
+    let evals = read_sets(
+        &[EvalFile { name: "letters".into(), path: held_out }],
+        &tokenizer,
+        Bounds::default(),
+        SHAPE.rows,
+    )
+    .unwrap();
     let stream = ShuffledDocuments::new(documents(), 2, 3, Arc::clone(stop));
     let mut learner = Bigram::new(256);
     let out = folder.join("run");

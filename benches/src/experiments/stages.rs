@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sluice_trainer::run::files::{read_json, write_json};
 use sluice_trainer::run::recorded::RecordedRun;
-use sluice_trainer::text::TextTokenizer;
+use sluice_trainer::text::{Bounds, TextTokenizer};
 use sluice_trainer::training::evaluate::{EvalFile, EvalSet, read_sets};
 
 use super::gsm8k;
@@ -117,7 +117,10 @@ impl<'a> Stages<'a> {
         let tokenizer = TextTokenizer::read(&self.tokenizer())?;
         let files: Vec<EvalFile> =
             self.evaluation_files().into_iter().map(|(name, path)| EvalFile { name, path }).collect();
-        Ok(read_sets(&files, &tokenizer, BATCH_SIZE)?.iter().map(EvalSet::predictions).sum())
+        Ok(read_sets(&files, &tokenizer, Bounds::default(), BATCH_SIZE)?
+            .iter()
+            .map(EvalSet::predictions)
+            .sum())
     }
 
     /// The reference of a setting, after the base model that it begins with.

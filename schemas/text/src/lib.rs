@@ -3,6 +3,7 @@
 //!
 //! Nothing here takes memory by the size of a file or of a line, and every bad document is an error value of its own.
 
+mod bounds;
 mod compression;
 mod documents;
 pub mod json;
@@ -10,6 +11,7 @@ mod lines;
 pub mod output;
 mod tokenizer;
 
+pub use bounds::{Bounds, UnknownToken};
 pub use documents::{Documents, Fields, Format, TEXT_BYTES_MAX, Text, TextReader};
 pub use lines::FileLines;
 pub use tokenizer::{EncodeError, TOKENS_MAX, TextTokenizer, TokenizerError};

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use sluice_feed::stream::Broker;
 
-use crate::failure::Failure;
+use crate::failure::{Classify, Failure};
+use crate::text::{Bounds, TextTokenizer};
 use crate::training::evaluate::EvalFile;
 use crate::training::setup::Output;
 use crate::watch::http;
@@ -47,6 +48,24 @@ impl BrokerArguments {
     }
 }
 
+/// What stands around each text that is tokenized here: held-out texts, and those in local files.
+#[derive(Args, Clone, Debug)]
+pub(super) struct BoundsArguments {
+    /// Name of a token that each text begins with, such as <s>, as `sluiced ingest --begin-with` gave it to the topic's
+    #[arg(long, env = "SLUICE_TRAIN_BEGIN_WITH", value_name = "TOKEN")]
+    pub begin_with: Option<String>,
+    /// Name of a token that each text ends with, such as </s>
+    #[arg(long, env = "SLUICE_TRAIN_END_WITH", value_name = "TOKEN")]
+    pub end_with: Option<String>,
+}
+
+impl BoundsArguments {
+    /// The tokens that are named.
+    pub fn bounds(&self, tokenizer: &TextTokenizer) -> anyhow::Result<Bounds> {
+        Bounds::named(tokenizer, self.begin_with.as_deref(), self.end_with.as_deref()).or_usage()
+    }
+}
+
 /// What to write, and how often to look.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Output and evaluation")]
@@ -57,6 +76,8 @@ pub(super) struct OutputArguments {
     /// Held-out text to measure the loss on, JSON Lines with a "text" field; repeatable, in the environment one a line
     #[arg(long = "eval", env = "SLUICE_TRAIN_EVAL", value_name = "NAME=FILE", value_delimiter = '\n')]
     pub evals: Vec<EvalFile>,
+    #[command(flatten)]
+    pub bounds: BoundsArguments,
     /// Steps between evaluations
     #[arg(long, env = "SLUICE_TRAIN_EVAL_EVERY", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..))]
     pub eval_every: u64,
@@ -99,6 +120,8 @@ impl OutputArguments {
             folder: self.out.clone(),
             resume: self.resume,
             evals: self.evals.clone(),
+            begin_with: self.bounds.begin_with.clone(),
+            end_with: self.bounds.end_with.clone(),
             token_losses: self.token_losses.clone(),
             log_documents: self.log_documents,
             checkpoints_keep: self.checkpoints_keep,

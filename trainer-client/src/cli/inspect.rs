@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use sluice_schemas::record::{Bos, ContextPolicy};
 use sluice_text::output::{Reader, print_line, say};
 
-use super::arguments::at_least;
+use super::arguments::{BoundsArguments, at_least};
 use crate::export::{INLINE_BYTES_MAX, SHARD_BYTES_MAX, export_onnx, publish};
 use crate::failure::{Classify, Failure};
 use crate::model::config::CONFIG_FILE;
@@ -75,6 +75,8 @@ pub(super) struct EvaluateArguments {
         required = true
     )]
     evals: Vec<EvalFile>,
+    #[command(flatten)]
+    bounds: BoundsArguments,
     /// Sequences in a batch
     #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = at_least::<1>)]
     batch_size: usize,
@@ -227,7 +229,8 @@ pub(super) fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<()> {
     }
     let policy = arguments.policy(len, learner.bos_token())?;
     let never = AtomicBool::new(false);
-    for set in read_sets(&arguments.evals, &tokenizer, arguments.batch_size)? {
+    let bounds = arguments.bounds.bounds(&tokenizer)?;
+    for set in read_sets(&arguments.evals, &tokenizer, bounds, arguments.batch_size)? {
         if let Some(loss) = set.loss(&learner, policy, &never).or_data()? {
             let line = serde_json::to_string(&loss).context("cannot encode a loss")?;
             if print_line(&line)? == Reader::Gone {

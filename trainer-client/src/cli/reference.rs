@@ -89,6 +89,7 @@ pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
         decoder: Decoder::new(TopicKind::Documents, tokenizer.fingerprint(), tokenizer.vocabulary()),
         kind: TopicKind::Documents,
         tokenizer: Arc::clone(&tokenizer),
+        bounds: output.bounds.bounds(&tokenizer)?,
         stop: Arc::clone(&stop),
     };
     let topic = source.name(&arguments.topic)?;

@@ -124,6 +124,7 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         decoder,
         kind: TopicKind::Scored,
         tokenizer: Arc::clone(&tokenizer),
+        bounds: output.bounds.bounds(&tokenizer)?,
         stop: Arc::clone(&stop),
     };
     let topic = source.name(&arguments.topic)?;

@@ -15,7 +15,7 @@ use sluice_feed::stream::{
 use sluice_schemas::record::ContextPolicy;
 
 use crate::failure::Classify;
-use crate::text::TextTokenizer;
+use crate::text::{Bounds, TextTokenizer};
 use crate::training::files::{FileStream, name_of};
 
 /// A topic, or files where some are named.
@@ -25,6 +25,8 @@ pub(super) struct Source {
     pub decoder: Decoder,
     pub kind: TopicKind,
     pub tokenizer: Arc<TextTokenizer>,
+    /// What stands around each text of a file.
+    pub bounds: Bounds,
     pub stop: Arc<AtomicBool>,
 }
 
@@ -82,7 +84,7 @@ impl Source {
         decoder: Decoder,
     ) -> anyhow::Result<FileStream> {
         let epochs = extent.epochs().unwrap_or(1);
-        let (tokenizer, stop) = (Arc::clone(&self.tokenizer), Arc::clone(&self.stop));
-        Ok(FileStream::open(&self.files, epochs, (self.kind, decoder), tokenizer, snapshot, stop)?)
+        let (texts, stop) = ((Arc::clone(&self.tokenizer), self.bounds), Arc::clone(&self.stop));
+        Ok(FileStream::open(&self.files, epochs, (self.kind, decoder), texts, snapshot, stop)?)
     }
 }

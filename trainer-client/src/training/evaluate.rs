@@ -11,7 +11,7 @@ use sluice_feed::cut::Piece;
 use sluice_feed::document::Document;
 use sluice_feed::pack::{BatchShape, Packer};
 use sluice_schemas::record::{Bos, ContextPolicy};
-use sluice_text::{Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, TextReader};
+use sluice_text::{Bounds, Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, TextReader};
 
 use crate::failure::Classify;
 use crate::text::TextTokenizer;
@@ -120,8 +120,13 @@ fn rows_of<'a>(documents: impl Iterator<Item = &'a Document>, policy: ContextPol
 
 impl EvalSet {
     /// Reads and tokenizes a JSON Lines file, compressed or not, to be measured in batches of `rows`; fails where a line has
-    /// no `text` or nothing is left to predict.
-    pub fn read(file: &EvalFile, tokenizer: &TextTokenizer, rows: usize) -> anyhow::Result<Self> {
+    /// no `text` or nothing is left to predict. `bounds` stand around each document, before its context if it has one.
+    pub fn read(
+        file: &EvalFile,
+        tokenizer: &TextTokenizer,
+        bounds: Bounds,
+        rows: usize,
+    ) -> anyhow::Result<Self> {
         let shown = file.path.display();
         let reader = TextReader {
             format: Format::Jsonl,
@@ -138,8 +143,12 @@ impl EvalSet {
                 tokens.with_context(|| format!("{shown}, document {}", line.id)).or_data()
             };
             let mut tokens = encode(&line.context)?;
-            let context = tokens.len();
+            let mut context = tokens.len();
             tokens.extend(encode(&line.text)?);
+            if context > 0 {
+                context += usize::from(bounds.begin.is_some());
+            }
+            let tokens = bounds.around(tokens);
             let document = Document::plain(documents.len().to_string(), file.name.clone(), tokens);
             documents.push(WithContext { document, context });
         }
@@ -298,12 +307,17 @@ pub fn policy_of(window: usize) -> ContextPolicy {
 }
 
 /// Reads several sets; a name given twice is an error.
-pub fn read_sets(files: &[EvalFile], tokenizer: &TextTokenizer, rows: usize) -> anyhow::Result<Vec<EvalSet>> {
+pub fn read_sets(
+    files: &[EvalFile],
+    tokenizer: &TextTokenizer,
+    bounds: Bounds,
+    rows: usize,
+) -> anyhow::Result<Vec<EvalSet>> {
     for (index, file) in files.iter().enumerate() {
         if files[..index].iter().any(|earlier| earlier.name == file.name) {
             let error = anyhow!("two evaluation sets are named {:?}; give each its own name", file.name);
             return Err(error).or_usage();
         }
     }
-    files.iter().map(|file| EvalSet::read(file, tokenizer, rows)).collect()
+    files.iter().map(|file| EvalSet::read(file, tokenizer, bounds, rows)).collect()
 }

@@ -20,7 +20,7 @@ use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
     Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, TokenIds, TokenizedDocument,
 };
-use sluice_text::{FileLines, TOKENS_MAX, TextTokenizer, json};
+use sluice_text::{Bounds, FileLines, TOKENS_MAX, TextTokenizer, json};
 
 /// Documents out of files, each several times over.
 pub struct FileStream {
@@ -44,6 +44,8 @@ struct LineReader {
     kind: TopicKind,
     decoder: Decoder,
     tokenizer: Arc<TextTokenizer>,
+    /// What stands around a text.
+    bounds: Bounds,
 }
 
 /// A line of a file.
@@ -113,7 +115,9 @@ impl LineReader {
                 tokens
             }
             (None, Some(text)) if self.kind == TopicKind::Documents => {
-                self.tokenizer.encode(text, TOKENS_MAX).context("its text cannot be tokenized")?
+                let tokens =
+                    self.tokenizer.encode(text, TOKENS_MAX).context("its text cannot be tokenized")?;
+                self.bounds.around(tokens)
             }
             _ => bail!("it has no tokens: `sluiced model score` prints such lines"),
         };
@@ -154,12 +158,12 @@ impl LineReader {
 
 impl FileStream {
     /// `epochs` passes over each file, from the first line on, or from where a snapshot stands. Ends early once `stop` is
-    /// set. `kind` says whether lines need losses; texts are tokenized where they do not.
+    /// set. `kind` says whether lines need losses; texts are tokenized where they do not, and stand between `bounds`.
     pub fn open(
         files: &[PathBuf],
         epochs: u64,
         (kind, decoder): (TopicKind, Decoder),
-        tokenizer: Arc<TextTokenizer>,
+        (tokenizer, bounds): (Arc<TextTokenizer>, Bounds),
         snapshot: Option<&Snapshot>,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, StreamError> {
@@ -184,7 +188,7 @@ impl FileStream {
             Ok(opened)
         };
         let lanes = files.iter().enumerate().map(lane).collect::<Result<_, StreamError>>()?;
-        Ok(Self { lanes, epochs, reader: LineReader { kind, decoder, tokenizer }, provenance, stop })
+        Ok(Self { lanes, epochs, reader: LineReader { kind, decoder, tokenizer, bounds }, provenance, stop })
     }
 
     /// How the reference saw the first document of the first file that holds one.

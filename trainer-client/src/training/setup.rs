@@ -17,7 +17,7 @@ use crate::failure::{Classify, Failure};
 use crate::run::checkpoints::{DataState, Reached, STATE_FILE, damaged, read_state};
 use crate::run::folder::{RUN_FILE, RunFolder, is_locked, recorded, refuse_a_run};
 use crate::run::record::RunRecord;
-use crate::text::TextTokenizer;
+use crate::text::{Bounds, TextTokenizer};
 use crate::watch::progress::Progress;
 use crate::watch::telemetry::Telemetry;
 
@@ -30,6 +30,10 @@ pub struct Output {
     pub resume: bool,
     /// Held-out sets.
     pub evals: Vec<EvalFile>,
+    /// Name of the token that their texts begin with.
+    pub begin_with: Option<String>,
+    /// Name of the token that their texts end with.
+    pub end_with: Option<String>,
     /// Sets of which every loss is written down.
     pub token_losses: Vec<String>,
     /// Whether it is written down which documents each step learnt from.
@@ -49,6 +53,11 @@ pub struct Output {
 }
 
 impl Output {
+    /// The tokens around each text.
+    pub fn bounds(&self, tokenizer: &TextTokenizer) -> anyhow::Result<Bounds> {
+        Bounds::named(tokenizer, self.begin_with.as_deref(), self.end_with.as_deref()).or_usage()
+    }
+
     /// Refuses what can be seen to be wrong before anything is opened: a file that is not there, a folder that is taken.
     pub fn check(&self) -> anyhow::Result<()> {
         if let Some(name) =
@@ -130,7 +139,8 @@ impl<'a, L: Learner> Setup<'a, L> {
         learner: impl FnOnce(Option<&Path>) -> anyhow::Result<L>,
     ) -> anyhow::Result<Self> {
         output.check()?;
-        let evals = read_sets(&output.evals, tokenizer, rows)?;
+        let bounds = output.bounds(tokenizer)?;
+        let evals = read_sets(&output.evals, tokenizer, bounds, rows)?;
         let (mut folder, checkpoint, learner) = if output.resume && output.folder.is_dir() {
             let resumed = RunFolder::resume(&output.folder);
             let (mut folder, mut checkpoint) =
