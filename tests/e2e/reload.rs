@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{ScoredDocument, TokenIds, TokenizedDocument};
-use sluice_tests::{Broker, Daemon, Kafka, TRAP, golden, produce, read_all, write_hanging_model};
+use sluice_tests::{Broker, Cluster, Daemon, Kafka, TRAP, golden, produce, read_all, write_hanging_model};
 
 const APPLIED: &str = "sluiced_config_reloads_total{outcome=\"applied\"}";
 const REFUSED: &str = "sluiced_config_reloads_total{outcome=\"refused\"}";
@@ -113,6 +113,25 @@ fn another_model_takes_over_and_every_document_is_scored_once() {
     assert!(count(&first) >= 200 && count(&second) > 0, "{} and {}", count(&first), count(&second));
 }
 
+/// It would count as scored what was published to the old one.
+#[test]
+fn a_daemon_that_is_reloaded_onto_a_scored_topic_made_anew_says_so_and_commits_nothing() {
+    let broker = Cluster::with_topics(1);
+    let (kafka, servers) = (&broker.kafka, broker.servers());
+    let settings = Settings::new(&golden("tiny-llama"), "");
+    let mut daemon = settings.daemon(servers, &[]);
+    send(servers, 0..20);
+    daemon.wait("the first documents", |daemon| daemon.finished() >= 20);
+    kafka.delete_topic("sluice.scored");
+    kafka.create_topic("sluice.scored", 1);
+    settings.write("other", &golden("tiny-llama-mask"), "");
+    daemon.signal("HUP");
+    send(servers, 20..40);
+    daemon.wait_for_end(65);
+    assert!(daemon.log().contains("the topic `sluice.scored` was deleted and made anew"), "{}", daemon.log());
+    assert!(read_all(servers, "sluice.scored").is_empty());
+}
+
 #[test]
 fn a_level_that_changes_has_its_effect_at_once_and_no_loop_begins_again() {
     const DEBUG: &str = "\"level\":\"DEBUG\"";
@@ -189,7 +208,7 @@ fn what_cannot_be_used_leaves_the_old_settings_in_force() {
         std::fs::write(no_model.path().join(name), bytes).unwrap();
     }
     let bad: [(&str, &Path, &str); 4] = [
-        ("a value", &golden("tiny-llama"), "[batch]\ntokens_max = 0"),
+        ("a value", &golden("tiny-llama"), "[limits]\npublish_tokens = 0"),
         ("a key that takes a restart", &golden("tiny-llama"), "[kafka]\ngroup_id = \"other\""),
         ("a foreign tokenizer", other_tokenizer.path(), ""),
         ("a broken model", no_model.path(), ""),

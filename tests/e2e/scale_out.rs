@@ -264,47 +264,6 @@ fn documents_behind_a_transaction_that_hangs_are_shown() {
     cluster.assert_each_once(DOCUMENTS);
 }
 
-#[test]
-fn records_that_are_gone_before_they_were_read_are_named_and_the_way_on_with_them() {
-    let cluster = Cluster::with_topics(2);
-    cluster.send_to(Some(1), 0..10, 20);
-    let earlier = cluster.daemon(&[]);
-    cluster.wait_scored(10);
-    assert_eq!(earlier.stop().code(), Some(0));
-    cluster.send_to(Some(1), 10..30, 20);
-    cluster.kafka.remove_records("sluice.documents", 1, 25);
-    let mut daemon = cluster.daemon(&[]);
-    daemon.wait_for_end(65);
-    let log = daemon.log();
-    for words in [
-        "partition 1 of the topic `sluice.documents`",
-        "at offset 10, where it would be read on (committed: 10)",
-        "its log begins at 25 and ends at 30; 15 records were removed before they were read",
-        "--topic sluice.documents:1 --to-offset 25",
-    ] {
-        assert!(log.contains(words), "`{words}` is not in: {log}");
-    }
-}
-
-/// Retention overtakes a daemon that is paused: what it has read is gone from the topic too, and nowhere else.
-#[test]
-fn what_was_read_before_a_gap_is_published_before_the_daemon_ends() {
-    const READ: usize = 4;
-    const GONE: usize = 3;
-    let cluster = Cluster::with_topics(1);
-    // A document takes a second or more, and four of them are the budget, of which one is left when reading goes on.
-    let slow = ["--model-threads", "1", "--score-stride-tokens", "1", "--batch-lookahead-tokens", "1000"];
-    let mut daemon = cluster.daemon(&[&slow[..], &["--limits-in-flight-tokens", "40000"]].concat());
-    cluster.send(0..READ + GONE + 1, 12_000);
-    daemon.wait("a pause", |daemon| daemon.metric("sluiced_paused") == 1);
-    assert_eq!(daemon.metric("sluiced_documents_read_total"), READ);
-    cluster.kafka.remove_records("sluice.documents", 0, (READ + GONE) as i64);
-    daemon.wait_for_end(65);
-    let words = format!("; {GONE} records were removed before they were read");
-    assert!(daemon.log().contains(&words), "{}", daemon.log());
-    cluster.assert_each_once(READ);
-}
-
 /// In the client a pause outlives the assignment that it was made in.
 #[test]
 fn partitions_that_were_lost_while_reading_was_paused_are_read_again() {
