@@ -179,25 +179,16 @@ def in_process(peers: str, interprets: bool, role: str, *arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def blas() -> str:
-    import torch
-
-    lines = [line.strip(" -") for line in torch.__config__.show().splitlines()]
-    return next((line for line in lines if "Math Kernel Library" in line or "OpenBLAS" in line), "unknown")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-
-
 def measure(peers: str, threads: int, rounds: int) -> dict[str, Any]:
+    from blas import peer
+
     packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "sluice-feed", "numpy")
     sys.path.append(peers)
+    multiplies = peer()
     result: dict[str, Any] = {
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "blas": blas(),
-        "processor": processor(),
+        "blas": multiplies["blas"],
+        "processor": multiplies["processor"],
         "threads": threads,
         "load_average_before": os.getloadavg()[0],
         "keep": KEEP,

@@ -2,16 +2,19 @@
 
 `torch-mask`: whole logits, the losses of dropped tokens times zero. `torch-gather`: the head forward for every token without a
 graph, then again for the kept ones with it. `torch-compiled-...`: the same under torch.compile. All with
-scaled_dot_product_attention and the fused AdamW, and under autocast where bf16 is asked for. `memory`: most memory of a step of a
+scaled_dot_product_attention and the fused AdamW, and under autocast where bf16 is asked for. `torch-onednn-...`: the products of
+linear layers are oneDNN's and not the BLAS's (float32 on a CPU). `peer`: what PyTorch is and multiplies with. `memory`: most memory of a step of a
 model that is hardly more than its head.
 """
 
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from blas import onednn_products, peer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -93,6 +96,7 @@ class Stepper:
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.gathers = version.endswith("gather")
+        self.products = onednn_products if "onednn" in version else nullcontext
         compiled = torch.compile if "compiled" in version else lambda function: function
         self.body, self.losses = compiled(self.model.model), compiled(self.plain_losses)
 
@@ -117,7 +121,7 @@ class Stepper:
     def step(self, tokens: Tensor, targets: Tensor, reference: Tensor, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with self.autocast:
+        with self.products(), self.autocast:
             loss = self.loss(tokens, targets, reference)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -137,6 +141,9 @@ def main() -> None:
     folder, steppers = Path(sys.argv[1]), {}
     for line in sys.stdin:
         vocabulary, version = line.split()
+        if version == "peer":
+            print(json.dumps(peer()), flush=True)
+            continue
         given = json.loads((folder / f"batch-{vocabulary}.json").read_text())
         where = given["device"], given["precision"]
         targets, reference = (torch.tensor(given[name], device=where[0]) for name in ("targets", "reference"))

@@ -8,10 +8,12 @@ fastest way known: attention in one kernel (SDPA), cross entropy over blocks of 
 import argparse
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import transformers
+from blas import onednn_products, peer
 from torch.nn import functional
 
 
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--head-rows", type=int, default=0, help="rows of the head at a time; 0 for all, as one would write it")
     parser.add_argument("--compile", action="store_true", help="compile the body")
+    parser.add_argument("--onednn", action="store_true", help="products of linear layers by oneDNN and not by the BLAS")
     parser.add_argument("--repeats", type=int, default=1, help="the last one's time counts; compiling takes the first")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -59,7 +62,7 @@ def main() -> None:
 
     losses: dict[int, list[float]] = {}
     padded = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), onednn_products() if arguments.onednn else nullcontext():
         score(torch.zeros((1, 8), dtype=torch.long, device=device))
         for _ in range(arguments.repeats):
             padded = 0
@@ -86,6 +89,7 @@ def main() -> None:
                 "tokens": sum(map(len, documents)),
                 "padded_tokens": padded,
                 "mean_loss": sum(every) / len(every),
+                "peer": peer(),
             }
         )
     )

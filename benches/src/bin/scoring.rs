@@ -3,7 +3,8 @@
 //! - `bare`: `Session::run` on ideal batches, in a loop that does nothing else;
 //! - `daemon`: `sluiced serve` from Kafka to Kafka, exactly once;
 //! - `onnxruntime`: a Python loop with confluent-kafka, onnxruntime, whole logits and numpy;
-//! - `transformers`: Hugging Face transformers and `PyTorch`, batched and sorted by length.
+//! - `transformers`: Hugging Face transformers and `PyTorch`, batched and sorted by length;
+//! - `transformers-onednn`: the same with oneDNN's products.
 //!
 //! `scoring round` runs each of them once and adds the round to a file, so that rounds interleave with whatever else the
 //! machine does.
@@ -75,7 +76,11 @@ struct RoundArguments {
     #[arg(long)]
     python: PathBuf,
     /// Run these alone, separated by commas; for a stream too long for the slow ones.
-    #[arg(long, value_delimiter = ',', default_value = "bare,daemon,onnxruntime,transformers")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "bare,daemon,onnxruntime,transformers,transformers-onednn"
+    )]
     systems: Vec<String>,
     /// JSON of all rounds; made if it is not there.
     #[arg(long)]
@@ -186,7 +191,7 @@ fn round(arguments: &RoundArguments) -> anyhow::Result<()> {
                 command.args(["--bootstrap-servers", &kafka.bootstrap_servers, "--topic", &topic]);
                 child(command.args(["--out", &out, "--count", &documents.len().to_string()]))?
             }
-            "transformers" => {
+            "transformers" | "transformers-onednn" => {
                 let mut command = Command::new(&arguments.python);
                 command
                     .arg(scripts.join("transformers_loop.py"))
@@ -196,10 +201,15 @@ fn round(arguments: &RoundArguments) -> anyhow::Result<()> {
                     .arg("--documents")
                     .arg(&file)
                     .args(["--tokens-max", &workload.tokens_max.to_string()]);
+                if system == "transformers-onednn" {
+                    command.arg("--onednn");
+                }
                 // Spinning threads would count waiting as work.
                 child(command.env("OMP_WAIT_POLICY", "passive"))?
             }
-            unknown => bail!("--systems: `{unknown}` is none of bare, daemon, onnxruntime and transformers"),
+            unknown => bail!(
+                "--systems: `{unknown}` is none of bare, daemon, onnxruntime, transformers and transformers-onednn"
+            ),
         };
         say(format_args!("{system}: {value}"));
         measured.insert(system.clone(), value);

@@ -78,7 +78,7 @@ struct Compare {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "torch-mask,torch-gather,torch-compiled-mask,torch-compiled-gather"
+        default_value = "torch-mask,torch-gather,torch-compiled-mask,torch-compiled-gather,torch-onednn-gather"
     )]
     versions: Vec<String>,
     /// `benches/python/training_step.py`, where it lies elsewhere.
@@ -167,6 +167,7 @@ fn compare(arguments: &Compare) -> anyhow::Result<Value> {
         "rows": setup.rows,
         "len": setup.len,
         "document": setup.document,
+        "peer": peer(arguments, folder.path())?,
         "size": setup.size.to_possible_value().map(|size| size.get_name().to_owned()),
         "cases": cases,
     }))
@@ -198,18 +199,28 @@ fn write_case(folder: &Path, setup: &Setup, vocabulary: usize) -> anyhow::Result
     Ok(())
 }
 
+/// `PyTorch`'s versions of the step, for the weights and batches in `folder`.
+fn script(arguments: &Compare, python: &Path, folder: &Path) -> Command {
+    let script = arguments.script.clone().unwrap_or_else(|| root().join("benches/python/training_step.py"));
+    let mut command = Command::new(python);
+    // Spinning threads would count waiting as work.
+    command.arg(&script).arg(folder).env("OMP_WAIT_POLICY", "passive");
+    command
+}
+
+/// What `PyTorch` is, and multiplies with.
+fn peer(arguments: &Compare, folder: &Path) -> anyhow::Result<Value> {
+    match &arguments.python {
+        Some(python) => Worker::start("torch", &mut script(arguments, python, folder))?.ask(0, "peer"),
+        None => Ok(Value::Null),
+    }
+}
+
 fn case(arguments: &Compare, folder: &Path, vocabulary: usize) -> anyhow::Result<Value> {
     let this = std::env::current_exe()?;
     let setup = &arguments.setup;
     let on_cpu = setup.device == DeviceName::Cpu;
-    let script = arguments.script.clone().unwrap_or_else(|| root().join("benches/python/training_step.py"));
-    let python = |python: &Path| {
-        let mut command = Command::new(python);
-        command.arg(&script).arg(folder);
-        // Spinning threads would count waiting as work.
-        command.env("OMP_WAIT_POLICY", "passive");
-        command
-    };
+    let python = |python: &Path| script(arguments, python, folder);
     let ours = || -> anyhow::Result<Worker> {
         let mut command = Command::new(&this);
         command.arg("worker").args(setup.flags()).env("MIMALLOC_PURGE_DELAY", "-1");
