@@ -43,7 +43,7 @@ pub struct Setup {
     #[arg(long, default_value_t = 0.6)]
     pub keep: f64,
     /// Decides initial weights and the order of documents.
-    #[arg(long, default_value_t = 1)]
+    #[arg(skip)]
     pub seed: u64,
 }
 
