@@ -5,50 +5,34 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select};
 
 use crate::assemble::{Assembler, Finished, RecordPolicy};
 use crate::batch::{Batch, Ladder, LookAhead, Window};
-use crate::config::BatchSettings;
+use crate::config::Sizes;
 use crate::health::{Health, Loop};
 use crate::job::Job;
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::notice::Notices;
 use crate::outcome::{MODEL_FAILED, Outcome};
-use crate::score::{Score, Scores, is_out_of_memory};
+use crate::score::is_out_of_memory;
+use crate::score::model_thread::{Ask, Run};
 
 /// Documents in a row that the model may fail on before the model itself is taken to be broken.
 const FAILURES_MAX: usize = 3;
 /// Longest wait before a loop looks whether it should stop.
 const TURN: Duration = Duration::from_millis(100);
 
+/// What a channel to the model that nobody listens to means.
+const MODEL_ENDED: &str = "the model's thread has ended";
+
 /// Stands for no document.
 const PROBE: u64 = u64::MAX;
 
 fn is_probe(batch: &Batch) -> bool {
     batch.windows.first().is_some_and(|window| window.document == PROBE)
-}
-
-/// A batch and what the model made of it.
-pub type Run = (Batch, anyhow::Result<Scores>);
-
-/// Runs the model on each batch until there are no more.
-pub fn run_model(
-    mut scorer: Box<dyn Score>,
-    batches: &Receiver<Batch>,
-    runs: &Sender<Run>,
-    metrics: &Metrics,
-) {
-    for batch in batches {
-        let timer = metrics.batch_seconds.start_timer();
-        let scored = scorer.score(&batch);
-        timer.observe_duration();
-        if runs.send((batch, scored)).is_err() {
-            return;
-        }
-    }
 }
 
 /// Everything between reading and publishing but the model itself.
@@ -58,7 +42,7 @@ pub struct Dispatcher<'a> {
     retries: Vec<Batch>,
     assembler: Assembler,
     ledger: &'a Ledger<Outcome>,
-    settings: &'a BatchSettings,
+    sizes: Sizes,
     ladder: Ladder,
     metrics: &'a Metrics,
     notices: Notices,
@@ -75,16 +59,16 @@ impl<'a> Dispatcher<'a> {
     pub fn new(
         policy: RecordPolicy,
         ledger: &'a Ledger<Outcome>,
-        settings: &'a BatchSettings,
+        sizes: Sizes,
         metrics: &'a Metrics,
     ) -> Self {
-        let ladder = settings.ladder(policy.context);
+        let ladder = sizes.ladder(policy.context);
         Self {
-            lookahead: LookAhead::new(settings.tokens_max, ladder),
+            lookahead: LookAhead::new(sizes.tokens_max, ladder),
             retries: Vec::new(),
             assembler: Assembler::new(policy),
             ledger,
-            settings,
+            sizes,
             ladder,
             metrics,
             notices: Notices::default(),
@@ -164,7 +148,10 @@ impl<'a> Dispatcher<'a> {
     /// Takes in what the model made of a batch. Halves of one that failed come back from [`Self::next_batch`]; a
     /// document that fails alone becomes a dead letter once another batch has shown that the device is well. An error means
     /// that the model is broken, or the device.
-    pub fn finish(&mut self, (batch, scored): Run) -> anyhow::Result<()> {
+    pub fn finish(&mut self, run: Run) -> anyhow::Result<()> {
+        let Run { batch, scored, ran, starved } = run;
+        self.metrics.batch_seconds.observe(ran.as_secs_f64());
+        self.metrics.model_starved_seconds.inc_by(starved.as_secs_f64());
         match scored {
             Ok(_) if is_probe(&batch) => {
                 for (document, error) in std::mem::take(&mut self.suspects) {
@@ -233,7 +220,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn wants_more(&self) -> bool {
-        self.lookahead.tokens() < self.settings.lookahead_tokens
+        self.lookahead.tokens() < self.sizes.lookahead_tokens
     }
 
     fn is_idle(&self) -> bool {
@@ -249,22 +236,18 @@ impl<'a> Dispatcher<'a> {
 
     /// When a model that has nothing to do takes what there is.
     fn deadline(&self) -> Instant {
-        self.waiting_since + Duration::from_millis(self.settings.delay_ms_max)
+        self.waiting_since + self.sizes.delay_max
     }
 
     /// Feeds the model until the source is gone and everything read is finished.
-    pub fn run(
-        mut self,
-        jobs: &Receiver<Job>,
-        batches: &Sender<Batch>,
-        runs: &Receiver<Run>,
-        health: &Health,
-    ) -> anyhow::Result<()> {
+    pub fn run(mut self, jobs: &Receiver<Job>, model: &Sender<Ask>, health: &Health) -> anyhow::Result<()> {
+        // Room for what runs and for what was handed over before that came back.
+        let (answer, runs) = bounded::<Run>(2);
         let mut source_is_open = true;
         // Batches that the model has taken and not given back.
         let mut running = 0;
         let mut waiting: Option<Batch> = None;
-        let (nobody_takes, _kept_open) = bounded::<Batch>(0);
+        let (nobody_takes, _kept_open) = bounded::<Ask>(0);
         let no_jobs = never();
         let mut beaten = Instant::now();
         loop {
@@ -302,21 +285,27 @@ impl<'a> Dispatcher<'a> {
             } else {
                 TURN
             };
-            let takers = if waiting.is_some() { batches } else { &nobody_takes };
+            let takers = if waiting.is_some() { model } else { &nobody_takes };
+            let since = self.waiting_since;
+            let ask = |batch| Ask { batch, since, answer: answer.clone() };
             let more = if source_is_open && self.wants_more() { jobs } else { &no_jobs };
             // What is sent is taken out only once the model has asked for it.
             select! {
-                send(takers, waiting.take().context("no batch waits")?) -> sent => {
-                    if sent.is_err() {
-                        bail!("the model's thread has ended");
-                    }
+                send(takers, ask(waiting.take().context("no batch waits")?)) -> sent => {
+                    sent.ok().context(MODEL_ENDED)?;
                     running += 1;
                     self.hand_over(&documents);
                 }
                 recv(runs) -> run => {
-                    let Ok(run) = run else { bail!("the model's thread has ended") };
+                    let run = run.context(MODEL_ENDED)?;
                     running -= 1;
                     health.beat(Loop::Score);
+                    // The model is free: what waits for it goes first, and what it gave back is looked at while it runs.
+                    if let Some(batch) = waiting.take() {
+                        model.send(ask(batch)).ok().context(MODEL_ENDED)?;
+                        running += 1;
+                        self.hand_over(&documents);
+                    }
                     self.finish(run)?;
                 }
                 recv(more) -> job => match job {

@@ -13,7 +13,6 @@ pub mod dispatch;
 pub mod exit;
 pub mod health;
 pub mod http;
-pub mod in_turns;
 pub mod ingest;
 pub mod job;
 pub mod kafka;

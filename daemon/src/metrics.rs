@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::{
-    Encoder as _, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder, core::Collector, process_collector::ProcessCollector,
+    Counter, Encoder as _, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder, core::Collector, process_collector::ProcessCollector,
 };
 use sluice_schemas::record::RecordError;
 
@@ -46,6 +46,8 @@ pub struct Metrics {
     pub padded_tokens: IntCounter,
     /// Time of one run of the model.
     pub batch_seconds: Histogram,
+    /// Time in which the model had nothing to run, though documents were there.
+    pub model_starved_seconds: Counter,
     /// Windows in one run of the model.
     pub batch_rows: Histogram,
     /// Length to which the windows of one run are padded.
@@ -148,6 +150,13 @@ impl Metrics {
                 "Tokens the model computed, with padding.",
             )?,
             batch_seconds: seconds("sluiced_batch_seconds", "Time of one run of the model.")?,
+            model_starved_seconds: register(
+                &registry,
+                Counter::new(
+                    "sluiced_model_starved_seconds_total",
+                    "Time in which the model had nothing to run, though documents were there; waiting for a batch to fill included.",
+                )?,
+            )?,
             batch_rows: powers_of_two("sluiced_batch_rows", "Windows in one run of the model.")?,
             row_tokens: powers_of_two(
                 "sluiced_batch_row_tokens",

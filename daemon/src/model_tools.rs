@@ -221,14 +221,14 @@ impl Scoring<'_> {
                 },
             }
         }
-        let (policy, batch) = (self.reference.policy, &self.config.batch);
+        let (policy, sizes) = (self.reference.policy, self.config.sizes());
         let tokens: Vec<_> = documents.iter().map(|document| Arc::clone(&document.tokens)).collect();
         let scores = score_documents(
             &mut self.reference.scorer,
             &tokens,
             policy,
-            batch.tokens_max,
-            batch.ladder(policy),
+            sizes.tokens_max,
+            sizes.ladder(policy),
         )?;
         for (document, scores) in documents.iter().zip(&scores) {
             if self.document(document, scores)? == Reader::Gone {

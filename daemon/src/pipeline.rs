@@ -1,10 +1,10 @@
-//! Wires the rooms together: four threads, one ledger, and a way to stop.
+//! Wires the rooms together: three threads and the model's, one ledger, and a way to stop.
 //!
 //! ```text
 //! source (polls, checks) --jobs--> dispatch (windows, batches, assemble) --ledger--> sink (publishes, commits)
 //!                                    |  batches ^
 //!                                    v          | losses
-//!                                   model (runs, and does nothing else)
+//!                                   model (runs, and does nothing else; it outlives the others)
 //! ```
 
 use std::io;
@@ -12,19 +12,19 @@ use std::sync::Arc;
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 
 use anyhow::{Context as _, bail};
-use crossbeam_channel::{bounded, unbounded};
+use crossbeam_channel::unbounded;
 use sluice_schemas::record::ContextPolicy;
 
 use crate::assemble::RecordPolicy;
-use crate::batch::Batch;
 use crate::config::Config;
-use crate::dispatch::{Dispatcher, Run, run_model};
+use crate::dispatch::Dispatcher;
 use crate::health::{Health, Wait};
 use crate::job::Job;
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::outcome::Outcome;
-use crate::score::{ModelIdentity, Score};
+use crate::score::ModelIdentity;
+use crate::score::model_thread::ModelThread;
 use crate::sink::Sink;
 use crate::source;
 
@@ -32,7 +32,7 @@ use crate::source;
 pub fn run(
     config: &Config,
     model: ModelIdentity,
-    scorer: Box<dyn Score>,
+    scorer: &ModelThread,
     policy: ContextPolicy,
     metrics: &Metrics,
     health: &Health,
@@ -51,32 +51,19 @@ pub fn run(
     };
 
     let (jobs_in, jobs_out) = unbounded::<Job>();
-    // Without room: a batch is handed over when the model asks for it, so that no more than one waits.
-    let (batches_in, batches_out) = bounded::<Batch>(0);
-    let (runs_in, runs_out) = bounded::<Run>(1);
     std::thread::scope(|scope| {
         let reading = spawn(scope, health, "source", || {
             let jobs = jobs_in;
             guarded(health, || source.run(&jobs, model))
         })?;
         let dispatch = spawn(scope, health, "dispatch", || {
-            let batches = batches_in;
-            let dispatcher = Dispatcher::new(record, &ledger, &config.batch, metrics);
-            guarded(health, || dispatcher.run(&jobs_out, &batches, &runs_out, health))
-        })?;
-        let model = spawn(scope, health, "model", || {
-            let (batches, runs) = (batches_out, runs_in);
-            guarded(health, || {
-                run_model(scorer, &batches, &runs, metrics);
-                Ok(())
-            })
+            let dispatcher = Dispatcher::new(record, &ledger, config.sizes(), metrics);
+            guarded(health, || dispatcher.run(&jobs_out, scorer.asks()?, health))
         })?;
         let sink = spawn(scope, health, "sink", || {
             guarded(health, || Sink::new(config, source.consumer(), &ledger, metrics, health)?.run())
         })?;
-        for (what, thread) in
-            [("running the model", model), ("scoring", dispatch), ("publishing", sink), ("reading", reading)]
-        {
+        for (what, thread) in [("scoring", dispatch), ("publishing", sink), ("reading", reading)] {
             match thread.join() {
                 Ok(result) => result.context(format!("{what} failed"))?,
                 Err(_) => bail!("{what} panicked; this is a defect of Sluice"),

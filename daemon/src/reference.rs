@@ -6,18 +6,17 @@ use std::sync::Arc;
 use anyhow::{Context as _, anyhow, bail};
 use sluice_schemas::record::ContextPolicy;
 
-use crate::batch::Batch;
 use crate::config::Config;
 use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, NO_INPUT, USAGE};
-use crate::in_turns::InTurns;
 use crate::metrics::Metrics;
+use crate::score::Scorer;
 use crate::score::model::Model;
+use crate::score::model_thread::ModelThread;
 use crate::score::policy::context_policy;
 use crate::score::runtime::SessionOptions;
 use crate::score::self_test::self_test;
 use crate::score::warm_up::warm_up;
-use crate::score::{Score, Scorer, Scores};
 
 /// A reference model that is ready to score. Cloning shares it.
 #[derive(Clone, Debug)]
@@ -25,22 +24,11 @@ pub struct Reference {
     /// What was read.
     pub model: Arc<Model>,
     /// The model on its device.
-    pub scorer: SharedScorer,
+    pub scorer: ModelThread,
     /// How it sees a document.
     pub policy: ContextPolicy,
     /// Where it runs.
     pub device: Device,
-}
-
-/// A scorer that outlives the loop which uses it.
-#[derive(Clone, Debug)]
-pub struct SharedScorer(Arc<InTurns<Scorer>>);
-
-impl Score for SharedScorer {
-    fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
-        // Of one batch at a time: that of the loop, or of a warm-up beside it.
-        self.0.with(|scorer| scorer.score(batch))
-    }
 }
 
 impl Reference {
@@ -48,8 +36,9 @@ impl Reference {
     pub fn open(config: &Config) -> anyhow::Result<Self> {
         let (model, device) = load_model(config)?;
         let policy = context_policy(config, &model).exit_code(USAGE)?;
+        let model = Arc::new(model);
         let scorer = open_scorer(&model, device, config)?;
-        Ok(Self { model: Arc::new(model), scorer, policy, device })
+        Ok(Self { model, scorer, policy, device })
     }
 
     /// The same for the settings `new`, warm, beside this one: with a session of its own where model or device are not
@@ -60,8 +49,9 @@ impl Reference {
         let same_session = model.identity.fingerprint == self.model.identity.fingerprint
             && new.model == old.model
             && new.score.entropies == old.score.entropies;
+        let model = Arc::new(model);
         let scorer = if same_session { self.scorer.clone() } else { open_scorer(&model, device, new)? };
-        let mut next = Self { model: Arc::new(model), scorer, policy, device };
+        let mut next = Self { model, scorer, policy, device };
         self.check_same_tokens(&next)?;
         if !same_session || new.batch != old.batch || policy != self.policy {
             next.warm_up(new).context("cannot warm up the new model beside the old one")?;
@@ -110,10 +100,11 @@ impl Reference {
 
     /// Runs the shapes that scoring will meet, and tries what losses rest on; says how many shapes there were.
     pub fn warm_up(&mut self, config: &Config) -> anyhow::Result<usize> {
-        let shapes = warm_up(&mut self.scorer, self.device, self.policy, &config.batch).exit_code(DATA)?;
+        let sizes = config.sizes();
+        let shapes = warm_up(&mut self.scorer, self.policy, sizes).exit_code(DATA)?;
         let identity = &self.model.identity;
         let who = (identity.vocabulary, identity.precision);
-        self_test(&mut self.scorer, who, self.policy, &config.batch).exit_code(DATA)?;
+        self_test(&mut self.scorer, who, self.policy, sizes).exit_code(DATA)?;
         Ok(shapes)
     }
 }
@@ -127,15 +118,15 @@ fn load_model(config: &Config) -> anyhow::Result<(Model, Device)> {
     Ok((model, device))
 }
 
-fn open_scorer(model: &Model, device: Device, config: &Config) -> anyhow::Result<SharedScorer> {
+fn open_scorer(model: &Arc<Model>, device: Device, config: &Config) -> anyhow::Result<ModelThread> {
     let options = SessionOptions {
         library: onnxruntime_library(&config.model.onnxruntime),
         device,
         threads: config.model.threads,
         device_memory_bytes: config.model.device_memory_bytes,
     };
-    let scorer = Scorer::new(model, &options, config.score.entropies).exit_code(NO_INPUT)?;
-    Ok(SharedScorer(Arc::new(InTurns::new(scorer))))
+    let (model, entropies) = (Arc::clone(model), config.score.entropies);
+    ModelThread::start(move || Scorer::new(&model, &options, entropies).exit_code(NO_INPUT))
 }
 
 /// The library that the settings name, else the one of the environment, else the system's.

@@ -44,8 +44,8 @@ pub fn serve(config: &Config, load: reload::Load) -> anyhow::Result<()> {
         let (config, reference) = reload.in_force();
         health.set_stalled_after(config.limits.stalled());
         reference.announce(&config, &metrics);
-        let scorer = Box::new(reference.scorer);
-        pipeline::run(&config, reference.model.identity, scorer, reference.policy, &metrics, &health)?;
+        let (identity, policy) = (reference.model.identity, reference.policy);
+        pipeline::run(&config, identity, &reference.scorer, policy, &metrics, &health)?;
         if health.is_leaving() || !reload.take_next() {
             break;
         }

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use sluice_daemon::assemble::{Assembler, RecordPolicy};
 use sluice_daemon::batch::Batch;
-use sluice_daemon::config::BatchSettings;
+use sluice_daemon::config::{Config, Sizes};
 use sluice_daemon::dispatch::Dispatcher;
 use sluice_daemon::job::Job;
 use sluice_daemon::ledger::Ledger;
 use sluice_daemon::metrics::Metrics;
 use sluice_daemon::outcome::{MODEL_FAILED, Outcome};
+use sluice_daemon::score::model_thread::Run;
 use sluice_daemon::score::{ModelIdentity, Scores};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{
@@ -73,23 +74,28 @@ fn job(ledger: &Ledger<Outcome>, id: usize, tokens: &[u32]) -> Job {
     Job { ticket, key: None, payload: document.encode(), document }
 }
 
+fn run(batch: Batch, scored: anyhow::Result<Scores>) -> Run {
+    Run { batch, scored, ran: Duration::ZERO, starved: Duration::ZERO }
+}
+
 /// Feeds random documents and gives batches back in random order; one in ten fails first, as on a device without
 /// memory. How many were split.
 fn stress(seed: u64, bos: Bos) -> u64 {
     let mut random = fastrand::Rng::with_seed(seed);
     let window = random.u32(4..100);
     let policy = ContextPolicy { window, stride: random.u32(1..window - 1), bos };
-    let settings = BatchSettings {
+    let sizes = Sizes {
         tokens_max: random.usize(window as usize..4 * window as usize),
         length_steps: random.usize(1..20),
-        ..BatchSettings::default()
+        few_shapes: random.bool(),
+        ..Config::default().sizes()
     };
     let record =
         RecordPolicy { model: identity(), context: policy, loss_format: LossFormat::F32, entropies: true };
     let ledger = Ledger::default();
     ledger.assign([0, 1, 2]);
     let metrics = Metrics::new().unwrap();
-    let mut dispatcher = Dispatcher::new(record, &ledger, &settings, &metrics);
+    let mut dispatcher = Dispatcher::new(record, &ledger, sizes, &metrics);
 
     let documents: Vec<Vec<u32>> = (0..300)
         .map(|_| {
@@ -123,7 +129,7 @@ fn stress(seed: u64, bos: Bos) -> u64 {
                 let id = batch.windows[0].document.to_string();
                 poisoned.insert(id);
             }
-            if dispatcher.finish((batch, scored)).is_err() {
+            if dispatcher.finish(run(batch, scored)).is_err() {
                 // Three failures in a row mean a broken model; this one only has bad luck.
                 return stress(seed + 1000, bos);
             }
@@ -204,15 +210,11 @@ fn a_document_is_handed_over_with_the_last_of_its_windows_whatever_is_tried_agai
     assert_eq!(handed_over, [None, None, Some(ticket)]);
 }
 
-fn dispatcher<'a>(
-    ledger: &'a Ledger<Outcome>,
-    settings: &'a BatchSettings,
-    metrics: &'a Metrics,
-) -> Dispatcher<'a> {
+fn dispatcher<'a>(ledger: &'a Ledger<Outcome>, metrics: &'a Metrics) -> Dispatcher<'a> {
     ledger.assign([0, 1, 2]);
     let context = ContextPolicy { window: 64, stride: 32, bos: Bos::None };
     let record = RecordPolicy { model: identity(), context, loss_format: LossFormat::F32, entropies: false };
-    let mut dispatcher = Dispatcher::new(record, ledger, settings, metrics);
+    let mut dispatcher = Dispatcher::new(record, ledger, Config::default().sizes(), metrics);
     for id in 0..DOCUMENTS {
         dispatcher.accept(job(ledger, id, &[1, 2, 3, 4]));
     }
@@ -224,11 +226,11 @@ const DOCUMENTS: usize = 6;
 /// A sticky error of the device, such as those of CUDA after which every call fails.
 #[test]
 fn a_device_that_fails_for_good_gives_up_no_document() {
-    let (ledger, settings, metrics) = (Ledger::default(), BatchSettings::default(), Metrics::new().unwrap());
-    let mut dispatcher = dispatcher(&ledger, &settings, &metrics);
+    let (ledger, metrics) = (Ledger::default(), Metrics::new().unwrap());
+    let mut dispatcher = dispatcher(&ledger, &metrics);
     let failed = (0..100).find_map(|_| {
         let batch = dispatcher.next_batch().unwrap();
-        dispatcher.finish((batch, Err(anyhow::anyhow!("CUDA failure 719")))).err()
+        dispatcher.finish(run(batch, Err(anyhow::anyhow!("CUDA failure 719")))).err()
     });
     let error = format!("{:#}", failed.unwrap());
     assert!(error.contains("no document is at fault") && error.contains("719"), "{error}");
@@ -238,12 +240,12 @@ fn a_device_that_fails_for_good_gives_up_no_document() {
 #[test]
 fn a_document_is_given_up_once_the_device_is_known_to_be_well() {
     const BAD: u64 = 2;
-    let (ledger, settings, metrics) = (Ledger::default(), BatchSettings::default(), Metrics::new().unwrap());
-    let mut dispatcher = dispatcher(&ledger, &settings, &metrics);
+    let (ledger, metrics) = (Ledger::default(), Metrics::new().unwrap());
+    let mut dispatcher = dispatcher(&ledger, &metrics);
     while let Some(batch) = dispatcher.next_batch() {
         let is_bad = batch.windows.iter().any(|window| window.document == BAD);
         let scored = if is_bad { Err(anyhow::anyhow!("a bad document")) } else { Ok(model(&batch)) };
-        dispatcher.finish((batch, scored)).unwrap();
+        dispatcher.finish(run(batch, scored)).unwrap();
     }
     let group = ledger.take(usize::MAX, Duration::ZERO, Duration::ZERO);
     let reasons: Vec<_> = group

@@ -91,7 +91,7 @@ fn a_start_is_over_when_work_can_be_taken_and_a_killed_daemon_comes_back() {
 fn bad_settings_end_with_64_and_are_not_tried_again() {
     let broker = Broker::with_sluice_topics();
     let machine = Machine::with_sluiced();
-    let settings = "[batch]\ntokens_max = 0";
+    let settings = "[limits]\npublish_tokens = 0";
     machine.configure(&broker.bootstrap_servers, &golden("tiny-llama"), settings, "");
     assert!(!machine.try_run(&["systemctl", "start", UNIT]).status.success());
     assert_eq!(machine.property(UNIT, "ActiveState"), "failed");
@@ -99,7 +99,7 @@ fn bad_settings_end_with_64_and_are_not_tried_again() {
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!(machine.property(UNIT, "ActiveState"), "failed");
     assert_eq!(machine.property(UNIT, "NRestarts"), "0");
-    assert!(machine.log().contains("batch.tokens_max must be at least 1"), "{}", machine.log());
+    assert!(machine.log().contains("limits.publish_tokens must be at least 1"), "{}", machine.log());
 }
 
 #[test]

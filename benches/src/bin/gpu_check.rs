@@ -11,8 +11,8 @@ use clap::Parser;
 use serde_json::{Value, json};
 use sluice_benches::process::median;
 use sluice_benches::workload::{Lengths, matrix_elements};
-use sluice_daemon::batch::{Batch, Ladder, plan, windows};
-use sluice_daemon::config::BatchSettings;
+use sluice_daemon::batch::{Batch, plan, windows};
+use sluice_daemon::config::{Config, Sizes};
 use sluice_daemon::score::documents::score_documents;
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
@@ -45,8 +45,8 @@ struct Arguments {
     /// Times to measure.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
-    /// Padded tokens of a batch.
-    #[arg(long, default_value_t = 16_384)]
+    /// Padded tokens of a batch; 0 for as many as the daemon takes on the device.
+    #[arg(long, default_value_t = 0)]
     tokens_max: usize,
     /// The model's window.
     #[arg(long, default_value_t = 2048)]
@@ -76,16 +76,19 @@ fn main() -> anyhow::Result<()> {
         Ok((model, scorer))
     };
     let (model, mut scorer) = open(device)?;
-    let settings = BatchSettings { tokens_max: arguments.tokens_max, ..BatchSettings::default() };
+    let mut config = Config::default();
+    config.model.device.clone_from(&arguments.device);
+    config.batch.tokens_max = arguments.tokens_max;
+    let sizes = config.sizes();
     let started = Instant::now();
-    let shapes = warm_up(&mut scorer, device, policy, &settings)?;
+    let shapes = warm_up(&mut scorer, policy, sizes)?;
     let warm_up_seconds = started.elapsed().as_secs_f64();
 
     let vocabulary = model.identity.vocabulary;
     let lengths = Lengths { median: 400.0, sigma: 1.0, longest: arguments.window as usize };
-    let ladder = settings.ladder(policy);
+    let ladder = sizes.ladder(policy);
     let compared = shared(&lengths.documents(arguments.compared, vocabulary));
-    let ours = score_documents(&mut scorer, &compared, policy, arguments.tokens_max, ladder)?;
+    let ours = score_documents(&mut scorer, &compared, policy, sizes.tokens_max, ladder)?;
     let (_, mut cpu) = open(Device::Cpu)?;
     let theirs = score_documents(&mut cpu, &compared, policy, 4096.max(arguments.window as usize), ladder)?;
     drop(cpu);
@@ -104,8 +107,8 @@ fn main() -> anyhow::Result<()> {
     if let Some(path) = &arguments.documents_into {
         std::fs::write(path, serde_json::to_vec(&documents)?)?;
     }
-    let batches = batches(&documents, policy, &arguments, ladder);
-    let measured = measure(&mut scorer, &batches, &model, &arguments)?;
+    let batches = plan_all(&documents, policy, sizes);
+    let measured = measure(&mut scorer, &batches, &model, (&arguments, sizes.tokens_max))?;
     let result = json!({
         "command": std::env::args().collect::<Vec<_>>().join(" "),
         "model": arguments.model.file_name().map(|name| name.to_string_lossy()),
@@ -131,22 +134,17 @@ fn shared(documents: &[Vec<u32>]) -> Vec<Arc<[u32]>> {
     documents.iter().map(|tokens| tokens.as_slice().into()).collect()
 }
 
-fn batches(
-    documents: &[Vec<u32>],
-    policy: ContextPolicy,
-    arguments: &Arguments,
-    ladder: Ladder,
-) -> Vec<Batch> {
+fn plan_all(documents: &[Vec<u32>], policy: ContextPolicy, sizes: Sizes) -> Vec<Batch> {
     let shared = shared(documents);
     let all = (0..).zip(&shared).flat_map(|(id, tokens)| windows(id, tokens, policy)).collect();
-    plan(all, arguments.tokens_max, ladder)
+    plan(all, sizes.tokens_max, sizes.ladder(policy))
 }
 
 fn measure(
     scorer: &mut Scorer,
     batches: &[Batch],
     model: &Model,
-    arguments: &Arguments,
+    (arguments, tokens_max): (&Arguments, usize),
 ) -> anyhow::Result<Value> {
     let tokens: usize = batches.iter().map(Batch::real_tokens).sum();
     let padded: usize = batches.iter().map(Batch::padded_tokens).sum();
@@ -171,7 +169,7 @@ fn measure(
         "documents": arguments.documents,
         "tokens": tokens,
         "padded_per_real_token": padded as f64 / tokens as f64,
-        "tokens_max": arguments.tokens_max,
+        "tokens_max": tokens_max,
         "seconds": seconds,
         "median_tokens_per_second": tokens as f64 / middle,
         "vocabulary": model.identity.vocabulary,

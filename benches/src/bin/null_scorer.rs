@@ -12,6 +12,7 @@ use sluice_daemon::config::Config;
 use sluice_daemon::health::Health;
 use sluice_daemon::metrics::Metrics;
 use sluice_daemon::pipeline;
+use sluice_daemon::score::model_thread::ModelThread;
 use sluice_daemon::score::{ModelIdentity, Score, Scores};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::record::{Bos, ContextPolicy, Precision, TokenIds, TokenizedDocument};
@@ -39,6 +40,12 @@ struct Arguments {
     /// Makes the scorer this slow; 0 for as fast as it can.
     #[arg(long, default_value_t = 0)]
     scorer_tokens_per_second: u64,
+    /// Makes the scorer take this long for each batch, as a GPU may, whatever is in it; 0 for no time.
+    #[arg(long, default_value_t = 0.0)]
+    batch_milliseconds: f64,
+    /// Most tokens of a batch, and sixteen times as many that are read ahead; 0 for the daemon's own.
+    #[arg(long, default_value_t = 0)]
+    tokens_max: usize,
     /// Stops each repeat after this many seconds, scored or not; 0 for never.
     #[arg(long, default_value_t = 0)]
     seconds_max: u64,
@@ -48,14 +55,19 @@ struct Arguments {
 }
 
 /// Returns the same loss for every token.
+#[derive(Clone, Copy)]
 struct NullScorer {
     tokens_per_second: u64,
+    batch_seconds: f64,
 }
 
 impl Score for NullScorer {
     fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
+        let mut seconds = self.batch_seconds;
         if self.tokens_per_second > 0 {
-            let seconds = batch.real_tokens() as f64 / self.tokens_per_second as f64;
+            seconds += batch.real_tokens() as f64 / self.tokens_per_second as f64;
+        }
+        if seconds > 0.0 {
             std::thread::sleep(Duration::from_secs_f64(seconds));
         }
         Ok(Scores { losses: vec![1.0; batch.targets.len()], entropies: Vec::new() })
@@ -78,6 +90,7 @@ fn main() -> anyhow::Result<()> {
         config.kafka.scored_topic = format!("{run}.scored-{repeat}");
         config.kafka.dead_letter_topic = format!("{run}.dead-letters-{repeat}");
         config.kafka.group_id = format!("{run}-{repeat}");
+        config.batch.tokens_max = arguments.tokens_max;
         config.kafka.properties = properties(&arguments.properties)?;
         kafka.create_topic(&config.kafka.scored_topic, PARTITIONS);
         kafka.create_topic(&config.kafka.dead_letter_topic, 1);
@@ -86,7 +99,7 @@ fn main() -> anyhow::Result<()> {
         measured.push(one);
     }
     let column = |value: fn(&Measured) -> f64| measured.iter().map(value).collect::<Vec<_>>();
-    let limits = Config::default().limits;
+    let sizes = Config::default().sizes();
     let result = serde_json::json!({
         "command": std::env::args().collect::<Vec<_>>().join(" "),
         "cores": std::thread::available_parallelism()?.get(),
@@ -99,8 +112,10 @@ fn main() -> anyhow::Result<()> {
         "median_tokens_per_second": median(column(|one| one.tokens / one.seconds)),
         "median_tokens_per_daemon_cpu_second": median(column(|one| one.tokens / one.daemon_cpu_seconds)),
         "median_tokens_per_broker_cpu_second": median(column(|one| one.tokens / one.broker_cpu_seconds)),
+        "busy_share": column(|one| one.busy_seconds / one.seconds),
+        "starved_share": column(|one| one.starved_seconds / one.seconds),
         "peak_memory_bytes": column(|one| one.peak_memory_bytes),
-        "memory_bound_bytes": limits.in_flight_tokens * BYTES_PER_TOKEN + CLIENT_BYTES,
+        "memory_bound_bytes": sizes.in_flight_tokens * BYTES_PER_TOKEN + CLIENT_BYTES,
     });
     print_line(&serde_json::to_string_pretty(&result)?)?;
     Ok(())
@@ -148,6 +163,10 @@ struct Measured {
     seconds: f64,
     daemon_cpu_seconds: f64,
     broker_cpu_seconds: f64,
+    /// Time in which the model ran.
+    busy_seconds: f64,
+    /// Time in which it had nothing to run, though documents were there.
+    starved_seconds: f64,
     /// Resident memory of this process at its highest, less what it was before.
     peak_memory_bytes: f64,
 }
@@ -162,18 +181,22 @@ fn measure(config: &Config, arguments: &Arguments, broker: u32) -> anyhow::Resul
         precision: Precision::F32,
     };
     let policy = ContextPolicy { window: 2048, stride: 1024, bos: Bos::None };
-    let scorer = NullScorer { tokens_per_second: arguments.scorer_tokens_per_second };
+    let scorer = NullScorer {
+        tokens_per_second: arguments.scorer_tokens_per_second,
+        batch_seconds: arguments.batch_milliseconds / 1000.0,
+    };
+    let scorer = ModelThread::start(move || Ok(scorer))?;
     // The highest mark of resident memory begins anew (proc_pid_clear_refs(5)).
     std::fs::write("/proc/self/clear_refs", "5")?;
     let memory = status_bytes("VmRSS")?;
     std::thread::scope(|scope| {
-        let daemon =
-            scope.spawn(|| pipeline::run(config, model, Box::new(scorer), policy, &metrics, &health));
+        let daemon = scope.spawn(|| pipeline::run(config, model, &scorer, policy, &metrics, &health));
         while metrics.documents_read.get() == 0 && !daemon.is_finished() {
             std::thread::yield_now();
         }
         let (started, own, others) =
             (Instant::now(), cpu_seconds("self")?, cpu_seconds(&broker.to_string())?);
+        let (busy, starved) = (metrics.batch_seconds.get_sample_sum(), metrics.model_starved_seconds.get());
         let in_time =
             || arguments.seconds_max == 0 || started.elapsed() < Duration::from_secs(arguments.seconds_max);
         while (metrics.documents_scored.get() as usize) < arguments.documents
@@ -187,6 +210,8 @@ fn measure(config: &Config, arguments: &Arguments, broker: u32) -> anyhow::Resul
             seconds: started.elapsed().as_secs_f64(),
             daemon_cpu_seconds: cpu_seconds("self")? - own,
             broker_cpu_seconds: cpu_seconds(&broker.to_string())? - others,
+            busy_seconds: metrics.batch_seconds.get_sample_sum() - busy,
+            starved_seconds: metrics.model_starved_seconds.get() - starved,
             peak_memory_bytes: status_bytes("VmHWM")? - memory,
         };
         health.stop();

@@ -18,8 +18,15 @@ pub struct Batch {
     pub windows: Vec<Window>,
     /// Length of a row in tokens.
     pub padded_len: usize,
-    /// Token ids, `rows * padded_len`, padded with 0.
+    /// Rows, those that are padding and nothing else included; they come last.
+    pub padded_rows: usize,
+    /// Token ids, `padded_rows * padded_len`, padded with 0.
     pub tokens: Vec<i64>,
+    /// 1 for real tokens, 0 for padding, of the same shape; a row of padding alone counts as real, for what a model makes of
+    /// a row that it is to see nothing of is its own affair.
+    pub attention_mask: Vec<i64>,
+    /// Positions counted from 0 in every row, of the same shape.
+    pub position_ids: Vec<i64>,
     /// Flat positions (`row * padded_len + position`) that predict the targets.
     pub target_rows: Vec<i64>,
     /// Token ids to be scored, row by row.
@@ -27,14 +34,17 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Pads `windows` to the length on `ladder` that holds the longest.
+    /// Pads `windows` to the shape on `ladder` that holds them.
     pub fn new(windows: Vec<Window>, ladder: Ladder) -> Self {
         let longest = windows.iter().map(Window::len).max().unwrap_or(0);
         let padded_len = ladder.fit(longest);
-        let mut tokens = vec![0; windows.len() * padded_len];
+        let padded_rows = ladder.fit_rows(windows.len(), padded_len);
+        let mut tokens = vec![0; padded_rows * padded_len];
+        let mut attention_mask = vec![1; tokens.len()];
         let (mut target_rows, mut targets) = (Vec::new(), Vec::new());
         for (row, window) in windows.iter().enumerate() {
             let start = row * padded_len;
+            attention_mask[start + window.len()..start + padded_len].fill(0);
             for (slot, id) in tokens[start..].iter_mut().zip(window.ids()) {
                 *slot = i64::from(id);
             }
@@ -44,10 +54,11 @@ impl Batch {
                 targets.push(i64::from(id));
             }
         }
-        Self { windows, padded_len, tokens, target_rows, targets }
+        let position_ids = (0..padded_rows).flat_map(|_| 0..padded_len as i64).collect();
+        Self { windows, padded_len, padded_rows, tokens, attention_mask, position_ids, target_rows, targets }
     }
 
-    /// Number of rows.
+    /// Number of rows that hold something.
     pub fn rows(&self) -> usize {
         self.windows.len()
     }
@@ -59,20 +70,7 @@ impl Batch {
 
     /// Tokens that the model computes, padding included.
     pub fn padded_tokens(&self) -> usize {
-        self.rows() * self.padded_len
-    }
-
-    /// 1 for real tokens, 0 for padding.
-    pub fn attention_mask(&self) -> Vec<i64> {
-        self.windows
-            .iter()
-            .flat_map(|window| (0..self.padded_len).map(|position| i64::from(position < window.len())))
-            .collect()
-    }
-
-    /// Positions counted from 0 in every row.
-    pub fn position_ids(&self) -> Vec<i64> {
-        (0..self.rows()).flat_map(|_| 0..self.padded_len as i64).collect()
+        self.padded_rows * self.padded_len
     }
 }
 
@@ -94,8 +92,21 @@ mod tests {
             }
             assert_eq!(batch.targets, targets.collect::<Vec<i64>>(), "{bos:?}");
             assert_eq!(batch.padded_len, 8);
-            assert_eq!(batch.attention_mask()[..8], [1, 1, 1, 1, 0, 0, 0, 0]);
-            assert_eq!(batch.position_ids()[8..10], [0, 1]);
+            assert_eq!(batch.attention_mask[..8], [1, 1, 1, 1, 0, 0, 0, 0]);
+            assert_eq!(batch.position_ids[8..10], [0, 1]);
         }
+    }
+
+    #[test]
+    fn rows_of_padding_are_asked_for_nothing() {
+        let document: std::sync::Arc<[u32]> = (0..24).collect();
+        let policy = ContextPolicy { window: 8, stride: 4, bos: Bos::None };
+        let all = windows(0, &document, policy);
+        let (exact, few) = (Ladder::new(8, 4), Ladder::new(8, 4).with_few_rows(64));
+        let (alone, padded) = (Batch::new(all[..5].to_vec(), exact), Batch::new(all[..5].to_vec(), few));
+        assert_eq!((padded.rows(), padded.padded_rows, padded.padded_tokens()), (5, 6, 48));
+        assert_eq!((&padded.targets, &padded.target_rows), (&alone.targets, &alone.target_rows));
+        assert_eq!((&padded.tokens[..40], &padded.tokens[40..]), (&alone.tokens[..], &[0; 8][..]));
+        assert_eq!(padded.attention_mask[40..], [1; 8]);
     }
 }

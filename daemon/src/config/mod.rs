@@ -8,6 +8,7 @@ mod keys;
 mod layers;
 mod properties;
 mod reference;
+mod sizes;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,13 +17,13 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sluice_schemas::names;
-use sluice_schemas::record::{ContextPolicy, LossFormat};
+use sluice_schemas::record::LossFormat;
 
 pub use layers::{ConfigError, Layers, Scope, add_flags, add_flags_of, foreign_variables, load, load_of};
 pub use properties::{canonical_property, owned_property};
 pub use reference::{example, reference};
+pub use sizes::Sizes;
 
-use crate::batch::Ladder;
 use crate::device::Device;
 
 /// Settings of `sluiced serve`.
@@ -131,7 +132,7 @@ impl Default for ModelSettings {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Score {
-    /// Longest run of tokens given to the model at once; 0 for the model's own limit.
+    /// Longest run of tokens given to the model at once; 0 for the model's own limit, and at most 4096.
     pub window_tokens: u32,
     /// Tokens between the starts of two windows of a longer document; 0 for half a window.
     pub stride_tokens: u32,
@@ -174,26 +175,20 @@ pub enum BosChoice {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct BatchSettings {
-    /// Most tokens of one batch, padding included.
+    /// Most tokens of one batch, padding included; 0 for 4096 on a CPU and 65536 on a GPU.
     pub tokens_max: usize,
-    /// Tokens that are read ahead, sorted by length and cut into batches; more means less padding.
+    /// Tokens that are read ahead, sorted by length and cut into batches; more means less padding. 0 for 16 batches.
     pub lookahead_tokens: usize,
     /// Longest wait for more documents while the look-ahead is not full, in milliseconds.
     pub delay_ms_max: u64,
-    /// Row lengths from one power of two to the next; more means less padding, and more shapes for a GPU to warm.
+    /// Row lengths from one power of two to the next; more means less padding, and more shapes for a GPU to warm. 0 for 16
+    /// on a CPU and 8 on a GPU.
     pub length_steps: usize,
 }
 
 impl Default for BatchSettings {
     fn default() -> Self {
-        Self { tokens_max: 4096, lookahead_tokens: 65_536, delay_ms_max: 5, length_steps: 16 }
-    }
-}
-
-impl BatchSettings {
-    /// The lengths that rows are padded to.
-    pub fn ladder(&self, context: ContextPolicy) -> Ladder {
-        Ladder::new(context.window as usize, self.length_steps)
+        Self { tokens_max: 0, lookahead_tokens: 0, delay_ms_max: 5, length_steps: 0 }
     }
 }
 
@@ -203,7 +198,7 @@ impl BatchSettings {
 pub struct Limits {
     /// Most tokens in flight, from reading to committing; reading pauses there and goes on at half of it. A record
     /// counts as at least 64 tokens, and as at least a quarter of its bytes. This bounds memory: 48 bytes a token, and
-    /// 128 MiB for the Kafka clients, beside the model.
+    /// 128 MiB for the Kafka clients, beside the model. 0 for four times the look-ahead, and at least 1048576.
     pub in_flight_tokens: usize,
     /// Most tokens that are published and committed together.
     pub publish_tokens: usize,
@@ -224,7 +219,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            in_flight_tokens: 1_048_576,
+            in_flight_tokens: 0,
             publish_tokens: 262_144,
             publish_delay_ms: 100,
             drain_seconds: 30,
@@ -302,6 +297,7 @@ impl Config {
         if let Err(problem) = self.model.device.parse::<Device>() {
             demand(false, format!("model.device: {problem}"));
         }
+        self.size_problems().into_iter().for_each(|problem| demand(false, problem));
         for (key, value) in [
             ("kafka.group_id", &self.kafka.group_id),
             ("kafka.instance", &self.kafka.instance),
@@ -322,10 +318,6 @@ impl Config {
             demand(false, key);
         }
         for (key, value) in [
-            ("batch.tokens_max", self.batch.tokens_max),
-            ("batch.lookahead_tokens", self.batch.lookahead_tokens),
-            ("batch.length_steps", self.batch.length_steps),
-            ("limits.in_flight_tokens", self.limits.in_flight_tokens),
             ("limits.publish_tokens", self.limits.publish_tokens),
             ("limits.failing_records", self.limits.failing_records),
             ("kafka.record_bytes_max", self.kafka.record_bytes_max as usize),
@@ -352,13 +344,6 @@ impl Config {
         demand(
             self.score.window_tokens == 0 || self.score.stride_tokens < self.score.window_tokens,
             "score.stride_tokens must be less than score.window_tokens, so that windows overlap".to_owned(),
-        );
-        demand(
-            self.score.window_tokens as usize <= self.batch.tokens_max,
-            format!(
-                "score.window_tokens ({}) is more than batch.tokens_max ({}): the longest window must fit a batch",
-                self.score.window_tokens, self.batch.tokens_max
-            ),
         );
         demand(
             self.http.listen.parse::<std::net::SocketAddr>().is_ok(),

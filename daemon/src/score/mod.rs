@@ -9,6 +9,7 @@ mod head;
 mod identity;
 mod inputs;
 pub mod model;
+pub mod model_thread;
 pub mod names;
 pub mod policy;
 pub mod runtime;
@@ -105,16 +106,16 @@ impl Score for Scorer {
         if batch.targets.is_empty() {
             return Ok(Scores::default());
         }
-        let shape = [batch.rows(), batch.padded_len];
+        let shape = [batch.padded_rows, batch.padded_len];
         // One buffer for each input, alive until the run is over.
-        let filled: Vec<Integers> = self
+        let filled: Vec<Integers<'_>> = self
             .inputs
             .iter()
             .map(|(input, _, element)| {
                 let values = match input {
-                    Input::TokenIds => batch.tokens.clone(),
-                    Input::AttentionMask => batch.attention_mask(),
-                    Input::PositionIds => batch.position_ids(),
+                    Input::TokenIds => &batch.tokens,
+                    Input::AttentionMask => &batch.attention_mask,
+                    Input::PositionIds => &batch.position_ids,
                 };
                 Integers::new(values, *element)
             })
@@ -122,7 +123,7 @@ impl Score for Scorer {
         let mut feed: Vec<(&str, SessionInputValue<'_>)> = Vec::new();
         for ((_, name, _), values) in self.inputs.iter().zip(&filled) {
             let tensor: SessionInputValue<'_> = match values {
-                Integers::Long(values) => TensorRef::from_array_view((shape, values.as_slice()))?.into(),
+                Integers::Long(values) => TensorRef::from_array_view((shape, *values))?.into(),
                 Integers::Short(values) => TensorRef::from_array_view((shape, values.as_slice()))?.into(),
             };
             feed.push((name, tensor));
@@ -161,15 +162,15 @@ impl Score for Scorer {
 }
 
 /// An input's values in the width that the model wants.
-enum Integers {
-    Long(Vec<i64>),
+enum Integers<'a> {
+    Long(&'a [i64]),
     Short(Vec<i32>),
 }
 
-impl Integers {
-    fn new(values: Vec<i64>, element: DataType) -> Self {
+impl<'a> Integers<'a> {
+    fn new(values: &'a [i64], element: DataType) -> Self {
         if element == DataType::Int32 {
-            Self::Short(values.into_iter().map(|value| value as i32).collect())
+            Self::Short(values.iter().map(|&value| value as i32).collect())
         } else {
             Self::Long(values)
         }

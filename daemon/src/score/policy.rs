@@ -6,10 +6,13 @@ use sluice_schemas::record::{Bos, ContextPolicy};
 use super::model::Model;
 use crate::config::{BosChoice, Config};
 
+/// Longest window where none is asked for. Models are made for ever longer ones, whose attention costs more than it tells.
+const WINDOW_UNLESS_ASKED: u32 = 4096;
+
 /// The windows that `config` asks for from `model`.
 pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextPolicy> {
     let window = match (config.score.window_tokens, model.context_max) {
-        (0, Some(longest)) => longest.min(u32::try_from(config.batch.tokens_max).unwrap_or(u32::MAX)),
+        (0, Some(longest)) => longest.min(WINDOW_UNLESS_ASKED),
         (0, None) => bail!(
             "config.json does not say how long a sequence may be (max_position_embeddings); set score.window_tokens"
         ),
@@ -20,8 +23,16 @@ pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextP
     };
     if window < 2 {
         bail!(
-            "a window of {window} tokens predicts nothing; check max_position_embeddings in config.json, \
-             score.window_tokens and batch.tokens_max"
+            "a window of {window} tokens predicts nothing; check max_position_embeddings in config.json and \
+             score.window_tokens"
+        );
+    }
+    // How fast it goes must not decide what comes out.
+    let tokens_max = config.sizes().tokens_max;
+    if window as usize > tokens_max {
+        bail!(
+            "a window holds {window} tokens, and a batch at most {tokens_max} (batch.tokens_max): raise that, or set \
+             score.window_tokens to {tokens_max} or less, which changes the losses"
         );
     }
     let stride = match config.score.stride_tokens {

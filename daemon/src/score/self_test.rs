@@ -6,7 +6,7 @@ use sluice_schemas::record::{ContextPolicy, Precision};
 
 use super::Score;
 use crate::batch::{Batch, Window};
-use crate::config::BatchSettings;
+use crate::config::Sizes;
 
 /// Tokens of the row that is looked at, where windows are that long.
 const TOKENS_MIN: usize = 8;
@@ -21,9 +21,9 @@ pub fn self_test(
     scorer: &mut dyn Score,
     (vocabulary, precision): (u32, Precision),
     policy: ContextPolicy,
-    settings: &BatchSettings,
+    sizes: Sizes,
 ) -> anyhow::Result<()> {
-    let ladder = settings.ladder(policy);
+    let ladder = sizes.ladder(policy);
     let mut lengths =
         ladder.lengths().into_iter().filter(|&len| len >= TOKENS_MIN.min(policy.window as usize));
     let Some(short) = lengths.next() else { return Ok(()) };

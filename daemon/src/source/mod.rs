@@ -134,7 +134,7 @@ impl Source<'_> {
         asking: &ScopedJoinHandle<'_, ()>,
     ) -> anyhow::Result<()> {
         let Self { consumer, assignment, config, ledger, metrics, health, .. } = self;
-        let budget = config.limits.in_flight_tokens;
+        let budget = config.sizes().in_flight_tokens;
         let mut paused = false;
         let mut stopping: Option<Instant> = None;
         let mut last_answer = Instant::now();
