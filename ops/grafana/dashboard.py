@@ -74,7 +74,10 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Share of time in the model",
             "percentunit",
-            {"{{instance}}": rate("sluiced_batch_seconds_sum")},
+            {
+                "{{instance}}": rate("sluiced_batch_seconds_sum"),
+                "{{instance}}, idle with documents there": rate("sluiced_model_starved_seconds_total"),
+            },
             "1 where the device never waits for documents.",
         ),
         Panel(
