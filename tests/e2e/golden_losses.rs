@@ -96,6 +96,6 @@ fn a_graph_without_logits_is_refused_by_name() {
     let bytes = std::fs::read(golden("tiny-llama").join("model.onnx")).unwrap();
     let mut model = sluice_schemas::onnx::ModelProto::decode(bytes.as_slice()).unwrap();
     model.graph.as_mut().unwrap().output[0].name = Some("hidden".to_owned());
-    let error = sluice_daemon::score::graft::graft(&mut model, false).unwrap_err().to_string();
+    let error = sluice_daemon::score::graft::graft(&mut model, Device::Cpu, false).unwrap_err().to_string();
     assert!(error.contains("no output named `logits`") && error.contains("hidden"), "{error}");
 }

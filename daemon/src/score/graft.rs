@@ -6,7 +6,6 @@
 
 use std::collections::{HashMap, HashSet};
 
-use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{
     GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto, type_proto,
 };
@@ -16,6 +15,7 @@ pub use super::graft_error::GraftError;
 use super::graft_error::OPSET_MIN;
 use super::head::{self, Head, only_reshapes};
 use super::inputs;
+use crate::device::Device;
 
 const LOGITS: &str = "logits";
 
@@ -32,15 +32,13 @@ pub struct GraftReport {
     pub soft_cap: Option<f32>,
     /// Number of logits for each token, where the graph says so.
     pub vocabulary: Option<u32>,
-    /// Element type of the head's weights, where the graph says so.
-    pub weight_type: Option<DataType>,
     /// Inputs of the graph that are constants now, with what stands for them.
     pub settled_inputs: Vec<(String, &'static str)>,
 }
 
 /// Replaces the `logits` of `model` by losses, and where `entropies` says so by entropies too; every other output,
-/// and what was computed for it alone, goes away.
-pub fn graft(model: &mut ModelProto, entropies: bool) -> Result<GraftReport, GraftError> {
+/// and what was computed for it alone, goes away. `device` decides how many rows of logits exist at one time.
+pub fn graft(model: &mut ModelProto, device: Device, entropies: bool) -> Result<GraftReport, GraftError> {
     let opset = model
         .opset_import
         .iter()
@@ -65,19 +63,15 @@ pub fn graft(model: &mut ModelProto, entropies: bool) -> Result<GraftReport, Gra
     {
         return Err(refuse(head, "whose columns are not one for each logit"));
     }
-    // The type of quantised weights says nothing; that of their scales is the one they are computed in.
-    let typed = if head.op_type() == "MatMulNBits" { head.input.get(2) } else { head.input.get(1) };
-    let typed = typed.and_then(|name| behind(graph, name));
     let mut report = GraftReport {
         opset,
         head: format!("{} ({})", head.name(), head.op_type()),
         after_head: found.tail.iter().map(|&node| graph.node[node].op_type().to_owned()).collect(),
         soft_cap: soft_cap(graph, &found),
         vocabulary: vocabulary.or(columns),
-        weight_type: typed.and_then(|stored| DataType::try_from(stored.tensor.data_type()).ok()),
         settled_inputs: Vec::new(),
     };
-    head::replace(graph, &found, entropies);
+    head::replace(graph, &found, entropies, (device, vocabulary.or(columns)));
     report.settled_inputs = inputs::settle(graph)?;
     Ok(report)
 }

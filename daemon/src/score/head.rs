@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! hidden [batch, sequence, width] -> Flatten -> [batch * sequence, width]
-//! Loop over blocks of at most 512 of the rows asked for:
+//! Loop over blocks of the rows asked for:
 //!     Gather rows -> MatMul -> (what stood after it) -> Cast f32 -> LogSoftmax -> GatherElements(targets) -> Neg
 //! ```
 //!
@@ -11,14 +11,31 @@
 
 use std::collections::{HashMap, HashSet};
 
-use sluice_schemas::graph::{Dim, GraphBuilder, graph_attribute, int_attribute, tensor_info};
+use sluice_schemas::graph::{
+    Dim, GraphBuilder, graph_attribute, int_attribute, raw_tensor, tensor_attribute, tensor_info,
+};
 use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{GraphProto, NodeProto};
 
 use super::names::{ENTROPY_OUTPUT, LOSS_OUTPUT, POSITIONS_OUTPUT, ROWS_INPUT, TARGETS_INPUT};
+use crate::device::Device;
 
-/// Rows of logits that exist at one time.
+/// Rows of logits that exist at one time on a CPU: few enough for its caches.
 const BLOCK_ROWS: i64 = 512;
+/// What a block may take on a GPU, where each one is some fifteen kernels to start.
+const BLOCK_BYTES_GPU: i64 = 2 << 30;
+/// Of a block, for each logit: the product in 16 bits, the same in 32, and their logarithms of probabilities.
+const BYTES_A_LOGIT: i64 = 2 + 4 + 4;
+
+/// Rows of a block on `device`, for so many logits a row where that is known.
+fn block_rows(device: Device, vocabulary: Option<u32>) -> i64 {
+    match (device, vocabulary) {
+        (Device::Cpu, _) | (_, None | Some(0)) => BLOCK_ROWS,
+        (_, Some(logits)) => {
+            (BLOCK_BYTES_GPU / (BYTES_A_LOGIT * i64::from(logits))).clamp(BLOCK_ROWS, 1 << 16)
+        }
+    }
+}
 
 /// Indices of the nodes that make logits of hidden states.
 pub(super) struct Head {
@@ -33,8 +50,13 @@ pub(super) fn only_reshapes(op_type: &str) -> bool {
     matches!(op_type, "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Identity")
 }
 
-/// Puts the loss head in the place of `found`.
-pub(super) fn replace(graph: &mut GraphProto, found: &Head, entropies: bool) {
+/// Puts the loss head in the place of `found`, in blocks for `device`; a row has `vocabulary` logits, where that is known.
+pub(super) fn replace(
+    graph: &mut GraphProto,
+    found: &Head,
+    entropies: bool,
+    (device, vocabulary): (Device, Option<u32>),
+) {
     let head = graph.node[found.head].clone();
     let tail: Vec<NodeProto> = found.tail.iter().map(|&index| graph.node[index].clone()).collect();
     let hidden = head.input[0].clone();
@@ -42,7 +64,7 @@ pub(super) fn replace(graph: &mut GraphProto, found: &Head, entropies: bool) {
     let mut main = GraphBuilder::new("sluice/");
     let zero = main.ints(&[0]);
     let one = main.ints(&[1]);
-    let block_max = main.ints(&[BLOCK_ROWS]);
+    let block_max = main.ints(&[block_rows(device, vocabulary)]);
     let minus_one = main.ints(&[-1]);
     let flat = main.node("Flatten", &[&hidden], vec![int_attribute("axis", -1)]);
     // How many positions there are hidden states of: fewer than tokens, where the model was exported to generate.
@@ -52,7 +74,7 @@ pub(super) fn replace(graph: &mut GraphProto, found: &Head, entropies: bool) {
     let last_position = main.node("Sub", &[POSITIONS_OUTPUT, &one], vec![]);
     let rows = main.node("Min", &[ROWS_INPUT, &last_position], vec![]);
     let count = main.node("Shape", &[ROWS_INPUT], vec![]);
-    // Blocks of nearly equal size: ceil(count / ceil(count / 512)).
+    // Blocks of nearly equal size: ceil(count / ceil(count / largest)).
     let blocks = ceil_div(&mut main, &count, &block_max, &one);
     let block = ceil_div(&mut main, &count, &blocks, &one);
     let trip_count = main.node("Squeeze", &[&blocks], vec![]);
@@ -181,7 +203,9 @@ fn loop_body(head: &NodeProto, tail: &[NodeProto], outer: &Outer, entropies: boo
     let chosen = body.node("GatherElements", &[&log_probabilities, &targets], vec![int_attribute("axis", 1)]);
     let chosen = body.node("Squeeze", &[&chosen, &outer.one], vec![]);
     let loss = body.node("Neg", &[&chosen], vec![]);
-    let condition = body.node("Identity", &["sluice/body/condition"], vec![]);
+    // Always true. Handed on from the iteration before, it would be on a GPU, and each one would wait for it to come back.
+    let always = raw_tensor(DataType::Bool, &[], vec![1].into());
+    let condition = body.node("Constant", &[], vec![tensor_attribute("value", always)]);
 
     let mut output = vec![
         tensor_info(&condition, DataType::Bool, &[]),
@@ -205,5 +229,21 @@ fn loop_body(head: &NodeProto, tail: &[NodeProto], outer: &Outer, entropies: boo
         ],
         output,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BLOCK_ROWS, block_rows};
+    use crate::device::Device;
+
+    #[test]
+    fn a_gpu_takes_as_many_rows_as_fit_and_a_cpu_few() {
+        assert_eq!(block_rows(Device::Cpu, Some(49_152)), BLOCK_ROWS);
+        let gpu = |vocabulary| block_rows(Device::Cuda(0), vocabulary);
+        assert_eq!(
+            [Some(49_152), Some(128_256), Some(1 << 24), Some(100), None].map(gpu),
+            [4369, 1674, 512, 65_536, 512]
+        );
     }
 }

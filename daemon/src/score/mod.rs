@@ -12,6 +12,7 @@ pub mod model;
 pub mod model_thread;
 pub mod names;
 pub mod policy;
+mod precision;
 pub mod runtime;
 pub mod self_test;
 pub mod warm_up;

@@ -19,6 +19,7 @@ use super::graft::{GraftReport, graft};
 use super::identity::ModelIdentity;
 use super::inputs;
 use super::names::{ROWS_INPUT, TARGETS_INPUT};
+use super::precision::precision;
 use super::widen::widen;
 use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, ExitError};
@@ -90,6 +91,8 @@ impl Model {
 
         let mut parts = vec![("model.onnx".to_owned(), graph_digest)];
         let data_folder = resolve_external_data(&mut model, folder, &mut parts)?;
+        // Before anything in it is moved or widened.
+        let arithmetic = model.graph.as_ref().map_or(Precision::F32, precision);
         let data_files = parts[1..].iter().map(|(name, _)| name.clone()).collect();
         let Rewritten { report, mut findings, inputs, widened } =
             rewrite(&mut model, data_folder.as_deref(), device, entropies)
@@ -117,11 +120,6 @@ impl Model {
         if vocabulary == 0 {
             bail!("{} says that the vocabulary is empty (vocab_size 0)", config_path.display());
         }
-        let precision = match report.weight_type {
-            Some(DataType::Float16) => Precision::F16,
-            Some(DataType::Bfloat16) => Precision::Bf16,
-            _ => Precision::F32,
-        };
         Ok(Self {
             graph: model.encode_to_vec(),
             data_folder,
@@ -136,7 +134,7 @@ impl Model {
                     .map_err(ExitError::from)?
                     .fingerprint(),
                 vocabulary,
-                precision,
+                precision: arithmetic,
             },
             context_max: config.max_position_embeddings,
             bos_token: config.bos_token_id.as_u64().and_then(|id| u32::try_from(id).ok()),
@@ -168,7 +166,7 @@ pub fn rewrite(
         Some(graph) => findings::rounded_rotary_tables(graph, data_folder)?,
         None => Vec::new(),
     };
-    let report = graft(model, entropies)?;
+    let report = graft(model, device, entropies)?;
     let inputs = model_inputs(model);
     let widened = device == Device::Cpu && widen(model);
     Ok(Rewritten { report, findings, inputs, widened })

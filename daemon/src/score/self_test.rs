@@ -39,7 +39,11 @@ pub fn self_test(
     };
     let alone = Batch::new(vec![row(short, 0)], ladder);
     let expected = scorer.score(&alone)?.losses;
-    let most = if precision == Precision::F32 { NATS_F32 } else { NATS_16_BITS };
+    let most = match precision {
+        Precision::F16 | Precision::Bf16 => NATS_16_BITS,
+        // Weights of fewer bits are multiplied in float32.
+        Precision::F32 | Precision::Int8 | Precision::Int4 => NATS_F32,
+    };
     let change = |scorer: &mut dyn Score, batch: &Batch, losses: usize| -> anyhow::Result<Option<f32>> {
         let scores = scorer.score(batch)?;
         let pairs = scores.losses.iter().zip(&expected).take(losses);

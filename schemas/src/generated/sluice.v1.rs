@@ -105,7 +105,7 @@ impl LossFormat {
         }
     }
 }
-/// Arithmetic of a model.
+/// Arithmetic of a model: what most of the weights in its matrix products are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Precision {
@@ -113,6 +113,10 @@ pub enum Precision {
     F32 = 1,
     F16 = 2,
     Bf16 = 3,
+    /// Integers of 5 to 8 bits with scales.
+    Int8 = 4,
+    /// Integers of at most 4 bits with scales.
+    Int4 = 5,
 }
 impl Precision {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -125,6 +129,8 @@ impl Precision {
             Self::F32 => "PRECISION_F32",
             Self::F16 => "PRECISION_F16",
             Self::Bf16 => "PRECISION_BF16",
+            Self::Int8 => "PRECISION_INT8",
+            Self::Int4 => "PRECISION_INT4",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -134,6 +140,8 @@ impl Precision {
             "PRECISION_F32" => Some(Self::F32),
             "PRECISION_F16" => Some(Self::F16),
             "PRECISION_BF16" => Some(Self::Bf16),
+            "PRECISION_INT8" => Some(Self::Int8),
+            "PRECISION_INT4" => Some(Self::Int4),
             _ => None,
         }
     }

@@ -87,7 +87,7 @@ impl TokenizedDocument {
     }
 }
 
-/// Arithmetic of the reference model's weights.
+/// Arithmetic of the reference model: what most of the weights in its matrix products are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// IEEE 754 binary32.
@@ -96,6 +96,10 @@ pub enum Precision {
     F16,
     /// bfloat16.
     Bf16,
+    /// Integers of 5 to 8 bits with scales.
+    Int8,
+    /// Integers of at most 4 bits with scales.
+    Int4,
 }
 
 /// A document with the reference model's loss of each token.
@@ -127,6 +131,8 @@ impl ScoredDocument {
             wire::Precision::F32 => Precision::F32,
             wire::Precision::F16 => Precision::F16,
             wire::Precision::Bf16 => Precision::Bf16,
+            wire::Precision::Int8 => Precision::Int8,
+            wire::Precision::Int4 => Precision::Int4,
             wire::Precision::Unspecified => return Err(RecordError::UnknownPrecision(record.precision)),
         };
         let format = match record.loss_format() {
@@ -180,6 +186,8 @@ impl ScoredDocument {
             Precision::F32 => wire::Precision::F32,
             Precision::F16 => wire::Precision::F16,
             Precision::Bf16 => wire::Precision::Bf16,
+            Precision::Int8 => wire::Precision::Int8,
+            Precision::Int4 => wire::Precision::Int4,
         });
         record.encode_to_vec().into()
     }

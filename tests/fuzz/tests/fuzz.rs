@@ -65,7 +65,7 @@ fn a_corpus_has_what_is_right_too() {
     assert!(records.iter().any(|bytes| ScoredDocument::decode(bytes.clone().into()).is_ok()));
     let grafted = corpus("graph").iter().any(|bytes| {
         let mut model = sluice_schemas::onnx::ModelProto::decode(&bytes[1..]).unwrap();
-        sluice_daemon::score::graft::graft(&mut model, false).is_ok()
+        sluice_daemon::score::graft::graft(&mut model, sluice_daemon::device::Device::Cpu, false).is_ok()
     });
     assert!(grafted);
 }
