@@ -1,0 +1,214 @@
+//! The LM head: losses of all predicted tokens, then the gradient of the kept ones, in blocks of the vocabulary.
+//!
+//! `[tokens, vocab]` logits exist whole only where they fit one block. The head runs forward once, without a graph. A block is some columns of the
+//! logits, for every token: its rows' largest logits and sums of exponentials add up to the softmax of the whole
+//! vocabulary, and its part of the head's gradient is complete by itself, so that no two `[vocab, hidden]` gradients are ever
+//! added. The first blocks keep their exponentials for the backward pass, up to a limit; of the others, the
+//! kept rows are computed again, which bounds memory whatever the batch and the vocabulary.
+//!
+//! On the CPU blocks run side by side over slices (`slices`); elsewhere one after the other as tensor operations, which the
+//! host waits for once a batch (`tensors`).
+
+mod slices;
+mod tensors;
+
+use burn::tensor::{Device, FloatDType, Tensor};
+use sluice_feed::batch::NO_TARGET;
+
+use super::device::is_cpu;
+use super::layers::linear_weight_backward;
+use super::parallel;
+use super::rows::Rows;
+
+/// Fewest columns in a block, below which matrix products lose their speed.
+const BLOCK_COLUMNS_MIN: usize = 256;
+
+/// How much of the logits is in memory.
+struct Limits {
+    /// Logits in one block.
+    block: usize,
+    /// Exponentials kept between the forward and the backward pass of a step.
+    kept: usize,
+}
+
+impl Limits {
+    fn of(device: &Device) -> Self {
+        if is_cpu(device) {
+            // 8 MiB, which caches hold; and 64 MiB, which hold 2,048 tokens with a vocabulary of 8,192 whole.
+            Self { block: 1 << 21, kept: 1 << 24 }
+        } else if cfg!(test) {
+            // Small, so that a test has blocks that are kept and blocks that are not.
+            Self { block: 1 << 10, kept: 1 << 15 }
+        } else {
+            // 256 MiB, which keeps products large; and 1 GiB.
+            Self { block: 1 << 26, kept: 1 << 28 }
+        }
+    }
+}
+
+/// First token id, and number of columns of a block.
+type Columns = (usize, usize);
+
+/// The columns of every block. But for the last of them, their number is a multiple of 64 whatever the vocabulary is.
+fn blocks_of(vocab: usize, rows: usize, limits: &Limits) -> Vec<Columns> {
+    let columns = (limits.block / rows).next_multiple_of(64).max(BLOCK_COLUMNS_MIN);
+    (0..vocab).step_by(columns).map(|first| (first, columns.min(vocab - first))).collect()
+}
+
+/// What the gradient needs of a forward pass.
+pub(super) struct Forward {
+    /// Flat positions in the batch that predict something, ascending: the rows of the blocks.
+    positions: Vec<u32>,
+    /// None where nothing predicts anything.
+    softmax: Option<Softmax>,
+}
+
+/// The softmax of every row, in blocks in the order of the vocabulary.
+enum Softmax {
+    Slices(slices::Softmax),
+    Tensors(tensors::Softmax),
+}
+
+/// Gradients of the loss summed over kept positions.
+pub(super) struct HeadGradients {
+    /// With respect to the hidden states of the kept positions, `[kept, hidden]`, padded as [`Rows`] are.
+    pub hidden: Tensor<2>,
+    /// With respect to the head, `[vocab, hidden]`.
+    pub weight: Tensor<2>,
+}
+
+/// Whether [`predict`] may keep exponentials for a later [`gradients`].
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Keep {
+    Exponentials,
+    Nothing,
+}
+
+/// What the head says of positions, in nats: of every one of a batch, NaN where there is no target, or of a matrix's rows.
+pub(super) struct Predictions {
+    /// Loss of the target, `-log softmax(h W^T)[target]`.
+    pub losses: Vec<f32>,
+    /// Entropy of the prediction, `-sum(p log p)`; empty unless asked for.
+    pub entropies: Vec<f32>,
+}
+
+/// A forward pass over the blocks.
+struct Blocks<'a> {
+    /// Rows that predict something, `[rows, hidden]`.
+    hidden: Tensor<2>,
+    weight: &'a Tensor<2>,
+    /// Target of each row; there may be padding behind them.
+    targets: Vec<u32>,
+    columns: Vec<Columns>,
+    /// Columns from the first whose exponentials are kept.
+    kept_columns: usize,
+    wants_entropies: bool,
+}
+
+impl Blocks<'_> {
+    fn keeps(&self, (first, count): Columns) -> bool {
+        first + count <= self.kept_columns
+    }
+}
+
+/// Losses of every position's target ([`NO_TARGET`] where it has none) in f32, and entropies where they are asked for.
+pub(super) fn predict(
+    hidden: &Tensor<2>,
+    weight: &Tensor<2>,
+    targets: &[u32],
+    keep: Keep,
+    wants_entropies: bool,
+    device: &Device,
+) -> (Predictions, Forward) {
+    let count = targets.len();
+    let (positions, targets): (Vec<u32>, Vec<u32>) =
+        (0u32..).zip(targets).filter(|&(_, &target)| target != NO_TARGET).unzip();
+    let nothing = || vec![f32::NAN; count];
+    let mut predictions =
+        Predictions { losses: nothing(), entropies: if wants_entropies { nothing() } else { vec![] } };
+    if positions.is_empty() {
+        return (predictions, Forward { positions, softmax: None });
+    }
+    let hidden = Rows::some(count, &positions, device).take(hidden.clone());
+    let (rows, limits) = (hidden.dims()[0], Limits::of(device));
+    let columns = blocks_of(weight.dims()[0], rows, &limits);
+    let kept_columns = if keep == Keep::Exponentials { limits.kept / rows } else { 0 };
+    let blocks = Blocks { hidden, weight, targets, columns, kept_columns, wants_entropies };
+    let (of_rows, softmax) = if is_cpu(device) {
+        let (of_rows, softmax) = slices::forward(blocks, parallel::workers(device));
+        (of_rows, Softmax::Slices(softmax))
+    } else {
+        let (of_rows, softmax) = tensors::forward(blocks);
+        (of_rows, Softmax::Tensors(softmax))
+    };
+    let place = |values: &[f32], into: &mut [f32]| {
+        for (&position, &value) in positions.iter().zip(values) {
+            into[position as usize] = value;
+        }
+    };
+    place(&of_rows.losses, &mut predictions.losses);
+    place(&of_rows.entropies, &mut predictions.entropies);
+    (predictions, Forward { positions, softmax: Some(softmax) })
+}
+
+/// Gradients of the loss summed over `kept` (ascending flat positions, each with a target):
+/// `G = (softmax - onehot)[kept]`, `d_hidden = G W`, `d_weight = G^T hidden[kept]`. The optimizer divides by the
+/// number of kept tokens (Rho-1, arXiv 2404.07965, equation 4), which is known once every micro-batch has been seen.
+pub(super) fn gradients(
+    hidden: &Tensor<2>,
+    weight: &Tensor<2>,
+    forward: Forward,
+    kept: &[u32],
+    device: &Device,
+) -> HeadGradients {
+    let Forward { positions, softmax } = forward;
+    let Some(softmax) = softmax else { unreachable!("something was kept, so something was predicted") };
+    let row_of = |position: &u32| {
+        let Ok(row) = positions.binary_search(position) else {
+            panic!("position {position} was selected but has no target");
+        };
+        row as u32
+    };
+    let rows: Vec<u32> = kept.iter().map(row_of).collect();
+    let hidden = Rows::some(hidden.dims()[0], kept, device).take(hidden.clone());
+    match softmax {
+        Softmax::Slices(softmax) => softmax.gradients(&hidden, weight, &rows, parallel::workers(device)),
+        Softmax::Tensors(softmax) => softmax.gradients(&hidden, weight, &rows),
+    }
+}
+
+/// Gradients of the hidden states and of a block's weights, given that of its logits: products in the precision of the weights,
+/// sums in f32.
+fn products(d_logits: Tensor<2>, weight: Tensor<2>, hidden: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+    let d_logits = d_logits.cast(weight.dtype());
+    let d_hidden = d_logits.clone().matmul(weight).cast(FloatDType::F32);
+    (d_hidden, linear_weight_backward(d_logits, hidden).cast(FloatDType::F32))
+}
+
+/// The gradients of all blocks from those of each, which `of_block` gives.
+fn join_blocks<B: Send>(
+    blocks: Vec<B>,
+    workers: usize,
+    of_block: impl Fn(B) -> (Tensor<2>, Tensor<2>) + Sync,
+) -> HeadGradients {
+    let mut d_hidden: Option<Tensor<2>> = None;
+    let mut d_weight = Vec::with_capacity(blocks.len());
+    let mut work = blocks.into_iter();
+    loop {
+        // Waves of as many blocks as there are workers bound what is in memory; adding them in order keeps the bits
+        // independent of that number.
+        let wave: Vec<_> = work.by_ref().take(workers).collect();
+        if wave.is_empty() {
+            break;
+        }
+        for (of_rows, of_columns) in parallel::map(workers, wave, &of_block) {
+            d_weight.push(of_columns);
+            d_hidden = Some(match d_hidden {
+                Some(sum) => sum + of_rows,
+                None => of_rows,
+            });
+        }
+    }
+    let Some(hidden) = d_hidden else { unreachable!("a vocabulary has blocks") };
+    HeadGradients { hidden, weight: Tensor::cat(d_weight, 0) }
+}
