@@ -63,7 +63,8 @@ pub(super) struct Forward {
     softmax: Option<Softmax>,
 }
 
-/// The softmax of every row, in blocks in the order of the vocabulary.
+/// The softmax of every row, in blocks in the order of the vocabulary. There is one of a batch.
+#[allow(clippy::large_enum_variant)]
 enum Softmax {
     Slices(slices::Softmax),
     Tensors(tensors::Softmax),
@@ -138,7 +139,7 @@ pub(super) fn predict(
         let (of_rows, softmax) = slices::forward(blocks, parallel::workers(device));
         (of_rows, Softmax::Slices(softmax))
     } else {
-        let (of_rows, softmax) = tensors::forward(blocks);
+        let (of_rows, softmax) = tensors::forward(&blocks);
         (of_rows, Softmax::Tensors(softmax))
     };
     let place = |values: &[f32], into: &mut [f32]| {

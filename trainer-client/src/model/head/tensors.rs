@@ -39,8 +39,8 @@ fn columns_of(targets: &Tensor<1, Int>, (first, count): Columns) -> (Tensor<2, I
 }
 
 /// What the blocks say of their rows. Everything stays on the device but losses and entropies, which are copied together.
-pub(super) fn forward(blocks: Blocks<'_>) -> (Predictions, Softmax) {
-    let Blocks { ref hidden, weight, ref targets, ref columns, wants_entropies, .. } = blocks;
+pub(super) fn forward(blocks: &Blocks<'_>) -> (Predictions, Softmax) {
+    let &Blocks { ref hidden, weight, ref targets, ref columns, wants_entropies, .. } = blocks;
     let device = hidden.device();
     let (count, targets) = (targets.len(), upload(targets, hidden.dims()[0], &device));
     let (mut hits, mut maxima, mut sums, mut weighted) = (vec![], vec![], vec![], vec![]);
