@@ -73,6 +73,13 @@ pub(super) enum Record<'a> {
     TapesOf(&'a [u32]),
 }
 
+/// Values of each token in the tape of a layer, without what few families add.
+pub(super) fn tape_values(config: &ModelConfig) -> usize {
+    let ModelConfig { hidden_size: hidden, intermediate_size: inner, heads, kv_heads, .. } = *config;
+    // Both norms' tapes and outputs; queries, keys, values, and what attention makes of them; gate and up.
+    4 * hidden + 2 * (heads + kv_heads) * config.head_dim() + 2 * inner
+}
+
 /// Gradients of a group's body.
 pub(super) struct BodyGradients {
     /// With respect to the embedded tokens that a gradient flows into, `[tokens, hidden]`, and zeros behind them.

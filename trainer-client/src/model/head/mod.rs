@@ -32,9 +32,9 @@ struct Limits {
 }
 
 impl Limits {
-    fn of(device: &Device) -> Self {
-        if is_cpu(device) {
-            // 8 MiB, which caches hold; and 64 MiB, which hold 2,048 tokens with a vocabulary of 8,192 whole.
+    fn of(device: &Device, keep: Keep) -> Self {
+        let limits = if is_cpu(device) {
+            // 8 MiB, which caches hold; and 64 MiB.
             Self { block: 1 << 21, kept: 1 << 24 }
         } else if cfg!(test) {
             // Small, so that a test has blocks that are kept and blocks that are not.
@@ -42,7 +42,13 @@ impl Limits {
         } else {
             // 256 MiB, which keeps products large; and 1 GiB.
             Self { block: 1 << 26, kept: 1 << 28 }
-        }
+        };
+        let kept = match keep {
+            Keep::Beside(tapes) if is_cpu(device) => limits.kept.max(tapes),
+            Keep::Beside(_) => limits.kept,
+            Keep::Nothing => 0,
+        };
+        Self { kept, ..limits }
     }
 }
 
@@ -79,9 +85,11 @@ pub(super) struct HeadGradients {
 }
 
 /// Whether [`predict`] may keep exponentials for a later [`gradients`].
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 pub(super) enum Keep {
-    Exponentials,
+    /// On the CPU as many as there are values in the layers' tapes, for a step takes that much memory anyway, or 64 MiB where
+    /// that is more; elsewhere 1 GiB.
+    Beside(usize),
     Nothing,
 }
 
@@ -131,9 +139,9 @@ pub(super) fn predict(
         return (predictions, Forward { positions, softmax: None });
     }
     let hidden = Rows::some(count, &positions, device).take(hidden.clone());
-    let (rows, limits) = (hidden.dims()[0], Limits::of(device));
+    let (rows, limits) = (hidden.dims()[0], Limits::of(device, keep));
     let columns = blocks_of(weight.dims()[0], rows, &limits);
-    let kept_columns = if keep == Keep::Exponentials { limits.kept / rows } else { 0 };
+    let kept_columns = limits.kept / rows;
     let blocks = Blocks { hidden, weight, targets, columns, kept_columns, wants_entropies };
     let (of_rows, softmax) = if is_cpu(device) {
         let (of_rows, softmax) = slices::forward(blocks, parallel::workers(device));

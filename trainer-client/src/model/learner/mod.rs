@@ -199,7 +199,7 @@ impl BurnLearner {
     /// Gradients, before clipping, of the mean loss over `kept` positions (as [`Learner::step`] takes them).
     pub fn gradients(&self, batch: &Batch, kept: &[u32]) -> Vec<NamedTensor> {
         let forward = self.forward(&self.weights, batch, Purpose::Gradient);
-        let (_, predicted) = self.predict(&self.weights, &forward, &batch.targets, Keep::Exponentials, false);
+        let (_, predicted) = self.predict(&self.weights, &forward, &batch.targets, self.keep(batch), false);
         let sums = self.backward(batch, forward, predicted, kept).into_vec();
         let means = sums.into_iter().map(|sum| sum.div_scalar(kept.len() as f64)).collect();
         weights::download(&self.config, means)
@@ -300,7 +300,7 @@ impl Learner for BurnLearner {
     fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>) {
         let forward = self.forward(&self.weights, batch, Purpose::Gradient);
         let (predictions, predicted) =
-            self.predict(&self.weights, &forward, &batch.targets, Keep::Exponentials, needs.entropy);
+            self.predict(&self.weights, &forward, &batch.targets, self.keep(batch), needs.entropy);
         let measured = self.measured(predictions, batch, needs);
         let kept = select(&measured);
         self.add_gradients(batch, (forward, predicted), &kept, &measured.losses);
@@ -319,7 +319,7 @@ impl Learner for BurnLearner {
         let targets = of_kept.as_deref().unwrap_or(&batch.targets);
         let needs = needs.unwrap_or_default();
         let (predictions, predicted) =
-            self.predict(&self.weights, &forward, targets, Keep::Exponentials, needs.entropy);
+            self.predict(&self.weights, &forward, targets, self.keep(batch), needs.entropy);
         let found = self.measured(predictions, batch, needs);
         measured(&found);
         self.add_gradients(batch, (forward, predicted), kept, &found.losses);

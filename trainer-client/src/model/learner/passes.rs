@@ -72,6 +72,12 @@ impl BurnLearner {
         Forward { hidden: Tensor::cat(hidden, 0), tapes }
     }
 
+    /// What the head keeps, by the shapes alone: what it computes again may round otherwise, and recomputing the activations of
+    /// layers changes no bits.
+    pub(super) fn keep(&self, batch: &Batch) -> Keep {
+        Keep::Beside(batch.tokens.len() * self.config.layers * decoder::tape_values(&self.config))
+    }
+
     /// What the head says of every position with a target, `targets` being the batch's or some of them.
     pub(super) fn predict(
         &self,
