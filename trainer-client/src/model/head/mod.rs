@@ -9,16 +9,18 @@
 //! On the CPU blocks run side by side over slices (`slices`); elsewhere one after the other as tensor operations, which the
 //! host waits for once a batch (`tensors`).
 
+mod blocks;
 mod slices;
 mod tensors;
 
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::tensor::{Device, Tensor};
 use sluice_feed::batch::NO_TARGET;
 
 use super::device::is_cpu;
-use super::layers::linear_weight_backward;
 use super::parallel;
 use super::rows::Rows;
+use blocks::{Blocks, Columns};
+pub(super) use blocks::{HeadGradients, Predictions};
 
 /// Fewest columns in a block, below which matrix products lose their speed.
 const BLOCK_COLUMNS_MIN: usize = 256;
@@ -52,9 +54,6 @@ impl Limits {
     }
 }
 
-/// First token id, and number of columns of a block.
-type Columns = (usize, usize);
-
 /// The columns of every block. But for the last of them, their number is a multiple of 64 whatever the vocabulary is.
 fn blocks_of(vocab: usize, rows: usize, limits: &Limits) -> Vec<Columns> {
     let columns = (limits.block / rows).next_multiple_of(64).max(BLOCK_COLUMNS_MIN);
@@ -76,14 +75,6 @@ enum Softmax {
     Tensors(tensors::Softmax),
 }
 
-/// Gradients of the loss summed over kept positions.
-pub(super) struct HeadGradients {
-    /// With respect to the hidden states of the kept positions, `[kept, hidden]`, padded as [`Rows`] are.
-    pub hidden: Tensor<2>,
-    /// With respect to the head, `[vocab, hidden]`.
-    pub weight: Tensor<2>,
-}
-
 /// Whether [`predict`] may keep exponentials for a later [`gradients`].
 #[derive(Clone, Copy)]
 pub(super) enum Keep {
@@ -91,33 +82,6 @@ pub(super) enum Keep {
     /// that is more; elsewhere 1 GiB.
     Beside(usize),
     Nothing,
-}
-
-/// What the head says of positions, in nats: of every one of a batch, NaN where there is no target, or of a matrix's rows.
-pub(super) struct Predictions {
-    /// Loss of the target, `-log softmax(h W^T)[target]`.
-    pub losses: Vec<f32>,
-    /// Entropy of the prediction, `-sum(p log p)`; empty unless asked for.
-    pub entropies: Vec<f32>,
-}
-
-/// A forward pass over the blocks.
-struct Blocks<'a> {
-    /// Rows that predict something, `[rows, hidden]`.
-    hidden: Tensor<2>,
-    weight: &'a Tensor<2>,
-    /// Target of each row; there may be padding behind them.
-    targets: Vec<u32>,
-    columns: Vec<Columns>,
-    /// Columns from the first whose exponentials are kept.
-    kept_columns: usize,
-    wants_entropies: bool,
-}
-
-impl Blocks<'_> {
-    fn keeps(&self, (first, count): Columns) -> bool {
-        first + count <= self.kept_columns
-    }
 }
 
 /// Losses of every position's target ([`NO_TARGET`] where it has none) in f32, and entropies where they are asked for.
@@ -184,40 +148,4 @@ pub(super) fn gradients(
         Softmax::Slices(softmax) => softmax.gradients(&hidden, weight, &rows, parallel::workers(device)),
         Softmax::Tensors(softmax) => softmax.gradients(&hidden, weight, &rows),
     }
-}
-
-/// Gradients of the hidden states and of a block's weights, given that of its logits: products in the precision of the weights,
-/// sums in f32.
-fn products(d_logits: Tensor<2>, weight: Tensor<2>, hidden: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
-    let d_logits = d_logits.cast(weight.dtype());
-    let d_hidden = d_logits.clone().matmul(weight).cast(FloatDType::F32);
-    (d_hidden, linear_weight_backward(d_logits, hidden).cast(FloatDType::F32))
-}
-
-/// The gradients of all blocks from those of each, which `of_block` gives.
-fn join_blocks<B: Send>(
-    blocks: Vec<B>,
-    workers: usize,
-    of_block: impl Fn(B) -> (Tensor<2>, Tensor<2>) + Sync,
-) -> HeadGradients {
-    let mut d_hidden: Option<Tensor<2>> = None;
-    let mut d_weight = Vec::with_capacity(blocks.len());
-    let mut work = blocks.into_iter();
-    loop {
-        // Waves of as many blocks as there are workers bound what is in memory; adding them in order keeps the bits
-        // independent of that number.
-        let wave: Vec<_> = work.by_ref().take(workers).collect();
-        if wave.is_empty() {
-            break;
-        }
-        for (of_rows, of_columns) in parallel::map(workers, wave, &of_block) {
-            d_weight.push(of_columns);
-            d_hidden = Some(match d_hidden {
-                Some(sum) => sum + of_rows,
-                None => of_rows,
-            });
-        }
-    }
-    let Some(hidden) = d_hidden else { unreachable!("a vocabulary has blocks") };
-    HeadGradients { hidden, weight: Tensor::cat(d_weight, 0) }
 }

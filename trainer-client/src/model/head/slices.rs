@@ -2,7 +2,7 @@
 
 use burn::tensor::{FloatDType, Tensor};
 
-use super::{Blocks, Columns, HeadGradients, Predictions, join_blocks, products};
+use super::blocks::{Blocks, Columns, HeadGradients, Predictions, join_blocks, products};
 use crate::model::host::{from_host, to_host};
 use crate::model::kernels::{self, RowSum};
 use crate::model::layers::linear;

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Bool, DType, Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
 
-use super::{Blocks, Columns, HeadGradients, Predictions, join_blocks, products};
+use super::blocks::{Blocks, Columns, HeadGradients, Predictions, join_blocks, products};
 use crate::model::host::to_host;
 use crate::model::layers::linear;
 use crate::model::rows::Rows;
