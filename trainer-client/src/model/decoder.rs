@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, FloatDType, Int, Tensor};
+use burn::tensor::{Device, FloatDType, Tensor};
 use sluice_feed::batch::Batch;
 
 use super::attention::{AttentionShape, Visible};
@@ -16,8 +16,8 @@ use super::weights::{Layer, Weights};
 /// Some rows of a batch, as tensors.
 pub(super) struct Group {
     shape: AttentionShape,
-    /// Token ids, `[n]`.
-    tokens: Tensor<1, Int>,
+    /// Token ids, `rows * len`.
+    tokens: Vec<u32>,
     rotary: Rotary,
     visible: Visible,
     scales: Scales,
@@ -73,12 +73,19 @@ pub(super) enum Record<'a> {
     TapesOf(&'a [u32]),
 }
 
+/// Values of each token in the tape of a layer, without what few families add.
+pub(super) fn tape_values(config: &ModelConfig) -> usize {
+    let ModelConfig { hidden_size: hidden, intermediate_size: inner, heads, kv_heads, .. } = *config;
+    // Both norms' tapes and outputs; queries, keys, values, and what attention makes of them; gate and up.
+    4 * hidden + 2 * (heads + kv_heads) * config.head_dim() + 2 * inner
+}
+
 /// Gradients of a group's body.
 pub(super) struct BodyGradients {
-    /// With respect to the embedded tokens that a gradient flows into, `[tokens, hidden]`.
+    /// With respect to the embedded tokens that a gradient flows into, `[tokens, hidden]`, and zeros behind them.
     pub embedded: Tensor<2>,
-    /// Which those are, `[tokens]`.
-    pub tokens: Tensor<1, Int>,
+    /// Ids of those tokens.
+    pub tokens: Vec<u32>,
     pub layers: Vec<Layer<Tensor<2>>>,
     pub norm: Tensor<2>,
 }
@@ -127,7 +134,7 @@ impl Group {
         let angles = |table: &Tensor<2>| table.clone().select(0, positions.clone()).cast(dtype);
         let rotary = Rotary { cosine: angles(&tables.0), sine: angles(&tables.1) };
         let visible = Visible::of(&batch.segments[span.clone()], len, device);
-        let tokens = indices(&batch.tokens[span], device);
+        let tokens = batch.tokens[span].to_vec();
         Self { shape, tokens, rotary, visible, scales: config.variant.scales }
     }
 
@@ -146,9 +153,11 @@ pub(super) fn forward(
 ) -> (Tensor<2>, Option<Tape>) {
     let tokens = group.shape.rows * group.shape.len;
     let all = Flow::all(tokens);
-    let mut x = scaled(weights.embedding.clone().select(0, group.tokens.clone()), group.scales.embedding);
+    let device = weights.embedding.device();
+    let embedded = weights.embedding.clone().select(0, indices(&group.tokens, &device));
+    let mut x = scaled(embedded, group.scales.embedding);
     let flow = match record {
-        Record::TapesOf(rows) => Flow::within(Rows::some(tokens, rows, &x.device())),
+        Record::TapesOf(rows) => Flow::within(Rows::some(tokens, rows, &device)),
         _ => Flow::all(tokens),
     };
     let mut layers = Vec::with_capacity(weights.layers.len());
@@ -205,7 +214,8 @@ fn half_forward(
     (x, LayerTape { input_norm, attention, mlp_norm, mlp: MlpTape::of(normed, weights) })
 }
 
-/// Gradients of [`forward`], given that of its output in the `kept` rows of the group (ascending; none elsewhere).
+/// Gradients of [`forward`], given that of its output in the `kept` rows of the group (ascending; none elsewhere), padded as
+/// [`Rows`] are.
 ///
 /// Above the last layer's keys and values a row's gradient is its own, so what else there is of that layer costs the kept
 /// rows alone; with [`Backward::Kept`] everything does.
@@ -256,6 +266,6 @@ pub(super) fn backward(
         layers.push(gradients.map(|gradient| gradient.cast(FloatDType::F32)));
     }
     layers.reverse();
-    let tokens = flow.below.take_ids(group.tokens);
+    let tokens = flow.below.positions().iter().map(|&position| group.tokens[position as usize]).collect();
     BodyGradients { embedded: scaled(d_x.cast(FloatDType::F32), embedding), tokens, layers, norm }
 }

@@ -9,9 +9,10 @@
 //!   projections; `attention`: what a token looks at, in blocks; `decoder`: the body made of them;
 //! - [`backward`]: what a gradient flows through; `rows`: the rows of matrices that it flows into;
 //! - [`device`]: where a model computes, and in which precision;
-//! - `host`: values between a device and this process's memory;
+//! - `host`: values between a device and this process's memory; `counters`: how often a device was waited for;
 //! - `kernels`: what the CPU does in one pass over slices where tensor operations take several;
-//! - `head`: the LM head, its losses and its gradient, in blocks of the vocabulary;
+//! - `embedding`: the gradient of the embedding; `head`: the LM head, its losses and its gradient, in blocks of the
+//!   vocabulary;
 //! - [`learner`]: all of it behind [`Learner`](crate::training::learner::Learner).
 //!
 //! The body's gradient is written out next to each operation instead of being recorded by Burn's autodiff, which keeps what
@@ -23,8 +24,10 @@ pub mod carried;
 pub mod checkpoint;
 pub mod config;
 pub mod cost;
+mod counters;
 pub(crate) mod decoder;
 pub mod device;
+mod embedding;
 mod head;
 mod host;
 pub mod hugging_face;

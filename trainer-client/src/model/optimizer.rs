@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::host::{from_host, on_host, to_host};
-use super::kernels::{AdamWNumbers, adamw};
+use super::kernels::{self, AdamWNumbers, adamw};
 use crate::run::tensors::NamedTensor;
 
 /// Settings of [`AdamW`].
@@ -119,6 +119,25 @@ impl AdamWStep {
         let update = (moments.mean.clone() / root).mul_scalar(self.learning_rate / mean_correction);
         *weight = weight.clone().mul_scalar(decay) - update;
     }
+}
+
+/// Sum of all gradients' squares, and the gradients.
+pub(crate) fn sum_of_squares(gradients: Vec<Tensor<2>>) -> (f64, Vec<Tensor<2>>) {
+    if !gradients.iter().all(on_host) {
+        let squares = gradients.iter().map(|gradient| (gradient.clone() * gradient.clone()).sum());
+        // One copy, since each would wait for the device.
+        let squares = to_host(Tensor::cat(squares.collect(), 0));
+        return (squares.into_iter().map(f64::from).sum(), gradients);
+    }
+    let mut squares = 0.0;
+    let own = |gradient: Tensor<2>| {
+        let (shape, device) = (gradient.dims(), gradient.device());
+        let values = to_host(gradient);
+        squares += kernels::sum_of_squares(&values);
+        from_host(values, shape, &device)
+    };
+    let gradients = gradients.into_iter().map(own).collect();
+    (squares, gradients)
 }
 
 /// Changes tensors on the CPU in their own memory.

@@ -47,7 +47,9 @@ impl Measured {
 
 /// A language model in training.
 ///
-/// Implementations are deterministic: the same weights, batches and selections give the same bits.
+/// On a CPU implementations are deterministic: the same weights, batches and selections give the same bits, which a resumed run
+/// depends on. On a GPU they are not: which of several kernels computes a product is decided by their times, once for each size
+/// and kind, and kernels add in different orders. (The model asks for nothing that is added in an order that a race decides.)
 pub trait Learner {
     /// Losses of a micro-batch, and what else is asked for.
     ///

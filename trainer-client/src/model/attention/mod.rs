@@ -56,7 +56,7 @@ impl AttentionShape {
                 let (d_output, along) = (queries.spread(d_output), queries.spread(along));
                 let [d_query, d_key, d_value] =
                     columns::backward(self, d_output, projected, along, starts, firsts);
-                [queries.take(d_query), keys.take(d_key), keys.take(d_value)]
+                [queries.take_gradient(d_query), keys.take_gradient(d_key), keys.take_gradient(d_value)]
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The decoder, its optimizer and its files behind [`Learner`].
 
+mod held;
 mod passes;
 mod purpose;
 
@@ -18,14 +19,13 @@ use super::config::ModelConfig;
 use super::decoder;
 use super::device::{Device, Precision};
 use super::head::{self, Keep};
-use super::host::{from_host, on_host, to_host};
-use super::kernels;
 use super::optimizer::{
-    AdamWConfig, AdamWStep, MEAN_PREFIX, Moments, SQUARE_PREFIX, STEP_KEY, split_moments,
+    AdamWConfig, AdamWStep, MEAN_PREFIX, Moments, SQUARE_PREFIX, STEP_KEY, split_moments, sum_of_squares,
 };
 use super::weights::{self, Weights};
 use crate::run::tensors::{self, NamedTensor, Pending, Stored, read_tensors, write_pending};
 use crate::training::learner::{Learner, Measured, StepOutcome, WEIGHTS_FILE};
+use held::Held;
 use purpose::{Forward, Purpose};
 
 /// A Llama-style decoder in training with AdamW, on Burn.
@@ -33,7 +33,7 @@ pub struct BurnLearner {
     config: ModelConfig,
     optimizer: AdamWConfig,
     device: burn::tensor::Device,
-    weights: Weights<Tensor<2>>,
+    weights: Held,
     /// In the order of [`weights::specs`].
     moments: Vec<Moments>,
     /// Optimizer steps taken.
@@ -42,7 +42,6 @@ pub struct BurnLearner {
     rotary_tables: (Tensor<2>, Tensor<2>),
     waiting: Option<Waiting>,
     history: Option<History>,
-    precision: Precision,
     recomputes: bool,
     backward: Backward,
     /// What the folder that the weights come from holds beside them.
@@ -60,7 +59,7 @@ struct Waiting {
 
 /// An earlier state of the model.
 struct History {
-    weights: Weights<Tensor<2>>,
+    weights: Held,
     /// Share of itself that it keeps at each step; the rest is taken from the model. 1 for one that stands still.
     decay: f64,
 }
@@ -83,7 +82,7 @@ impl BurnLearner {
         let Device(device) = device;
         let tensors = weights::upload(&config, weights, &device)?;
         let moments = fresh_moments(&tensors, &device);
-        let weights = Weights::from_vec(&config, tensors)?;
+        let weights = Held::new(Weights::from_vec(&config, tensors)?, Precision::default());
         let shape = [config.max_position_embeddings, config.head_dim() / 2];
         let (cosine, sine) = decoder::rotary_tables(&config);
         let table = |values: Vec<f32>| Tensor::from_data(TensorData::new(values, shape), &device);
@@ -98,7 +97,6 @@ impl BurnLearner {
             rotary_tables,
             waiting: None,
             history: None,
-            precision: Precision::default(),
             recomputes: false,
             backward: Backward::default(),
             carried: Carried::default(),
@@ -114,7 +112,10 @@ impl BurnLearner {
 
     /// Computes the products of matrices in this precision from here on.
     pub fn compute_in(&mut self, precision: Precision) {
-        self.precision = precision;
+        self.weights.compute_in(precision);
+        if let Some(History { weights, .. }) = &mut self.history {
+            weights.compute_in(precision);
+        }
     }
 
     /// Keeps a layer's input alone between its forward and its backward pass, and runs it forward once more instead: less
@@ -157,13 +158,15 @@ impl BurnLearner {
     /// Keeps a history that [`Needs::history_loss`] can ask for: the weights as they are now, which from here on
     /// move by `1 - decay` towards the model's at each step. With a decay of 1 they stand still.
     pub fn keep_history(&mut self, decay: f64) {
-        self.history = Some(History { weights: self.weights.clone(), decay });
+        let weights = Held::new(self.weights.weights().clone(), self.weights.precision());
+        self.history = Some(History { weights, decay });
     }
 
     /// As [`BurnLearner::keep_history`], of given weights, which stand still: those of an older checkpoint.
     pub fn keep_as_history(&mut self, weights: Vec<NamedTensor>) -> Result<()> {
         let tensors = weights::upload(&self.config, weights, &self.device)?;
-        self.history = Some(History { weights: Weights::from_vec(&self.config, tensors)?, decay: 1.0 });
+        let weights = Held::new(Weights::from_vec(&self.config, tensors)?, self.weights.precision());
+        self.history = Some(History { weights, decay: 1.0 });
         Ok(())
     }
 
@@ -184,19 +187,19 @@ impl BurnLearner {
 
     /// A copy of all weights on the host.
     pub fn weights(&self) -> Vec<NamedTensor> {
-        weights::download(&self.config, self.weights.clone().into_vec())
+        weights::download(&self.config, self.weights.weights().clone().into_vec())
     }
 
     /// All weights, each of which is copied to the host when it is written. One that is not finite fails then: such a
     /// checkpoint could not be read again, and would push out one that can.
     fn pending_weights(&self) -> Vec<Pending<'_>> {
-        weights::pending(&self.config, "", self.weights.as_vec())
+        weights::pending(&self.config, "", self.weights.weights().as_vec())
     }
 
     /// Gradients, before clipping, of the mean loss over `kept` positions (as [`Learner::step`] takes them).
     pub fn gradients(&self, batch: &Batch, kept: &[u32]) -> Vec<NamedTensor> {
         let forward = self.forward(&self.weights, batch, Purpose::Gradient);
-        let (_, predicted) = self.predict(&self.weights, &forward, &batch.targets, Keep::Exponentials, false);
+        let (_, predicted) = self.predict(&self.weights, &forward, &batch.targets, self.keep(batch), false);
         let sums = self.backward(batch, forward, predicted, kept).into_vec();
         let means = sums.into_iter().map(|sum| sum.div_scalar(kept.len() as f64)).collect();
         weights::download(&self.config, means)
@@ -212,7 +215,7 @@ impl BurnLearner {
         self.steps += 1;
         let step = AdamWStep::new(self.optimizer, self.steps, learning_rate, norm, kept);
         for ((weight, moments), gradient) in
-            self.weights.as_vec_mut().into_iter().zip(&mut self.moments).zip(gradients)
+            self.weights.change().as_vec_mut().into_iter().zip(&mut self.moments).zip(gradients)
         {
             step.apply(weight, moments, gradient);
         }
@@ -247,7 +250,8 @@ impl BurnLearner {
     fn move_history(&mut self) {
         let Some(History { weights, decay }) = &mut self.history else { return };
         if *decay < 1.0 {
-            for (old, new) in weights.as_vec_mut().into_iter().zip(self.weights.clone().into_vec()) {
+            let new = self.weights.weights().clone().into_vec();
+            for (old, new) in weights.change().as_vec_mut().into_iter().zip(new) {
                 *old = old.clone().mul_scalar(*decay) + new.mul_scalar(1.0 - *decay);
             }
         }
@@ -257,14 +261,14 @@ impl BurnLearner {
         let Some(history) = &mut self.history else { return Ok(()) };
         let (tensors, _) = read_tensors(&folder.join(HISTORY_FILE))?;
         let tensors = weights::upload(&self.config, tensors, &self.device)?;
-        history.weights = Weights::from_vec(&self.config, tensors)?;
+        *history.weights.change() = Weights::from_vec(&self.config, tensors)?;
         Ok(())
     }
 
     fn load_optimizer(&mut self, folder: &Path) -> Result<()> {
         let path = folder.join(OPTIMIZER_FILE);
         if !path.try_exists().with_context(|| format!("cannot look for {}", path.display()))? {
-            self.moments = fresh_moments(&self.weights.clone().into_vec(), &self.device);
+            self.moments = fresh_moments(&self.weights.weights().clone().into_vec(), &self.device);
             self.steps = 0;
             return Ok(());
         }
@@ -296,7 +300,7 @@ impl Learner for BurnLearner {
     fn accumulate(&mut self, batch: &Batch, needs: Needs, select: &mut dyn FnMut(&Measured) -> Vec<u32>) {
         let forward = self.forward(&self.weights, batch, Purpose::Gradient);
         let (predictions, predicted) =
-            self.predict(&self.weights, &forward, &batch.targets, Keep::Exponentials, needs.entropy);
+            self.predict(&self.weights, &forward, &batch.targets, self.keep(batch), needs.entropy);
         let measured = self.measured(predictions, batch, needs);
         let kept = select(&measured);
         self.add_gradients(batch, (forward, predicted), &kept, &measured.losses);
@@ -315,7 +319,7 @@ impl Learner for BurnLearner {
         let targets = of_kept.as_deref().unwrap_or(&batch.targets);
         let needs = needs.unwrap_or_default();
         let (predictions, predicted) =
-            self.predict(&self.weights, &forward, targets, Keep::Exponentials, needs.entropy);
+            self.predict(&self.weights, &forward, targets, self.keep(batch), needs.entropy);
         let found = self.measured(predictions, batch, needs);
         measured(&found);
         self.add_gradients(batch, (forward, predicted), kept, &found.losses);
@@ -339,7 +343,7 @@ impl Learner for BurnLearner {
         let metadata = (STEP_KEY, &*self.steps.to_string());
         write_pending(&folder.join(OPTIMIZER_FILE), tensors, Stored::F32, metadata)?;
         let Some(History { weights, .. }) = &self.history else { return Ok(()) };
-        let history = weights::pending(&self.config, "", weights.as_vec());
+        let history = weights::pending(&self.config, "", weights.weights().as_vec());
         write_pending(&folder.join(HISTORY_FILE), history, Stored::F32, WEIGHTS_METADATA)
     }
 
@@ -357,7 +361,7 @@ impl Learner for BurnLearner {
             self.config
         );
         let tensors = weights::upload(&config, read_weights(folder, &config)?, &self.device)?;
-        self.weights = Weights::from_vec(&config, tensors)?;
+        *self.weights.change() = Weights::from_vec(&config, tensors)?;
         self.waiting = None;
         self.load_optimizer(folder)?;
         self.load_history(folder)
@@ -376,23 +380,4 @@ fn targets_at(targets: &[u32], positions: &[u32]) -> Vec<u32> {
 fn fresh_moments(tensors: &[Tensor<2>], device: &burn::tensor::Device) -> Vec<Moments> {
     let zeros = |tensor: &Tensor<2>| Tensor::zeros(tensor.dims(), device);
     tensors.iter().map(|tensor| Moments { mean: zeros(tensor), square: zeros(tensor) }).collect()
-}
-
-/// Sum of all gradients' squares, and the gradients.
-fn sum_of_squares(gradients: Vec<Tensor<2>>) -> (f64, Vec<Tensor<2>>) {
-    if !gradients.iter().all(on_host) {
-        let squares = gradients.iter().map(|gradient| (gradient.clone() * gradient.clone()).sum());
-        // One copy, since each would wait for the device.
-        let squares = to_host(Tensor::cat(squares.collect(), 0));
-        return (squares.into_iter().map(f64::from).sum(), gradients);
-    }
-    let mut squares = 0.0;
-    let own = |gradient: Tensor<2>| {
-        let (shape, device) = (gradient.dims(), gradient.device());
-        let values = to_host(gradient);
-        squares += kernels::sum_of_squares(&values);
-        from_host(values, shape, &device)
-    };
-    let gradients = gradients.into_iter().map(own).collect();
-    (squares, gradients)
 }

@@ -2,17 +2,20 @@
 
 use std::ops::Range;
 
-use burn::tensor::{IndexingUpdateOp, Tensor};
+use burn::tensor::Tensor;
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::select::Needs;
 
+use super::held::Held;
 use super::purpose::{Forward, Purpose};
 use super::{BurnLearner, History};
 use crate::model::Backward;
 use crate::model::decoder::{self, BodyGradients, Group, Record, Tape};
 use crate::model::device::is_cpu;
+use crate::model::embedding::add_by_token;
 use crate::model::head::{self, Keep, Predictions};
 use crate::model::parallel;
+use crate::model::rows::Rows;
 use crate::model::weights::Weights;
 use crate::training::learner::Measured;
 
@@ -42,20 +45,9 @@ impl BurnLearner {
         (0..batch.rows).step_by(rows).map(|start| start..(start + rows).min(batch.rows)).collect()
     }
 
-    /// Weights as products take them; norms stay f32.
-    fn computing(&self, weights: &Weights<Tensor<2>>) -> Weights<Tensor<2>> {
-        let dtype = self.precision.dtype();
-        weights.clone().map(|weight| if weight.dims()[0] == 1 { weight } else { weight.cast(dtype) })
-    }
-
-    pub(super) fn forward(
-        &self,
-        weights: &Weights<Tensor<2>>,
-        batch: &Batch,
-        purpose: Purpose<'_>,
-    ) -> Forward {
+    pub(super) fn forward(&self, weights: &Held, batch: &Batch, purpose: Purpose<'_>) -> Forward {
         self.check(batch);
-        let (weights, dtype) = (&self.computing(weights), self.precision.dtype());
+        let (weights, dtype) = (weights.for_products(), weights.precision().dtype());
         let groups = self.groups(batch);
         let kept = match purpose {
             Purpose::GradientOf(kept) => by_group(kept, &groups, batch.len).into_iter().map(Some).collect(),
@@ -80,17 +72,23 @@ impl BurnLearner {
         Forward { hidden: Tensor::cat(hidden, 0), tapes }
     }
 
+    /// What the head keeps, by the shapes alone: what it computes again may round otherwise, and recomputing the activations of
+    /// layers changes no bits.
+    pub(super) fn keep(&self, batch: &Batch) -> Keep {
+        Keep::Beside(batch.tokens.len() * self.config.layers * decoder::tape_values(&self.config))
+    }
+
     /// What the head says of every position with a target, `targets` being the batch's or some of them.
     pub(super) fn predict(
         &self,
-        weights: &Weights<Tensor<2>>,
+        weights: &Held,
         forward: &Forward,
         targets: &[u32],
         keep: Keep,
         wants_entropies: bool,
     ) -> (Predictions, head::Forward) {
-        let weight = weights.head().clone().cast(self.precision.dtype());
-        head::predict(&forward.hidden, &weight, targets, keep, wants_entropies, &self.device)
+        let weight = weights.for_products().head();
+        head::predict(&forward.hidden, weight, targets, keep, wants_entropies, &self.device)
     }
 
     /// Losses under the history.
@@ -117,14 +115,16 @@ impl BurnLearner {
         kept: &[u32],
     ) -> Weights<Tensor<2>> {
         let Forward { hidden, tapes } = forward;
-        let (weights, how) = (&self.computing(&self.weights), (self.config.rms_norm_eps, self.backward));
+        let (weights, how) = (self.weights.for_products(), (self.config.rms_norm_eps, self.backward));
         let head = head::gradients(&hidden, weights.head(), predicted, kept, &self.device);
         drop(hidden);
         let workers = parallel::workers(&self.device);
         let mut work = Vec::with_capacity(tapes.len());
         let mut first = 0;
-        for (tape, own) in tapes.into_iter().zip(by_group(kept, &self.groups(batch), batch.len)) {
-            let count = own.len();
+        let groups = self.groups(batch);
+        let of_group = by_group(kept, &groups, batch.len);
+        for ((tape, own), rows) in tapes.into_iter().zip(of_group).zip(groups) {
+            let count = Rows::in_matrix(rows.len() * batch.len, own.len(), &self.device);
             // Nothing flows back into a group of which nothing was kept.
             if let Some(tape) = tape.filter(|_| count > 0) {
                 work.push((tape, own, head.hidden.clone().narrow(0, first, count)));
@@ -146,20 +146,19 @@ impl BurnLearner {
             };
             for gradients in parallel::map(workers, wave, run) {
                 embedded.push(gradients.embedded.clone());
-                tokens.push(gradients.tokens.clone());
+                tokens.extend_from_slice(&gradients.tokens);
                 body = Some(match body {
                     Some(sum) => sum.add(gradients),
                     None => gradients,
                 });
             }
         }
-        let (embedded, tokens) = (Tensor::cat(embedded, 0), Tensor::cat(tokens, 0));
-        let scatter = |into: Tensor<2>| into.select_assign(0, tokens, embedded, IndexingUpdateOp::Add);
-        let (embedding, head) = if self.config.tie_word_embeddings {
-            (scatter(head.weight), None)
+        let (into, head) = if self.config.tie_word_embeddings {
+            (Some(head.weight), None)
         } else {
-            (scatter(Tensor::zeros(self.weights.embedding.dims(), &self.device)), Some(head.weight))
+            (None, Some(head.weight))
         };
+        let embedding = add_by_token(into, self.config.vocab_size, &tokens, Tensor::cat(embedded, 0));
         let Some(BodyGradients { layers, norm, .. }) = body else {
             unreachable!("a batch with kept positions has rows")
         };
