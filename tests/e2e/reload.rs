@@ -126,6 +126,8 @@ fn a_daemon_that_is_reloaded_onto_a_scored_topic_made_anew_says_so_and_commits_n
     kafka.create_topic("sluice.scored", 1);
     settings.write("other", &golden("tiny-llama-mask"), "");
     daemon.signal("HUP");
+    // What comes before that is published by the loops that go, which may not have noticed yet.
+    daemon.wait("the new model", |daemon| daemon.log().contains("configuration reloaded"));
     send(servers, 20..40);
     daemon.wait_for_end(65);
     assert!(daemon.log().contains("the topic `sluice.scored` was deleted and made anew"), "{}", daemon.log());
