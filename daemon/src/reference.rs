@@ -114,13 +114,20 @@ impl Reference {
         let identity = &self.model.identity;
         let who = (identity.vocabulary, identity.precision);
         self_test(&mut self.scorer, who, self.policy, &config.batch).exit_code(DATA)?;
+        if self.device != Device::Cpu {
+            let placement = self.scorer.0.with(Scorer::placement)?;
+            placement.check(self.device).exit_code(DATA)?;
+        }
         Ok(shapes)
     }
 }
 
 fn load_model(config: &Config) -> anyhow::Result<(Model, Device)> {
     let device = config.model.device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?;
-    let model = Model::load(&config.model.path, device, config.score.entropies).exit_code(NO_INPUT)?;
+    let mut model = Model::load(&config.model.path, device, config.score.entropies).exit_code(NO_INPUT)?;
+    if config.model.fuse_attention {
+        model.fuse_attention(&onnxruntime_library(&config.model.onnxruntime)).exit_code(NO_INPUT)?;
+    }
     for finding in &model.findings {
         tracing::warn!(finding = finding.code(), "{finding}");
     }
@@ -139,7 +146,7 @@ fn open_scorer(model: &Model, device: Device, config: &Config) -> anyhow::Result
 }
 
 /// The library that the settings name, else the one of the environment, else the system's.
-fn onnxruntime_library(setting: &std::path::Path) -> PathBuf {
+pub fn onnxruntime_library(setting: &std::path::Path) -> PathBuf {
     if !setting.as_os_str().is_empty() {
         return setting.to_owned();
     }

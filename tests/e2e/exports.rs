@@ -41,28 +41,38 @@ fn load(name: &str, folder: &Path) -> Model {
         .unwrap_or_else(|error| panic!("{name}: {error:#}"))
 }
 
-/// Largest difference in nats over all tokens of all documents.
-fn worst_difference(name: &str) -> f64 {
-    let golden = losses_json();
-    let numbers = |value: &serde_json::Value| value.as_array().unwrap().clone();
-    let documents: Vec<Arc<[u32]>> = numbers(&golden["documents"])
+fn numbers(value: &serde_json::Value) -> Vec<serde_json::Value> {
+    value.as_array().unwrap().clone()
+}
+
+/// The losses of each golden document.
+fn losses(name: &str, model: &Model) -> Vec<Vec<f64>> {
+    let documents: Vec<Arc<[u32]>> = numbers(&losses_json()["documents"])
         .iter()
         .map(|ids| numbers(ids).iter().map(|id| id.as_u64().unwrap() as u32).collect())
         .collect();
-    let folder = tempfile::tempdir().unwrap();
-    let model = load(name, folder.path());
     let options =
         SessionOptions { library: onnxruntime(), device: Device::Cpu, threads: 1, device_memory_bytes: 0 };
-    let mut scorer = Scorer::new(&model, &options, false).unwrap_or_else(|error| panic!("{name}: {error:#}"));
+    let mut scorer = Scorer::new(model, &options, false).unwrap_or_else(|error| panic!("{name}: {error:#}"));
     let scores = score_documents(&mut scorer, &documents, CONTEXT, 256, Ladder::new(64, 16)).unwrap();
+    scores.iter().map(|scores| scores.predicted().map(f64::from).collect()).collect()
+}
+
+/// Largest difference in nats over all tokens of all documents.
+fn worst_difference(ours: &[Vec<f64>], theirs: &[Vec<f64>]) -> f64 {
     let mut worst = 0.0_f64;
-    for (scores, golden) in scores.iter().zip(numbers(&golden["losses"][name])) {
-        assert_eq!(scores.predicted().count(), numbers(&golden).len());
-        for (ours, golden) in scores.predicted().zip(numbers(&golden)) {
-            worst = worst.max((f64::from(ours) - golden.as_f64().unwrap()).abs());
-        }
+    assert_eq!(ours.len(), theirs.len());
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        assert_eq!(ours.len(), theirs.len());
+        worst = ours.iter().zip(theirs).map(|(ours, theirs)| (ours - theirs).abs()).fold(worst, f64::max);
     }
     worst
+}
+
+/// What Hugging Face gives for each golden document in float64.
+fn golden_losses(name: &str) -> Vec<Vec<f64>> {
+    let of_all = numbers(&losses_json()["losses"][name]);
+    of_all.iter().map(|losses| numbers(losses).iter().map(|loss| loss.as_f64().unwrap()).collect()).collect()
 }
 
 #[test]
@@ -71,12 +81,22 @@ fn every_export_agrees_with_hugging_face() {
     names.sort();
     assert!(names.len() >= 15, "{names:?}");
     for name in names {
-        let worst = worst_difference(&name);
+        let golden = golden_losses(&name);
+        let folder = tempfile::tempdir().unwrap();
+        let mut model = load(&name, folder.path());
+        let unfused = losses(&name, &model);
+        model.fuse_attention(&onnxruntime()).unwrap();
+        let fused = losses(&name, &model);
         // Weights are on a grid that 16 bits hold, but these exports round rotary tables and what they compute, too.
         let narrow = ["half", "brain", "fp16", "bf16"].iter().any(|ending| name.ends_with(ending));
         let allowed = if narrow { 2e-2 } else { 2e-5 };
-        eprintln!("{name}: worst difference {worst:.1e} nats, allowed {allowed:.0e}");
-        assert!(worst < allowed, "{name}: {worst}");
+        let worst = [&unfused, &fused].map(|ours| worst_difference(ours, &golden));
+        let apart = worst_difference(&unfused, &fused);
+        eprintln!(
+            "{name}: worst difference {:.1e} nats as exported, {:.1e} fused, {apart:.1e} between them; allowed {allowed:.0e}; {:?}",
+            worst[0], worst[1], model.attention
+        );
+        assert!(worst[0] < allowed && worst[1] < allowed && apart < allowed, "{name}: {worst:?}, {apart}");
     }
 }
 

@@ -65,7 +65,8 @@ fn main() -> anyhow::Result<()> {
     let device: Device = arguments.device.parse().map_err(|error: String| anyhow!(error))?;
     let policy = ContextPolicy { window: arguments.window, stride: arguments.window / 2, bos: Bos::None };
     let open = |device: Device| -> anyhow::Result<(Model, Scorer)> {
-        let model = Model::load(&arguments.model, device, false)?;
+        let mut model = Model::load(&arguments.model, device, false)?;
+        model.fuse_attention(&arguments.library)?;
         let options = SessionOptions {
             library: arguments.library.clone(),
             device,

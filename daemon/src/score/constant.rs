@@ -70,3 +70,23 @@ pub(super) fn floats(tensor: &TensorProto) -> Option<Vec<f32>> {
         _ => None,
     }
 }
+
+/// The values of a tensor of integers that is stored in the graph itself.
+pub(super) fn integers(tensor: &TensorProto) -> Option<Vec<i64>> {
+    if tensor.data_location() == DataLocation::External {
+        return None;
+    }
+    let raw = tensor.raw_data.as_deref().filter(|raw| !raw.is_empty());
+    match (DataType::try_from(tensor.data_type()).ok()?, raw) {
+        (DataType::Int64, Some(raw)) => {
+            raw.chunks_exact(8).map(|bytes| bytes.try_into().ok().map(i64::from_le_bytes)).collect()
+        }
+        (DataType::Int64, None) => Some(tensor.int64_data.clone()),
+        (DataType::Int32, Some(raw)) => raw
+            .chunks_exact(4)
+            .map(|bytes| bytes.try_into().ok().map(|bytes| i64::from(i32::from_le_bytes(bytes))))
+            .collect(),
+        (DataType::Int32, None) => Some(tensor.int32_data.iter().map(|&value| i64::from(value)).collect()),
+        _ => None,
+    }
+}

@@ -11,6 +11,7 @@ use sluice_schemas::graph::raw_tensor;
 use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
 use sluice_schemas::onnx::{GraphProto, StringStringEntryProto, TensorProto};
 
+use super::attention::Left;
 use super::constant::{constant_tensor, floats};
 
 /// Something a user should know before trusting a model's losses. It stops nothing.
@@ -36,6 +37,9 @@ pub enum Finding {
         /// The bound that `config.json` asks for.
         wanted: f32,
     },
+    /// Attention of some layers is not what one operator computes, so that it runs without a fused kernel: right, and slow
+    /// where sequences are long.
+    AttentionSpelledOut(Left),
 }
 
 impl Finding {
@@ -45,6 +49,7 @@ impl Finding {
             Self::RotaryTableRounded { .. } => "rotary_table_rounded",
             Self::SoftCapMissing { .. } => "soft_cap_missing",
             Self::SoftCapDiffers { .. } => "soft_cap_differs",
+            Self::AttentionSpelledOut(_) => "attention_spelled_out",
         }
     }
 }
@@ -66,7 +71,34 @@ impl fmt::Display for Finding {
                 f,
                 "the graph caps its logits at {found}, and config.json says final_logit_softcapping {wanted}"
             ),
+            Self::AttentionSpelledOut(Left { layers, node, why }) => write!(
+                f,
+                "the attention of {} stays spelled out: node `{node}`, {why}; its losses are right, and it is slow; for \
+                 a fused operator export the model with `python -m onnxruntime_genai.models.builder -i MODEL -o OUT -p fp16 -e \
+                 cuda` (on the CPU `-p fp32 -e cpu`)",
+                spans(layers)
+            ),
         }
+    }
+}
+
+/// Layers as people write them: `layers 0 to 3 and 5`.
+fn spans(layers: &[usize]) -> String {
+    let mut spans: Vec<(usize, usize)> = Vec::new();
+    for &layer in layers {
+        match spans.last_mut() {
+            Some((_, last)) if *last + 1 == layer => *last = layer,
+            _ => spans.push((layer, layer)),
+        }
+    }
+    let spans: Vec<String> = spans
+        .into_iter()
+        .map(|(first, last)| if first == last { first.to_string() } else { format!("{first} to {last}") })
+        .collect();
+    let noun = if layers.len() == 1 { "layer" } else { "layers" };
+    match spans.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{noun} {} and {last}", rest.join(", ")),
+        _ => format!("{noun} {}", spans.join("")),
     }
 }
 

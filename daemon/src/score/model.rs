@@ -14,6 +14,7 @@ use sluice_schemas::onnx::{GraphProto, ModelProto, TensorProto};
 use sluice_schemas::record::Precision;
 use sluice_text::{TextTokenizer, json};
 
+use super::attention::{self, AttentionReport, Surroundings};
 use super::findings::{self, Finding};
 use super::graft::{GraftReport, graft};
 use super::identity::ModelIdentity;
@@ -26,18 +27,22 @@ use crate::exit::{DATA, ExitCode as _, ExitError};
 /// A reference model, read and given its loss head, ready for a session.
 #[derive(Debug)]
 pub struct Model {
-    /// The rewritten ONNX file.
-    pub graph: Vec<u8>,
+    /// The rewritten ONNX model.
+    pub onnx: ModelProto,
     /// Folder of the external data that the graph refers to, where it has any.
     pub data_folder: Option<PathBuf>,
     /// What was found in the graph and done to it.
     pub report: GraftReport,
     /// What makes its losses other than those of the model it was exported from.
     pub findings: Vec<Finding>,
+    /// What became of its attention; nothing until [`Model::fuse_attention`] has looked.
+    pub attention: Option<AttentionReport>,
     /// Inputs that the graph wants beside those of the loss head, with their element types.
     pub inputs: Vec<(String, DataType)>,
     /// Files of external data, as the graph names them.
     pub data_files: Vec<String>,
+    /// The device that it was fitted to.
+    pub device: Device,
     /// Whether it is a bfloat16 model that computes in float32, as it must on the CPU.
     pub widened: bool,
     /// What records say of the model, and are checked against.
@@ -123,10 +128,12 @@ impl Model {
             _ => Precision::F32,
         };
         Ok(Self {
-            graph: model.encode_to_vec(),
+            onnx: model,
             data_folder,
             report,
             findings,
+            attention: None,
+            device,
             inputs,
             data_files,
             widened,
@@ -141,6 +148,26 @@ impl Model {
             context_max: config.max_position_embeddings,
             bos_token: config.bos_token_id.as_u64().and_then(|id| u32::try_from(id).ok()),
         })
+    }
+}
+
+impl Model {
+    /// Replaces attention that the graph spells out by one operator, layer by layer, where ONNX Runtime (from `library`)
+    /// computes the same with both. What stays as it is becomes a finding. Fails where ONNX Runtime cannot be had.
+    pub fn fuse_attention(&mut self, library: &Path) -> anyhow::Result<()> {
+        let around = Surroundings {
+            library,
+            data_folder: self.data_folder.as_deref(),
+            context_max: self.context_max,
+            device: self.device,
+            settled: &self.report.settled_inputs,
+        };
+        let report = attention::fuse(&mut self.onnx, around)?;
+        // A mask of padding that nothing reads any more is not fed.
+        self.inputs = model_inputs(&self.onnx);
+        self.findings.extend(report.left.iter().cloned().map(Finding::AttentionSpelledOut));
+        self.attention = Some(report);
+        Ok(())
     }
 }
 
@@ -170,7 +197,7 @@ pub fn rewrite(
     };
     let report = graft(model, entropies)?;
     let inputs = model_inputs(model);
-    let widened = device == Device::Cpu && widen(model);
+    let widened = device == Device::Cpu && widen(model, DataType::Bfloat16);
     Ok(Rewritten { report, findings, inputs, widened })
 }
 
