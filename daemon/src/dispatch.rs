@@ -74,11 +74,11 @@ impl<'a> Dispatcher<'a> {
     /// A dispatcher without documents.
     pub fn new(
         policy: RecordPolicy,
+        ladder: Ladder,
         ledger: &'a Ledger<Outcome>,
         settings: &'a BatchSettings,
         metrics: &'a Metrics,
     ) -> Self {
-        let ladder = settings.ladder(policy.context);
         Self {
             lookahead: LookAhead::new(settings.tokens_max, ladder),
             retries: Vec::new(),

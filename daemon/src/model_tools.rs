@@ -13,8 +13,8 @@ use crate::config::Config;
 use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, USAGE};
 use crate::reference::{Reference, onnxruntime_library};
-use crate::score::documents::{DocumentScores, score_documents};
 use crate::score::Scorer;
+use crate::score::documents::{DocumentScores, score_documents};
 use crate::score::model::Model;
 use crate::score::placement::Kind;
 use crate::score::runtime::SessionOptions;
@@ -47,7 +47,7 @@ pub fn inspect(asked: &Inspect) -> anyhow::Result<()> {
     let mut description = describe(&model);
     if asked.device.is_some() {
         fused.exit_code(NO_INPUT)?;
-        description.push(("placement", placement(&model, device, library)?));
+        description.push(("placement", placement(&model, device, library, asked.json)?));
     } else if let Err(error) = fused {
         // The rest can be said without ONNX Runtime.
         tracing::warn!("attention was not looked at: {error:#}");
@@ -65,7 +65,7 @@ pub fn inspect(asked: &Inspect) -> anyhow::Result<()> {
 }
 
 /// Runs a short row on `device`, and lists what ran where.
-fn placement(model: &Model, device: Device, library: PathBuf) -> anyhow::Result<Value> {
+fn placement(model: &Model, device: Device, library: PathBuf, as_json: bool) -> anyhow::Result<Value> {
     let options = SessionOptions { library, device, threads: 0, device_memory_bytes: 0 };
     let placement = Scorer::new(model, &options, false).exit_code(NO_INPUT)?.placement()?;
     if let Err(misplaced) = placement.check(device) {
@@ -73,7 +73,11 @@ fn placement(model: &Model, device: Device, library: PathBuf) -> anyhow::Result<
     }
     let rows = placement.rows().map(|(kind, nodes, _)| {
         let Kind { provider, operator, element } = kind;
-        json!({"provider": provider, "operator": operator, "element": element, "nodes": nodes})
+        if as_json {
+            json!({"provider": provider, "operator": operator, "element": element, "nodes": nodes})
+        } else {
+            json!(format!("{provider}: {operator} of {element} x {nodes}"))
+        }
     });
     Ok(rows.collect())
 }
@@ -81,9 +85,12 @@ fn placement(model: &Model, device: Device, library: PathBuf) -> anyhow::Result<
 /// What a model's attention is, in a line for each operator.
 fn attention(model: &Model) -> Value {
     let Some(report) = &model.attention else { return Value::Null };
-    let exported = report.exported.iter().map(|(operator, count)| format!("{operator} x {count}, as exported"));
-    let fused = report.fused.iter().map(|(operator, count)| format!("{operator} x {count}, fused as it was loaded"));
-    let left = report.left.iter().map(|left| format!("spelled out x {}, see the findings", left.layers.len()));
+    let exported =
+        report.exported.iter().map(|(operator, count)| format!("{operator} x {count}, as exported"));
+    let fused =
+        report.fused.iter().map(|(operator, count)| format!("{operator} x {count}, fused as it was loaded"));
+    let left =
+        report.left.iter().map(|left| format!("spelled out x {}, see the findings", left.layers.len()));
     exported.chain(fused).chain(left).collect()
 }
 
@@ -134,6 +141,7 @@ fn describe(model: &Model) -> Vec<(&'static str, Value)> {
             json!(if model.widened { "in f32, for the CPU has no bfloat16" } else { "as exported" }),
         ),
         ("attention", attention(model)),
+        ("length_limit", or_none(model.length_limit.map(|limit| json!(limit)))),
         ("external_data", json!(model.data_files)),
         ("context", json!(model.context_max)),
         ("bos_token", or_none(model.bos_token.map(|token| json!(token)))),
@@ -278,7 +286,7 @@ impl Scoring<'_> {
             &tokens,
             policy,
             batch.tokens_max,
-            batch.ladder(policy),
+            self.reference.ladder,
         )?;
         for (document, scores) in documents.iter().zip(&scores) {
             if self.document(document, scores)? == Reader::Gone {

@@ -16,7 +16,7 @@ use crossbeam_channel::{bounded, unbounded};
 use sluice_schemas::record::ContextPolicy;
 
 use crate::assemble::RecordPolicy;
-use crate::batch::Batch;
+use crate::batch::{Batch, Ladder};
 use crate::config::Config;
 use crate::dispatch::{Dispatcher, Run, run_model};
 use crate::health::{Health, Wait};
@@ -33,7 +33,7 @@ pub fn run(
     config: &Config,
     model: ModelIdentity,
     scorer: Box<dyn Score>,
-    policy: ContextPolicy,
+    (policy, ladder): (ContextPolicy, Ladder),
     metrics: &Metrics,
     health: &Health,
 ) -> anyhow::Result<()> {
@@ -61,7 +61,7 @@ pub fn run(
         })?;
         let dispatch = spawn(scope, health, "dispatch", || {
             let batches = batches_in;
-            let dispatcher = Dispatcher::new(record, &ledger, &config.batch, metrics);
+            let dispatcher = Dispatcher::new(record, ladder, &ledger, &config.batch, metrics);
             guarded(health, || dispatcher.run(&jobs_out, &batches, &runs_out, health))
         })?;
         let model = spawn(scope, health, "model", || {

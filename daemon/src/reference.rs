@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, anyhow, bail};
 use sluice_schemas::record::ContextPolicy;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Ladder};
 use crate::config::Config;
 use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, NO_INPUT, USAGE};
@@ -28,6 +28,8 @@ pub struct Reference {
     pub scorer: SharedScorer,
     /// How it sees a document.
     pub policy: ContextPolicy,
+    /// The lengths that rows are padded to.
+    pub ladder: Ladder,
     /// Where it runs.
     pub device: Device,
 }
@@ -49,7 +51,8 @@ impl Reference {
         let (model, device) = load_model(config)?;
         let policy = context_policy(config, &model).exit_code(USAGE)?;
         let scorer = open_scorer(&model, device, config)?;
-        Ok(Self { model: Arc::new(model), scorer, policy, device })
+        let ladder = config.batch.ladder(policy).split_at(model.length_limit);
+        Ok(Self { model: Arc::new(model), scorer, policy, ladder, device })
     }
 
     /// The same for the settings `new`, warm, beside this one: with a session of its own where model or device are not
@@ -61,7 +64,8 @@ impl Reference {
             && new.model == old.model
             && new.score.entropies == old.score.entropies;
         let scorer = if same_session { self.scorer.clone() } else { open_scorer(&model, device, new)? };
-        let mut next = Self { model: Arc::new(model), scorer, policy, device };
+        let ladder = new.batch.ladder(policy).split_at(model.length_limit);
+        let mut next = Self { model: Arc::new(model), scorer, policy, ladder, device };
         self.check_same_tokens(&next)?;
         if !same_session || new.batch != old.batch || policy != self.policy {
             next.warm_up(new).context("cannot warm up the new model beside the old one")?;
@@ -110,10 +114,11 @@ impl Reference {
 
     /// Runs the shapes that scoring will meet, and tries what losses rest on; says how many shapes there were.
     pub fn warm_up(&mut self, config: &Config) -> anyhow::Result<usize> {
-        let shapes = warm_up(&mut self.scorer, self.device, self.policy, &config.batch).exit_code(DATA)?;
+        let tokens_max = config.batch.tokens_max;
+        let shapes = warm_up(&mut self.scorer, self.device, self.ladder, tokens_max).exit_code(DATA)?;
         let identity = &self.model.identity;
         let who = (identity.vocabulary, identity.precision);
-        self_test(&mut self.scorer, who, self.policy, &config.batch).exit_code(DATA)?;
+        self_test(&mut self.scorer, who, self.ladder, tokens_max).exit_code(DATA)?;
         if self.device != Device::Cpu {
             let placement = self.scorer.0.with(Scorer::placement)?;
             placement.check(self.device).exit_code(DATA)?;

@@ -45,7 +45,8 @@ pub fn serve(config: &Config, load: reload::Load) -> anyhow::Result<()> {
         health.set_stalled_after(config.limits.stalled());
         reference.announce(&config, &metrics);
         let scorer = Box::new(reference.scorer);
-        pipeline::run(&config, reference.model.identity, scorer, reference.policy, &metrics, &health)?;
+        let shapes = (reference.policy, reference.ladder);
+        pipeline::run(&config, reference.model.identity, scorer, shapes, &metrics, &health)?;
         if health.is_leaving() || !reload.take_next() {
             break;
         }

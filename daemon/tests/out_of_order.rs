@@ -89,7 +89,8 @@ fn stress(seed: u64, bos: Bos) -> u64 {
     let ledger = Ledger::default();
     ledger.assign([0, 1, 2]);
     let metrics = Metrics::new().unwrap();
-    let mut dispatcher = Dispatcher::new(record, &ledger, &settings, &metrics);
+    let ladder = settings.ladder(policy);
+    let mut dispatcher = Dispatcher::new(record, ladder, &ledger, &settings, &metrics);
 
     let documents: Vec<Vec<u32>> = (0..300)
         .map(|_| {
@@ -212,7 +213,8 @@ fn dispatcher<'a>(
     ledger.assign([0, 1, 2]);
     let context = ContextPolicy { window: 64, stride: 32, bos: Bos::None };
     let record = RecordPolicy { model: identity(), context, loss_format: LossFormat::F32, entropies: false };
-    let mut dispatcher = Dispatcher::new(record, ledger, settings, metrics);
+    let ladder = settings.ladder(context);
+    let mut dispatcher = Dispatcher::new(record, ladder, ledger, settings, metrics);
     for id in 0..DOCUMENTS {
         dispatcher.accept(job(ledger, id, &[1, 2, 3, 4]));
     }

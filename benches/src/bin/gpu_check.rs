@@ -79,12 +79,12 @@ fn main() -> anyhow::Result<()> {
     let (model, mut scorer) = open(device)?;
     let settings = BatchSettings { tokens_max: arguments.tokens_max, ..BatchSettings::default() };
     let started = Instant::now();
-    let shapes = warm_up(&mut scorer, device, policy, &settings)?;
+    let ladder = settings.ladder(policy).split_at(model.length_limit);
+    let shapes = warm_up(&mut scorer, device, ladder, settings.tokens_max)?;
     let warm_up_seconds = started.elapsed().as_secs_f64();
 
     let vocabulary = model.identity.vocabulary;
     let lengths = Lengths { median: 400.0, sigma: 1.0, longest: arguments.window as usize };
-    let ladder = settings.ladder(policy);
     let compared = shared(&lengths.documents(arguments.compared, vocabulary));
     let ours = score_documents(&mut scorer, &compared, policy, arguments.tokens_max, ladder)?;
     let (_, mut cpu) = open(Device::Cpu)?;

@@ -1,6 +1,7 @@
 //! The scorer: batches of windows in, one loss for each token asked for out. Kafka is unknown here.
 
 pub mod attention;
+mod claims;
 mod constant;
 pub mod documents;
 mod environment;
@@ -10,10 +11,12 @@ mod graft_error;
 mod head;
 mod identity;
 mod inputs;
+mod limits;
 pub mod model;
 pub mod names;
 pub mod placement;
 pub mod policy;
+mod rotation;
 pub mod runtime;
 pub mod self_test;
 pub mod warm_up;
@@ -27,11 +30,11 @@ use sluice_schemas::onnx::tensor_proto::DataType;
 use crate::batch::{Batch, Ladder, Window};
 pub use identity::ModelIdentity;
 use model::Model;
-use placement::Placement;
 use names::{
     ATTENTION_MASK, ENTROPY_OUTPUT, LOSS_OUTPUT, POSITION_IDS, POSITIONS_OUTPUT, ROWS_INPUT, TARGETS_INPUT,
     TOKEN_IDS,
 };
+use placement::Placement;
 use runtime::SessionOptions;
 
 /// Length of the row that shows what runs where; what a model is made of does not change with it.
@@ -123,7 +126,9 @@ impl Scorer {
         options.enable_profiling(folder.path().join("batch"))?;
         self.run(&batch, &options)?;
         // ONNX Runtime ends the file's name with the time.
-        let file = std::fs::read_dir(folder.path())?.next().context("ONNX Runtime wrote no profile of a batch")??;
+        let file = std::fs::read_dir(folder.path())?
+            .next()
+            .context("ONNX Runtime wrote no profile of a batch")??;
         Placement::from_profile(&std::fs::read(file.path())?)
     }
 

@@ -17,7 +17,16 @@ const CPU: &str = "CPUExecutionProvider";
 /// Parts of the names of operators on which a model's time goes. A `Gather` is one of an embedding or of hidden states where
 /// it is not of integers.
 const HEAVY: [&str; 10] = [
-    "MatMul", "Gemm", "Einsum", "Conv", "Attention", "Normalization", "RotaryEmbedding", "Softmax", "MoE", "Gather",
+    "MatMul",
+    "Gemm",
+    "Einsum",
+    "Conv",
+    "Attention",
+    "Normalization",
+    "RotaryEmbedding",
+    "Softmax",
+    "MoE",
+    "Gather",
 ];
 
 /// The nodes that ran in one batch.
@@ -56,9 +65,11 @@ impl Placement {
         for event in events.iter().filter(|event| event.cat == "Node") {
             let Some(node) = event.name.strip_suffix("_kernel_time") else { continue };
             let text = |key: &str| event.args[key].as_str().unwrap_or_default().to_owned();
-            let first = event.args["input_type_shape"].as_array().into_iter().flatten().find_map(|input| {
-                input.as_object()?.keys().next()
-            });
+            let first = event.args["input_type_shape"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .find_map(|input| input.as_object()?.keys().next());
             let kind = Kind {
                 provider: text("provider"),
                 operator: text("op_name"),
@@ -75,9 +86,9 @@ impl Placement {
 
     /// The kinds of nodes, how many there are of each, and one of their names.
     pub fn rows(&self) -> impl Iterator<Item = (&Kind, usize, &str)> {
-        self.rows.iter().map(|(kind, nodes)| {
-            (kind, nodes.len(), nodes.first().map(String::as_str).unwrap_or_default())
-        })
+        self.rows
+            .iter()
+            .map(|(kind, nodes)| (kind, nodes.len(), nodes.first().map(String::as_str).unwrap_or_default()))
     }
 
     /// Refuses heavy work that ran on the CPU though the model was meant for a GPU.

@@ -91,5 +91,8 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
             .with_config_entry("session.model_external_initializers_file_folder_path", folder)
             .map_err(|error| anyhow::anyhow!("cannot set the folder of external data: {error}"))?;
     }
-    builder.commit_from_memory(&model.onnx.encode_to_vec()).context("ONNX Runtime refuses the model").exit_code(DATA)
+    builder
+        .commit_from_memory(&model.onnx.encode_to_vec())
+        .context("ONNX Runtime refuses the model")
+        .exit_code(DATA)
 }

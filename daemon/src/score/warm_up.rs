@@ -1,11 +1,9 @@
 //! What is run before the daemon says that it is ready.
 
 use anyhow::{Context as _, bail};
-use sluice_schemas::record::ContextPolicy;
 
 use super::Score;
-use crate::batch::{Batch, Window};
-use crate::config::BatchSettings;
+use crate::batch::{Batch, Ladder, Window};
 use crate::device::Device;
 
 /// Runs the shapes of batches that scoring will meet, so that memory is had and kernels are chosen before the daemon
@@ -16,15 +14,15 @@ use crate::device::Device;
 pub fn warm_up(
     scorer: &mut dyn Score,
     device: Device,
-    policy: ContextPolicy,
-    batch: &BatchSettings,
+    ladder: Ladder,
+    tokens_max: usize,
 ) -> anyhow::Result<usize> {
-    let shapes = warm_up_shapes(device, policy, batch);
+    let shapes = warm_up_shapes(device, ladder, tokens_max);
     for &(rows, len) in &shapes {
         let window =
             Window { document: 0, tokens: vec![0; len].into(), span: 0..len, bos: None, first_scored: 1 };
         let scores = scorer
-            .score(&Batch::new(vec![window; rows], batch.ladder(policy)))
+            .score(&Batch::new(vec![window; rows], ladder))
             .with_context(|| format!("the model fails on a batch of {rows} x {len} tokens of padding"))?;
         if let Some(loss) = scores.losses.iter().find(|loss| !loss.is_finite()) {
             bail!("the model gives a loss of {loss}; its weights or its arithmetic are broken");
@@ -34,11 +32,11 @@ pub fn warm_up(
 }
 
 /// Rows and lengths, largest batch first, so that the memory it leaves behind serves the others.
-fn warm_up_shapes(device: Device, policy: ContextPolicy, batch: &BatchSettings) -> Vec<(usize, usize)> {
-    let mut lengths = batch.ladder(policy).lengths();
+fn warm_up_shapes(device: Device, ladder: Ladder, tokens_max: usize) -> Vec<(usize, usize)> {
+    let mut lengths = ladder.lengths();
     // One token alone predicts nothing.
     lengths.retain(|&len| len >= 2);
-    let full = |len: usize| ((batch.tokens_max / len).max(1), len);
+    let full = |len: usize| ((tokens_max / len).max(1), len);
     match (device, lengths.as_slice()) {
         (Device::Cpu, [shortest, .., longest]) => vec![full(*longest), (1, *shortest)],
         _ => lengths.iter().rev().flat_map(|&len| [full(len), (1, len)]).collect(),

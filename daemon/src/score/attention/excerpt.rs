@@ -70,7 +70,8 @@ pub(super) fn excerpt(
         .map(|(name, dims, element)| tensor_info(name, element, &free(dims)))
         .collect();
     graph.input.extend(given);
-    let length_max = graph.node.iter().filter_map(constant_tensor).chain(&graph.initializer).map(largest_length);
+    let length_max =
+        graph.node.iter().filter_map(constant_tensor).chain(&graph.initializer).map(largest_length);
     let length_max = length_max.chain(graph.node.iter().map(largest_attribute)).max().unwrap_or(1);
     Ok(Excerpt { graph, operands, shapes_only: cut.shapes_only, length_max })
 }
@@ -106,7 +107,8 @@ impl Cut<'_, '_> {
                 continue;
             }
             if self.index.is_stored(&value) {
-                let size: Option<i64> = self.index.initializer(&value).map(|tensor| tensor.dims.iter().product());
+                let size: Option<i64> =
+                    self.index.initializer(&value).map(|tensor| tensor.dims.iter().product());
                 if size.is_none_or(|size| size > ELEMENTS_MAX) {
                     return Err("which reads weights beside its queries, keys and values");
                 }
@@ -151,9 +153,10 @@ impl Cut<'_, '_> {
             self.shapes.element(value),
             Some(DataType::Float | DataType::Float16 | DataType::Bfloat16)
         );
-        let is_of_tokens = self.shapes.dims(value).is_some_and(|dims| {
-            dims.len() > 2 && dims.iter().filter(|size| size.is_none()).count() == 2
-        });
+        let is_of_tokens = self
+            .shapes
+            .dims(value)
+            .is_some_and(|dims| dims.len() > 2 && dims.iter().filter(|size| size.is_none()).count() == 2);
         is_computed && is_float && is_of_tokens
     }
 }
@@ -172,8 +175,10 @@ fn largest_length(tensor: &TensorProto) -> i64 {
 
 /// The same for the numbers in a node's attributes.
 fn largest_attribute(node: &NodeProto) -> i64 {
-    let numbers = node.attribute.iter().filter(|attribute| attribute.name().starts_with("value")).flat_map(|of| {
-        of.ints.iter().copied().chain(of.i)
-    });
+    let numbers = node
+        .attribute
+        .iter()
+        .filter(|attribute| attribute.name().starts_with("value"))
+        .flat_map(|of| of.ints.iter().copied().chain(of.i));
     numbers.map(i64::saturating_abs).filter(|&value| value < LENGTH_MAX).max().unwrap_or(1)
 }

@@ -172,7 +172,8 @@ impl<'a> Walk<'a, '_> {
     fn scores(&mut self, value: &str, left: usize) -> Option<Scores<'a>> {
         let node = self.index.producer(value)?;
         let left = left.checked_sub(1)?;
-        let constant = |input: &String| self.shapes.scalar(input).is_some() || self.index.tensor(input).is_some();
+        let constant =
+            |input: &String| self.shapes.scalar(input).is_some() || self.index.tensor(input).is_some();
         let found = match node.op_type() {
             "MatMul" if node.input.len() == 2 && !node.input.iter().any(constant) => {
                 Some(Scores { product: node, scale: 1.0, soft_cap: None })
@@ -180,17 +181,14 @@ impl<'a> Walk<'a, '_> {
             "Cast" | "Identity" | "Dropout" | "Reshape" => self.scores(node.input.first()?, left),
             "Mul" | "Div" => {
                 let (carrier, factor) = self.scaled(node)?;
-                match self.capped(carrier) {
-                    Some(inner) => {
-                        let mut scores = self.scores(&inner, left)?;
-                        scores.soft_cap = Some(factor);
-                        Some(scores)
-                    }
-                    None => {
-                        let mut scores = self.scores(carrier, left)?;
-                        scores.scale *= factor;
-                        Some(scores)
-                    }
+                if let Some(inner) = self.capped(carrier) {
+                    let mut scores = self.scores(&inner, left)?;
+                    scores.soft_cap = Some(factor);
+                    Some(scores)
+                } else {
+                    let mut scores = self.scores(carrier, left)?;
+                    scores.scale *= factor;
+                    Some(scores)
                 }
             }
             "Add" | "Where" | "Max" => {

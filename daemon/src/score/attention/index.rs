@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use sluice_schemas::onnx::{GraphProto, NodeProto, TensorProto};
+use sluice_schemas::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto};
 
 use crate::score::constant::constant_tensor;
 
@@ -66,10 +66,13 @@ impl<'a> Index<'a> {
 
 /// An integer attribute of a node.
 pub(super) fn int(node: &NodeProto, name: &str) -> Option<i64> {
-    node.attribute.iter().find(|attribute| attribute.name() == name).map(|attribute| attribute.i())
+    node.attribute.iter().find(|attribute| attribute.name() == name).map(AttributeProto::i)
 }
 
 /// An attribute of several integers.
 pub(super) fn ints<'a>(node: &'a NodeProto, name: &str) -> Option<&'a [i64]> {
-    node.attribute.iter().find(|attribute| attribute.name() == name).map(|attribute| attribute.ints.as_slice())
+    node.attribute
+        .iter()
+        .find(|attribute| attribute.name() == name)
+        .map(|attribute| attribute.ints.as_slice())
 }

@@ -15,8 +15,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use sluice_schemas::graph::GraphBuilder;
-use sluice_schemas::onnx::{GraphProto, ModelProto};
+use sluice_schemas::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto};
 
+use super::claims::{Bound, LayerFacts};
 use super::head::{prune, reads};
 use crate::device::Device;
 use find::{Spelled, Unknown};
@@ -31,7 +32,7 @@ const FUSED: [&str; 5] =
     ["Attention", "GroupQueryAttention", "MultiHeadAttention", "PagedAttention", "SparseAttention"];
 
 /// What became of a model's attention.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct AttentionReport {
     /// Operators that attention was already, as the model was exported, and how many there are of each.
     pub exported: BTreeMap<String, usize>,
@@ -39,6 +40,8 @@ pub struct AttentionReport {
     pub fused: BTreeMap<&'static str, usize>,
     /// Layers that stay spelled out, those with the same reason together.
     pub left: Vec<Left>,
+    /// What is known of each layer.
+    pub(super) layers: Vec<LayerFacts>,
 }
 
 /// Layers whose attention stays spelled out.
@@ -78,6 +81,8 @@ pub(super) fn fuse(model: &mut ModelProto, around: Surroundings<'_>) -> anyhow::
     };
     let Some(graph) = model.graph.as_mut() else { return Ok(AttentionReport::default()) };
     let mut report = AttentionReport { exported: exported(graph), ..Default::default() };
+    let attention = graph.node.iter().filter(|node| FUSED.contains(&node.op_type()));
+    report.layers = attention.map(facts).collect();
     let mut fused = Vec::new();
     {
         let index = Index::new(graph);
@@ -98,6 +103,11 @@ pub(super) fn fuse(model: &mut ModelProto, around: Surroundings<'_>) -> anyhow::
                     };
                     match why {
                         None => {
+                            report.layers.push(LayerFacts {
+                                window: Bound::Without,
+                                soft_cap: spelled.soft_cap.into(),
+                                biased: Some(false),
+                            });
                             fused.push((operator, spelled));
                             continue;
                         }
@@ -105,6 +115,7 @@ pub(super) fn fuse(model: &mut ModelProto, around: Surroundings<'_>) -> anyhow::
                     }
                 }
             };
+            report.layers.push(LayerFacts::default());
             leave(&mut report.left, layer, unknown);
         }
     }
@@ -126,6 +137,20 @@ fn exported(graph: &GraphProto) -> BTreeMap<String, usize> {
     exported
 }
 
+/// What the attributes and inputs of an operator say. Only `GroupQueryAttention` is causal by itself; what others are given
+/// as a mask is not looked into.
+fn facts(node: &NodeProto) -> LayerFacts {
+    const BIAS: usize = 10;
+    if node.op_type() != "GroupQueryAttention" {
+        return LayerFacts::default();
+    }
+    let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name() == name);
+    let window = attribute("local_window_size").map(AttributeProto::i).filter(|&window| window > 0);
+    let soft_cap = attribute("softcap").map(|of| f64::from(of.f())).filter(|&cap| cap > 0.0);
+    let biased = node.input.get(BIAS).is_some_and(|bias| !bias.is_empty());
+    LayerFacts { window: window.into(), soft_cap: soft_cap.into(), biased: Some(biased) }
+}
+
 fn unknown_of(unknown: &Unknown) -> (String, String) {
     (unknown.node.clone(), unknown.why.to_owned())
 }
@@ -135,9 +160,11 @@ fn unknown_of(unknown: &Unknown) -> (String, String) {
 fn can_admit(bench: &Bench<'_>, operator: Operator) -> Result<(), &'static str> {
     const OPSET_MIN: i64 = 18;
     let standard = bench.opsets.iter().find(|import| matches!(import.domain(), "" | "ai.onnx"));
-    let opset = standard.map_or(0, |import| import.version());
+    let opset = standard.map_or(0, OperatorSetIdProto::version);
     if operator == Operator::Standard && opset < OPSET_MIN {
-        return Err("is of 32 bits in a graph of an opset before 18, which cannot hold the operator for that");
+        return Err(
+            "is of 32 bits in a graph of an opset before 18, which cannot hold the operator for that",
+        );
     }
     Ok(())
 }

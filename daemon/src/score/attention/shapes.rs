@@ -45,7 +45,8 @@ impl<'a> Shapes<'a> {
             shapes.follow(node);
             for output in &node.output {
                 if let Some(value) = said.get(output.as_str())
-                    && !(shapes.dims.contains_key(output.as_str()) && shapes.types.contains_key(output.as_str()))
+                    && !(shapes.dims.contains_key(output.as_str())
+                        && shapes.types.contains_key(output.as_str()))
                 {
                     shapes.declare(value);
                 }
@@ -80,7 +81,8 @@ impl<'a> Shapes<'a> {
         let Ok(element) = DataType::try_from(tensor.data_type()) else { return };
         self.types.insert(name, element);
         let size: i64 = tensor.dims.iter().product();
-        if matches!(element, DataType::Int64 | DataType::Int32) && tensor.dims.len() < 2 && size <= SHAPE_MAX {
+        if matches!(element, DataType::Int64 | DataType::Int32) && tensor.dims.len() < 2 && size <= SHAPE_MAX
+        {
             if let Some(values) = integers(tensor) {
                 self.integers.insert(name, values.into_iter().map(Some).collect());
             }
@@ -202,7 +204,11 @@ impl<'a> Shapes<'a> {
             "Reshape" => self.reshaped(node),
             "Unsqueeze" => unsqueezed(first?, &self.axes(node)?),
             "Squeeze" => squeezed(first?, &self.axes(node)?),
-            "Expand" => broadcast(first?, self.integers.get(node.input.get(1)?.as_str())?),
+            "Expand" => match self.integers.get(node.input.get(1)?.as_str()) {
+                Some(wanted) => broadcast(first?, wanted),
+                // Dimensions of one may become any; the others stay.
+                None => Some(first?.iter().map(|size| size.filter(|&size| size != 1)).collect()),
+            },
             "Gather" => {
                 let axis = place(int(node, "axis").unwrap_or(0), first?.len())?;
                 let inner = self.input_dims(node, 1)?;
@@ -230,8 +236,8 @@ impl<'a> Shapes<'a> {
                 Some(dims)
             }
             "Range" => Some(vec![None]),
-            "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Where" | "And" | "Or" | "Equal" | "Less" | "LessOrEqual"
-            | "Greater" | "GreaterOrEqual" | "Max" | "Min" => {
+            "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Where" | "And" | "Or" | "Equal" | "Less"
+            | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Max" | "Min" => {
                 // What is not known is taken for something that spreads over the rest, such as angles over heads.
                 let mut known = (0..node.input.len()).filter_map(|at| self.input_dims(node, at));
                 let first = known.next()?.clone();
@@ -246,8 +252,8 @@ impl<'a> Shapes<'a> {
         match node.op_type() {
             "Cast" => DataType::try_from(int(node, "to")? as i32).ok(),
             "Shape" | "Size" | "NonZero" => Some(DataType::Int64),
-            "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "And" | "Or" | "Not" | "IsNaN"
-            | "IsInf" => Some(DataType::Bool),
+            "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "And" | "Or" | "Not"
+            | "IsNaN" | "IsInf" => Some(DataType::Bool),
             "MatMulInteger" => Some(DataType::Int32),
             "DynamicQuantizeLinear" | "QuantizeLinear" | "ConstantOfShape" => None,
             "Where" | "DequantizeLinear" => self.element(node.input.get(1)?),
@@ -302,7 +308,10 @@ impl<'a> Shapes<'a> {
                 dims[axis].and_then(|size| Some((bound(&ends, size)? - bound(&starts, size)?).max(0)));
         }
         // A step other than one is never used where sizes matter.
-        node.input.get(4).is_none_or(|_| self.known(node, 4).is_some_and(|s| s.iter().all(|&s| s == 1))).then_some(dims)
+        node.input
+            .get(4)
+            .is_none_or(|_| self.known(node, 4).is_some_and(|s| s.iter().all(|&s| s == 1)))
+            .then_some(dims)
     }
 
     fn integers_of(&self, node: &NodeProto) -> Option<Dims> {
@@ -331,11 +340,14 @@ impl<'a> Shapes<'a> {
                 };
                 values.get(at(1)?..at(2)?).map(<[_]>::to_vec)
             }
-            "Concat" => (0..node.input.len()).map(given).collect::<Option<Vec<_>>>().map(|all| {
-                all.into_iter().flatten().copied().collect()
-            }),
+            "Concat" => (0..node.input.len())
+                .map(given)
+                .collect::<Option<Vec<_>>>()
+                .map(|all| all.into_iter().flatten().copied().collect()),
             "Unsqueeze" | "Squeeze" | "Identity" | "Reshape" => given(0).cloned(),
-            "Cast" if matches!(self.element_of(node)?, DataType::Int64 | DataType::Int32) => given(0).cloned(),
+            "Cast" if matches!(self.element_of(node)?, DataType::Int64 | DataType::Int32) => {
+                given(0).cloned()
+            }
             "Add" | "Sub" | "Mul" | "Div" => {
                 let (one, other) = (given(0)?, given(1)?);
                 let compute = |one: &Option<i64>, other: &Option<i64>| {
@@ -347,7 +359,8 @@ impl<'a> Shapes<'a> {
                         _ => one.checked_div(other),
                     }
                 };
-                (one.len() == other.len()).then(|| one.iter().zip(other).map(|(a, b)| compute(a, b)).collect())
+                (one.len() == other.len())
+                    .then(|| one.iter().zip(other).map(|(a, b)| compute(a, b)).collect())
             }
             _ => None,
         }
@@ -372,11 +385,38 @@ impl<'a> Shapes<'a> {
 fn keeps_shape(op: &str) -> bool {
     matches!(
         op,
-        "Cast" | "Identity" | "Neg" | "Not" | "Sqrt" | "Reciprocal" | "Exp" | "Log" | "Tanh" | "Sigmoid" | "Relu"
-            | "Gelu" | "Erf" | "Sin" | "Cos" | "Abs" | "IsNaN" | "Softmax" | "Clip" | "Trilu" | "CumSum" | "Dropout"
-            | "QuickGelu" | "LayerNormalization" | "RMSNormalization" | "SimplifiedLayerNormalization"
-            | "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" | "RotaryEmbedding" | "QuantizeLinear"
-            | "DequantizeLinear" | "DynamicQuantizeLinear"
+        "Cast"
+            | "Identity"
+            | "Neg"
+            | "Not"
+            | "Sqrt"
+            | "Reciprocal"
+            | "Exp"
+            | "Log"
+            | "Tanh"
+            | "Sigmoid"
+            | "Relu"
+            | "Gelu"
+            | "Erf"
+            | "Sin"
+            | "Cos"
+            | "Abs"
+            | "IsNaN"
+            | "Softmax"
+            | "Clip"
+            | "Trilu"
+            | "CumSum"
+            | "Dropout"
+            | "QuickGelu"
+            | "LayerNormalization"
+            | "RMSNormalization"
+            | "SimplifiedLayerNormalization"
+            | "SkipLayerNormalization"
+            | "SkipSimplifiedLayerNormalization"
+            | "RotaryEmbedding"
+            | "QuantizeLinear"
+            | "DequantizeLinear"
+            | "DynamicQuantizeLinear"
     )
 }
 

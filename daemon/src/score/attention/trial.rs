@@ -141,10 +141,9 @@ pub(super) fn admit(model: &mut ModelProto, operator: Operator) {
     };
     match model.opset_import.iter_mut().find(|import| is(import, domain)) {
         Some(import) => import.version = import.version.max(Some(version)),
-        None => model.opset_import.push(OperatorSetIdProto {
-            domain: Some(domain.to_owned()),
-            version: Some(version),
-        }),
+        None => model
+            .opset_import
+            .push(OperatorSetIdProto { domain: Some(domain.to_owned()), version: Some(version) }),
     }
     model.ir_version = model.ir_version.max(Some(ir_version));
 }
@@ -233,7 +232,9 @@ fn tokens(input: &ValueInfoProto, rows: &[i64], length: i64) -> anyhow::Result<S
     });
     let shape = vec![rows.len() as i64, length];
     Ok(match element(input) {
-        DataType::Int32 => Tensor::from_array((shape, values.map(|value| value as i32).collect::<Vec<_>>()))?.into(),
+        DataType::Int32 => {
+            Tensor::from_array((shape, values.map(|value| value as i32).collect::<Vec<_>>()))?.into()
+        }
         _ => Tensor::from_array((shape, values.collect::<Vec<_>>()))?.into(),
     })
 }
