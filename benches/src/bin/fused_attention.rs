@@ -22,6 +22,9 @@ struct Arguments {
     /// Model folder whose graph spells its attention out, as `benches/python/spelled_out.py` makes one.
     #[arg(long)]
     model: PathBuf,
+    /// What the results call it.
+    #[arg(long)]
+    name: String,
     /// Lengths of rows in tokens.
     #[arg(long, value_delimiter = ',', default_value = "256,1024,2048,4096")]
     lengths: Vec<usize>,
@@ -88,6 +91,7 @@ fn main() -> anyhow::Result<()> {
     }
     let result = json!({
         "command": std::env::args().collect::<Vec<_>>().join(" "),
+        "model": arguments.name,
         "layers_fused": layers,
         "operator": report.fused.keys().collect::<Vec<_>>(),
         "cores": std::thread::available_parallelism()?.get(),

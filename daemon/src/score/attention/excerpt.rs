@@ -9,7 +9,7 @@ use sluice_schemas::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
 
 use super::find::Spelled;
 use super::index::Index;
-use super::shapes::{Dims, Shapes};
+use super::shapes::{Dims, Shapes, product};
 use crate::score::constant::{constant_tensor, floats, integers};
 use crate::score::names::{ATTENTION_MASK, POSITION_IDS, TOKEN_IDS};
 
@@ -107,8 +107,7 @@ impl Cut<'_, '_> {
                 continue;
             }
             if self.index.is_stored(&value) {
-                let size: Option<i64> =
-                    self.index.initializer(&value).map(|tensor| tensor.dims.iter().product());
+                let size = self.index.initializer(&value).and_then(|tensor| product(&tensor.dims));
                 if size.is_none_or(|size| size > ELEMENTS_MAX) {
                     return Err("which reads weights beside its queries, keys and values");
                 }

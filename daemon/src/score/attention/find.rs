@@ -231,7 +231,9 @@ impl<'a> Walk<'a, '_> {
                 matches!(node.op_type(), "Cast" | "Identity" | "Dropout" | "Where" | "MatMul")
             })?;
             if next.op_type() == "MatMul" {
-                return (next.input.first() == Some(&value)).then_some(next);
+                let is_weighted =
+                    next.input.first() == Some(&value) && next.input.len() == 2 && !next.output.is_empty();
+                return is_weighted.then_some(next);
             }
             value.clone_from(next.output.first()?);
         }

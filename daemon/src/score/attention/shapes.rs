@@ -80,7 +80,7 @@ impl<'a> Shapes<'a> {
         self.dims.insert(name, tensor.dims.iter().map(|&size| Some(size)).collect());
         let Ok(element) = DataType::try_from(tensor.data_type()) else { return };
         self.types.insert(name, element);
-        let size: i64 = tensor.dims.iter().product();
+        let size = product(&tensor.dims).unwrap_or(i64::MAX);
         if matches!(element, DataType::Int64 | DataType::Int32) && tensor.dims.len() < 2 && size <= SHAPE_MAX
         {
             if let Some(values) = integers(tensor) {
@@ -271,12 +271,12 @@ impl<'a> Shapes<'a> {
         }
         if let Some(rest) = dims.iter().position(|&size| size == Some(-1)) {
             let changing = |dims: &Dims| dims.iter().filter(|size| size.is_none()).count();
-            let product = |dims: &Dims| dims.iter().flatten().product::<i64>();
+            let known = |dims: &Dims| product(&dims.iter().flatten().copied().collect::<Vec<_>>());
             // What changes from run to run is the batch and the length, and as many of them stand on both sides.
             dims[rest] = Some(1);
-            let known = product(&dims);
-            let is_told = changing(input) == changing(&dims) && known > 0 && product(input) % known == 0;
-            dims[rest] = is_told.then(|| product(input) / known);
+            let (all, others) = (known(input)?, known(&dims)?);
+            let is_told = changing(input) == changing(&dims) && others > 0 && all % others == 0;
+            dims[rest] = is_told.then(|| all / others);
         }
         Some(dims)
     }
@@ -286,7 +286,7 @@ impl<'a> Shapes<'a> {
         let axis = place(int(node, "axis")?, dims.len())?;
         for at in 1..node.input.len() {
             let other = self.input_dims(node, at)?.get(axis)?;
-            dims[axis] = dims[axis].zip(*other).map(|(one, other)| one + other);
+            dims[axis] = dims[axis].zip(*other).and_then(|(one, other)| one.checked_add(other));
         }
         Some(dims)
     }
@@ -418,6 +418,11 @@ fn keeps_shape(op: &str) -> bool {
             | "DequantizeLinear"
             | "DynamicQuantizeLinear"
     )
+}
+
+/// The product of sizes, where it is no larger than a number can be.
+pub(super) fn product(sizes: &[i64]) -> Option<i64> {
+    sizes.iter().try_fold(1_i64, |product, &size| product.checked_mul(size))
 }
 
 /// An axis that may count from the end.

@@ -17,7 +17,7 @@ use sluice_schemas::onnx::{ModelProto, OperatorSetIdProto, ValueInfoProto};
 use super::excerpt::Excerpt;
 use super::find::Spelled;
 use super::operator::{Lengths, MICROSOFT, Operator, build};
-use super::shapes::Dims;
+use super::shapes::{Dims, product};
 use crate::score::environment::environment;
 use crate::score::inputs::element;
 use crate::score::names::{ATTENTION_MASK, POSITION_IDS};
@@ -31,6 +31,9 @@ const DIFFERENCE_MAX: f32 = 5e-4;
 const SIZES: [f32; 2] = [1.5, 8.0];
 /// Most bytes of a layer's products of queries and keys in a trial.
 const PRODUCTS_BYTES_MAX: i64 = 256 << 20;
+
+/// Most numbers of one operand.
+const NUMBERS_MAX: usize = 1 << 27;
 
 /// What a trial needs beside the layer.
 pub(super) struct Bench<'a> {
@@ -54,8 +57,9 @@ pub(super) fn differs(
 ) -> anyhow::Result<Option<String>> {
     let longest = bench.context_max.map_or(i64::MAX, i64::from);
     // Twice: a limit may be made of two numbers.
-    let long = (2 * excerpt.length_max + 2).min(longest);
-    if long.saturating_mul(long).saturating_mul(4 * spelled.query.heads) > PRODUCTS_BYTES_MAX {
+    let long = excerpt.length_max.saturating_mul(2).saturating_add(2).min(longest);
+    let products = long.saturating_mul(long).saturating_mul(spelled.query.heads);
+    if products.saturating_mul(size_of::<f32>() as i64) > PRODUCTS_BYTES_MAX {
         return Ok(Some(format!(
             "names the number {}, which may be a limit of its window and is too long to try",
             excerpt.length_max
@@ -209,7 +213,8 @@ fn numbers(
         .map(|known| known.or_else(|| free.next()))
         .collect::<Option<_>>()
         .context("more than the batch and the length change from run to run")?;
-    let count = shape.iter().product::<i64>() as usize;
+    let count = product(&shape).and_then(|count| usize::try_from(count).ok());
+    let count = count.filter(|&count| count <= NUMBERS_MAX).context("its operands are too large to try")?;
     // Knuth's linear congruential generator (MMIX).
     let mut state = seed + 1;
     let values: Vec<f32> = (0..count)
