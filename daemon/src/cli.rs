@@ -13,7 +13,7 @@ use crate::dead_letters::Replay;
 use crate::exit::{ExitCode as _, USAGE};
 use crate::ingest::Ingest;
 use crate::logging;
-use crate::model_tools::{self, ScoreText};
+use crate::model_tools::{self, Inspect, ScoreText};
 use crate::{dead_letters, dev_broker, ingest, serve, tokenizer, topics};
 
 /// Scores a stream of tokenized documents with a reference model.
@@ -147,9 +147,12 @@ enum ModelCommand {
         /// Print JSON.
         #[arg(long)]
         json: bool,
-        /// The device that it is looked at for, as `model.device`.
-        #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-        device: String,
+        /// Run a short row on this device, as `model.device`, and list what ran where.
+        #[arg(long, value_name = "DEVICE")]
+        device: Option<String>,
+        /// Path of libonnxruntime.so, as `model.onnxruntime`.
+        #[arg(long, value_name = "FILE")]
+        onnxruntime: Option<PathBuf>,
         /// Folder with model.onnx, tokenizer.json and config.json.
         #[arg(value_name = "FOLDER")]
         folder: PathBuf,
@@ -332,8 +335,8 @@ pub fn run() -> anyhow::Result<()> {
             record_bytes_max: args.record_bytes_max,
         }),
         Command::DevBroker(args) => dev_broker::run(&args.topics, args.until_stdin_closes),
-        Command::Model(ModelCommand::Inspect { json, device, folder }) => {
-            model_tools::inspect(&folder, &device, json)
+        Command::Model(ModelCommand::Inspect { json, device, onnxruntime, folder }) => {
+            model_tools::inspect(&Inspect { folder, library: onnxruntime.unwrap_or_default(), device, json })
         }
         Command::Serve(_) | Command::Validate(_) | Command::Model(ModelCommand::Score(_)) => Ok(()),
     }

@@ -58,11 +58,11 @@ impl<'a> Dispatcher<'a> {
     /// A dispatcher without documents.
     pub fn new(
         policy: RecordPolicy,
+        ladder: Ladder,
         ledger: &'a Ledger<Outcome>,
         sizes: Sizes,
         metrics: &'a Metrics,
     ) -> Self {
-        let ladder = sizes.ladder(policy.context);
         Self {
             lookahead: LookAhead::new(sizes.tokens_max, ladder),
             retries: Vec::new(),

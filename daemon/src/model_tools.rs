@@ -1,6 +1,6 @@
 //! `sluiced model inspect` and `sluiced model score`: a model folder without Kafka.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
@@ -12,21 +12,47 @@ use sluice_text::{Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, Text, TextReader, 
 use crate::config::Config;
 use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, USAGE};
-use crate::reference::Reference;
+use crate::reference::{Reference, onnxruntime_library};
+use crate::score::Scorer;
 use crate::score::documents::{DocumentScores, score_documents};
 use crate::score::model::Model;
+use crate::score::placement::Kind;
+use crate::score::runtime::SessionOptions;
 
 /// Documents that are tokenized and scored together.
 const CHUNK_DOCUMENTS: usize = 256;
 /// Bytes of text that are tokenized and scored together.
 const CHUNK_BYTES: usize = 8 << 20;
 
-/// Prints what was found in the model of `folder` and what was done to it. ONNX Runtime is not asked.
-pub fn inspect(folder: &Path, device: &str, as_json: bool) -> anyhow::Result<()> {
+/// What `sluiced model inspect` was asked for.
+#[derive(Clone, Debug)]
+pub struct Inspect {
+    /// Folder of the model.
+    pub folder: PathBuf,
+    /// Path of ONNX Runtime's library; empty for the environment's, as `model.onnxruntime`.
+    pub library: PathBuf,
+    /// The device to run it on; without one it is looked at as for the CPU, and not run.
+    pub device: Option<String>,
+    /// Whether JSON is printed.
+    pub json: bool,
+}
+
+/// Prints what was found in a model and what was done to it; with a device, what of it runs where.
+pub fn inspect(asked: &Inspect) -> anyhow::Result<()> {
+    let device = asked.device.as_deref().unwrap_or("cpu");
     let device = device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?;
-    let model = Model::load(folder, device, false).exit_code(NO_INPUT)?;
-    let description = describe(&model);
-    let page = if as_json {
+    let library = onnxruntime_library(&asked.library);
+    let mut model = Model::load(&asked.folder, device, false).exit_code(NO_INPUT)?;
+    let fused = model.fuse_attention(&library);
+    let mut description = describe(&model);
+    if asked.device.is_some() {
+        fused.exit_code(NO_INPUT)?;
+        description.push(("placement", placement(&model, device, library, asked.json)?));
+    } else if let Err(error) = fused {
+        // The rest can be said without ONNX Runtime.
+        tracing::warn!("attention was not looked at: {error:#}");
+    }
+    let page = if asked.json {
         let fields: serde_json::Map<_, _> =
             description.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         serde_json::to_string_pretty(&fields)?
@@ -36,6 +62,36 @@ pub fn inspect(folder: &Path, device: &str, as_json: bool) -> anyhow::Result<()>
     // Whoever has closed the pipe has seen enough.
     print_line(&page)?;
     Ok(())
+}
+
+/// Runs a short row on `device`, and lists what ran where.
+fn placement(model: &Model, device: Device, library: PathBuf, as_json: bool) -> anyhow::Result<Value> {
+    let options = SessionOptions { library, device, threads: 0, device_memory_bytes: 0 };
+    let placement = Scorer::new(model, &options, false).exit_code(NO_INPUT)?.placement()?;
+    if let Err(misplaced) = placement.check(device) {
+        tracing::warn!("{misplaced}");
+    }
+    let rows = placement.rows().map(|(kind, nodes, _)| {
+        let Kind { provider, operator, element } = kind;
+        if as_json {
+            json!({"provider": provider, "operator": operator, "element": element, "nodes": nodes})
+        } else {
+            json!(format!("{provider}: {operator} of {element} x {nodes}"))
+        }
+    });
+    Ok(rows.collect())
+}
+
+/// What a model's attention is, in a line for each operator.
+fn attention(model: &Model) -> Value {
+    let Some(report) = &model.attention else { return Value::Null };
+    let exported =
+        report.exported.iter().map(|(operator, count)| format!("{operator} x {count}, as exported"));
+    let fused =
+        report.fused.iter().map(|(operator, count)| format!("{operator} x {count}, fused as it was loaded"));
+    let left =
+        report.left.iter().map(|left| format!("spelled out x {}, see the findings", left.layers.len()));
+    exported.chain(fused).chain(left).collect()
 }
 
 /// What is found under a key, a line for each value, of which the first names the key.
@@ -84,6 +140,8 @@ fn describe(model: &Model) -> Vec<(&'static str, Value)> {
             "computes",
             json!(if model.widened { "in f32, for the CPU has no bfloat16" } else { "as exported" }),
         ),
+        ("attention", attention(model)),
+        ("length_limit", or_none(model.length_limit.map(|limit| json!(limit)))),
         ("external_data", json!(model.data_files)),
         ("context", json!(model.context_max)),
         ("bos_token", or_none(model.bos_token.map(|token| json!(token)))),
@@ -228,7 +286,7 @@ impl Scoring<'_> {
             &tokens,
             policy,
             sizes.tokens_max,
-            sizes.ladder(policy),
+            self.reference.ladder,
         )?;
         for (document, scores) in documents.iter().zip(&scores) {
             if self.document(document, scores)? == Reader::Gone {

@@ -16,6 +16,7 @@ use crossbeam_channel::unbounded;
 use sluice_schemas::record::ContextPolicy;
 
 use crate::assemble::RecordPolicy;
+use crate::batch::Ladder;
 use crate::config::Config;
 use crate::dispatch::Dispatcher;
 use crate::health::{Health, Wait};
@@ -33,7 +34,7 @@ pub fn run(
     config: &Config,
     model: ModelIdentity,
     scorer: &ModelThread,
-    policy: ContextPolicy,
+    (policy, ladder): (ContextPolicy, Ladder),
     metrics: &Metrics,
     health: &Health,
 ) -> anyhow::Result<()> {
@@ -57,7 +58,7 @@ pub fn run(
             guarded(health, || source.run(&jobs, model))
         })?;
         let dispatch = spawn(scope, health, "dispatch", || {
-            let dispatcher = Dispatcher::new(record, &ledger, config.sizes(), metrics);
+            let dispatcher = Dispatcher::new(record, ladder, &ledger, config.sizes(), metrics);
             guarded(health, || dispatcher.run(&jobs_out, scorer.asks()?, health))
         })?;
         let sink = spawn(scope, health, "sink", || {

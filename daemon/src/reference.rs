@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, anyhow, bail};
 use sluice_schemas::record::ContextPolicy;
 
+use crate::batch::Ladder;
 use crate::config::Config;
 use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, NO_INPUT, USAGE};
@@ -27,6 +28,8 @@ pub struct Reference {
     pub scorer: ModelThread,
     /// How it sees a document.
     pub policy: ContextPolicy,
+    /// The lengths that rows are padded to.
+    pub ladder: Ladder,
     /// Where it runs.
     pub device: Device,
 }
@@ -38,7 +41,8 @@ impl Reference {
         let policy = context_policy(config, &model).exit_code(USAGE)?;
         let model = Arc::new(model);
         let scorer = open_scorer(&model, device, config)?;
-        Ok(Self { model, scorer, policy, device })
+        let ladder = config.sizes().ladder(policy).split_at(model.length_limit);
+        Ok(Self { model, scorer, policy, ladder, device })
     }
 
     /// The same for the settings `new`, warm, beside this one: with a session of its own where model or device are not
@@ -51,7 +55,8 @@ impl Reference {
             && new.score.entropies == old.score.entropies;
         let model = Arc::new(model);
         let scorer = if same_session { self.scorer.clone() } else { open_scorer(&model, device, new)? };
-        let mut next = Self { model, scorer, policy, device };
+        let ladder = new.sizes().ladder(policy).split_at(model.length_limit);
+        let mut next = Self { model, scorer, policy, ladder, device };
         self.check_same_tokens(&next)?;
         if !same_session || new.batch != old.batch || policy != self.policy {
             next.warm_up(new).context("cannot warm up the new model beside the old one")?;
@@ -100,18 +105,21 @@ impl Reference {
 
     /// Runs the shapes that scoring will meet, and tries what losses rest on; says how many shapes there were.
     pub fn warm_up(&mut self, config: &Config) -> anyhow::Result<usize> {
-        let sizes = config.sizes();
-        let shapes = warm_up(&mut self.scorer, self.policy, sizes).exit_code(DATA)?;
+        let tokens_max = config.sizes().tokens_max;
+        let shapes = warm_up(&mut self.scorer, self.ladder, tokens_max).exit_code(DATA)?;
         let identity = &self.model.identity;
         let who = (identity.vocabulary, identity.precision);
-        self_test(&mut self.scorer, who, self.policy, sizes).exit_code(DATA)?;
+        self_test(&mut self.scorer, who, self.ladder, tokens_max).exit_code(DATA)?;
         Ok(shapes)
     }
 }
 
 fn load_model(config: &Config) -> anyhow::Result<(Model, Device)> {
     let device = config.model.device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?;
-    let model = Model::load(&config.model.path, device, config.score.entropies).exit_code(NO_INPUT)?;
+    let mut model = Model::load(&config.model.path, device, config.score.entropies).exit_code(NO_INPUT)?;
+    if config.model.fuse_attention {
+        model.fuse_attention(&onnxruntime_library(&config.model.onnxruntime)).exit_code(NO_INPUT)?;
+    }
     for finding in &model.findings {
         tracing::warn!(finding = finding.code(), "{finding}");
     }
@@ -126,11 +134,17 @@ fn open_scorer(model: &Arc<Model>, device: Device, config: &Config) -> anyhow::R
         device_memory_bytes: config.model.device_memory_bytes,
     };
     let (model, entropies) = (Arc::clone(model), config.score.entropies);
-    ModelThread::start(move || Scorer::new(&model, &options, entropies).exit_code(NO_INPUT))
+    ModelThread::start(move || {
+        let mut scorer = Scorer::new(&model, &options, entropies).exit_code(NO_INPUT)?;
+        if device != Device::Cpu {
+            scorer.placement()?.check(device).exit_code(DATA)?;
+        }
+        Ok(scorer)
+    })
 }
 
 /// The library that the settings name, else the one of the environment, else the system's.
-fn onnxruntime_library(setting: &std::path::Path) -> PathBuf {
+pub fn onnxruntime_library(setting: &std::path::Path) -> PathBuf {
     if !setting.as_os_str().is_empty() {
         return setting.to_owned();
     }

@@ -44,8 +44,9 @@ pub fn serve(config: &Config, load: reload::Load) -> anyhow::Result<()> {
         let (config, reference) = reload.in_force();
         health.set_stalled_after(config.limits.stalled());
         reference.announce(&config, &metrics);
-        let (identity, policy) = (reference.model.identity, reference.policy);
-        pipeline::run(&config, identity, &reference.scorer, policy, &metrics, &health)?;
+        let identity = reference.model.identity;
+        let shapes = (reference.policy, reference.ladder);
+        pipeline::run(&config, identity, &reference.scorer, shapes, &metrics, &health)?;
         if health.is_leaving() || !reload.take_next() {
             break;
         }

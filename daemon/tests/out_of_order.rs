@@ -95,7 +95,8 @@ fn stress(seed: u64, bos: Bos) -> u64 {
     let ledger = Ledger::default();
     ledger.assign([0, 1, 2]);
     let metrics = Metrics::new().unwrap();
-    let mut dispatcher = Dispatcher::new(record, &ledger, sizes, &metrics);
+    let ladder = sizes.ladder(policy);
+    let mut dispatcher = Dispatcher::new(record, ladder, &ledger, sizes, &metrics);
 
     let documents: Vec<Vec<u32>> = (0..300)
         .map(|_| {
@@ -214,7 +215,8 @@ fn dispatcher<'a>(ledger: &'a Ledger<Outcome>, metrics: &'a Metrics) -> Dispatch
     ledger.assign([0, 1, 2]);
     let context = ContextPolicy { window: 64, stride: 32, bos: Bos::None };
     let record = RecordPolicy { model: identity(), context, loss_format: LossFormat::F32, entropies: false };
-    let mut dispatcher = Dispatcher::new(record, ledger, Config::default().sizes(), metrics);
+    let sizes = Config::default().sizes();
+    let mut dispatcher = Dispatcher::new(record, sizes.ladder(context), ledger, sizes, metrics);
     for id in 0..DOCUMENTS {
         dispatcher.accept(job(ledger, id, &[1, 2, 3, 4]));
     }

@@ -220,7 +220,26 @@ fn inspect_says_what_was_found_and_done() {
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(found["after_the_head"], serde_json::json!(["Mul"]));
     assert_eq!((&found["vocabulary"], &found["context"]), (&512.into(), &64.into()));
-    assert_eq!(found["inputs"][1], serde_json::json!({"input": "attention_mask", "is": "fed, int64"}));
+    // Its mask of padding went with the attention that read it.
+    let fed =
+        |found: &Value| found["inputs"].as_array().unwrap().iter().any(|of| of["input"] == "attention_mask");
+    assert_eq!(found["attention"], serde_json::json!(["GroupQueryAttention x 2, fused as it was loaded"]));
+    assert!(!fed(&found) && found["placement"].is_null(), "{found}");
+    let without =
+        sluiced(&["model", "inspect", "--json", "--onnxruntime", "/nowhere", folder.to_str().unwrap()]);
+    assert!(without.status.success(), "{}", String::from_utf8_lossy(&without.stderr));
+    let found: Value = serde_json::from_slice(&without.stdout).unwrap();
+    assert!(fed(&found) && found["attention"].is_null(), "{found}");
+    let warning = String::from_utf8(without.stderr).unwrap();
+    assert!(warning.contains("cannot load ONNX Runtime from /nowhere"), "{warning}");
+
+    let run = sluiced(&["model", "inspect", "--json", "--device", "cpu", folder.to_str().unwrap()]);
+    let found: Value = serde_json::from_slice(&run.stdout).unwrap();
+    let ran = |operator: &str| {
+        let rows = found["placement"].as_array().unwrap().iter();
+        rows.filter(|row| row["operator"] == operator).map(|row| row["nodes"].as_u64().unwrap()).sum::<u64>()
+    };
+    assert_eq!((ran("GroupQueryAttention"), ran("Softmax")), (2, 0), "{found}");
 
     let text = sluiced(&["model", "inspect", folder.to_str().unwrap()]).stdout;
     let text = String::from_utf8(text).unwrap();

@@ -65,7 +65,8 @@ fn main() -> anyhow::Result<()> {
     let device: Device = arguments.device.parse().map_err(|error: String| anyhow!(error))?;
     let policy = ContextPolicy { window: arguments.window, stride: arguments.window / 2, bos: Bos::None };
     let open = |device: Device| -> anyhow::Result<(Model, Scorer)> {
-        let model = Model::load(&arguments.model, device, false)?;
+        let mut model = Model::load(&arguments.model, device, false)?;
+        model.fuse_attention(&arguments.library)?;
         let options = SessionOptions {
             library: arguments.library.clone(),
             device,
@@ -81,12 +82,12 @@ fn main() -> anyhow::Result<()> {
     config.batch.tokens_max = arguments.tokens_max;
     let sizes = config.sizes();
     let started = Instant::now();
-    let shapes = warm_up(&mut scorer, policy, sizes)?;
+    let ladder = sizes.ladder(policy).split_at(model.length_limit);
+    let shapes = warm_up(&mut scorer, ladder, sizes.tokens_max)?;
     let warm_up_seconds = started.elapsed().as_secs_f64();
 
     let vocabulary = model.identity.vocabulary;
     let lengths = Lengths { median: 400.0, sigma: 1.0, longest: arguments.window as usize };
-    let ladder = sizes.ladder(policy);
     let compared = shared(&lengths.documents(arguments.compared, vocabulary));
     let ours = score_documents(&mut scorer, &compared, policy, sizes.tokens_max, ladder)?;
     let (_, mut cpu) = open(Device::Cpu)?;

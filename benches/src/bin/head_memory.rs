@@ -134,7 +134,7 @@ fn one(vocabulary: usize, tokens: usize, grafted: bool) -> anyhow::Result<u64> {
             bail!("{} losses for {tokens} tokens", losses.len());
         }
     } else {
-        model.graph = std::fs::read(folder.path().join("model.onnx"))?;
+        model.onnx = ModelProto::decode(std::fs::read(folder.path().join("model.onnx"))?.as_slice())?;
         let mut session = open_session(&model, &options)?;
         let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
         let shape = [tokens / LENGTH, LENGTH];

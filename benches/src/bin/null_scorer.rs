@@ -181,6 +181,7 @@ fn measure(config: &Config, arguments: &Arguments, broker: u32) -> anyhow::Resul
         precision: Precision::F32,
     };
     let policy = ContextPolicy { window: 2048, stride: 1024, bos: Bos::None };
+    let ladder = config.sizes().ladder(policy);
     let scorer = NullScorer {
         tokens_per_second: arguments.scorer_tokens_per_second,
         batch_seconds: arguments.batch_milliseconds / 1000.0,
@@ -190,7 +191,8 @@ fn measure(config: &Config, arguments: &Arguments, broker: u32) -> anyhow::Resul
     std::fs::write("/proc/self/clear_refs", "5")?;
     let memory = status_bytes("VmRSS")?;
     std::thread::scope(|scope| {
-        let daemon = scope.spawn(|| pipeline::run(config, model, &scorer, policy, &metrics, &health));
+        let daemon =
+            scope.spawn(|| pipeline::run(config, model, &scorer, (policy, ladder), &metrics, &health));
         while metrics.documents_read.get() == 0 && !daemon.is_finished() {
             std::thread::yield_now();
         }

@@ -8,6 +8,8 @@ pub struct Ladder {
     steps: usize,
     /// Most tokens of a batch, where its rows are one of few numbers.
     few_rows_of: Option<usize>,
+    /// Length beyond which a model computes rows in another way.
+    limit: Option<usize>,
 }
 
 /// No two lengths are nearer than this; kernels work on so many elements at a time anyway.
@@ -18,7 +20,7 @@ impl Ladder {
     ///
     /// With 16 steps the padding to a length is 3 % on average and at most 1/16.
     pub fn new(longest: usize, steps: usize) -> Self {
-        Self { longest, steps: steps.max(1), few_rows_of: None }
+        Self { longest, steps: steps.max(1), few_rows_of: None, limit: None }
     }
 
     /// The same lengths, each with few numbers of rows, of which the largest makes a batch of `tokens_max` tokens: all of
@@ -46,7 +48,7 @@ impl Ladder {
         rows
     }
 
-    /// Every shape with few rows, `(rows, length)`, largest batch first.
+    /// Every shape, `(rows, length)`, largest batch first; none where any number of rows will do.
     pub fn shapes(self) -> Vec<(usize, usize)> {
         let mut shapes: Vec<_> = self
             .lengths()
@@ -57,6 +59,18 @@ impl Ladder {
         shapes
     }
 
+    /// The same ladder for a model that computes rows of more than `limit` tokens in another way, and goes by the length
+    /// that they are padded to: no row is padded beyond the limit that is not longer itself.
+    #[must_use]
+    pub fn split_at(self, limit: Option<usize>) -> Self {
+        Self { limit, ..self }
+    }
+
+    /// Whether rows of these lengths may share a batch.
+    pub fn allows_together(self, one: usize, other: usize) -> bool {
+        self.limit.is_none_or(|limit| (one <= limit) == (other <= limit))
+    }
+
     /// The shortest length on the ladder that holds `len` tokens; `len` itself where none does.
     pub fn fit(self, len: usize) -> usize {
         if len == 0 {
@@ -64,7 +78,8 @@ impl Ladder {
         }
         let octave = (len.next_power_of_two() / 2).max(1);
         let step = (octave / self.steps).max(STEP_MIN);
-        len.next_multiple_of(step).min(self.longest).max(len)
+        let bound = self.limit.filter(|&limit| len <= limit).unwrap_or(self.longest);
+        len.next_multiple_of(step).min(bound).min(self.longest).max(len)
     }
 
     /// Every length on the ladder, shortest first.
@@ -126,5 +141,18 @@ mod tests {
             assert!(lengths.is_sorted());
         }
         assert_eq!(Ladder::new(10, 4).fit(12), 12, "what is too long stays whole");
+    }
+
+    #[test]
+    fn no_length_passes_the_limit() {
+        let ladder = Ladder::new(2048, 4).split_at(Some(100));
+        assert_eq!((ladder.fit(99), ladder.fit(100), ladder.fit(101)), (100, 100, 112));
+        assert!(ladder.lengths().contains(&100));
+        assert!(ladder.allows_together(1, 100) && ladder.allows_together(101, 2048));
+        assert!(!ladder.allows_together(100, 101));
+        assert!(Ladder::new(2048, 4).allows_together(1, 2048));
+        for len in 1..=100 {
+            assert!(ladder.fit(len) <= 100);
+        }
     }
 }

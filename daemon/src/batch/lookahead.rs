@@ -125,7 +125,8 @@ impl LookAhead {
         for (&len, queue) in self.waiting.range(..=longest).rev() {
             let wastes = (len as f64) < longest as f64 * (1.0 - WASTE_MAX);
             let half_full = (rows * longest) as f64 >= self.tokens_max as f64 * FILL_MIN;
-            if rows == room || (wastes && half_full) {
+            let is_apart = !self.ladder.allows_together(longest, len);
+            if is_apart || rows == room || (wastes && half_full) {
                 break;
             }
             let count = queue.len().min(room - rows);
@@ -142,7 +143,8 @@ impl LookAhead {
         let (Some(&(longest, _)), true) = (taken.first(), is_last) else { return taken };
         let mut rows: usize = taken.iter().map(|(_, count)| count).sum();
         for (&len, queue) in self.waiting.range(longest + 1..) {
-            let count = queue.len().min(self.room(len).saturating_sub(rows));
+            let room = if self.ladder.allows_together(longest, len) { self.room(len) } else { 0 };
+            let count = queue.len().min(room.saturating_sub(rows));
             if count > 0 {
                 taken.insert(0, (len, count));
                 rows += count;
@@ -191,7 +193,8 @@ fn cut(lengths: &[usize], tokens_max: usize, ladder: Ladder) -> Vec<Range<usize>
         let padded = (index - start) * padded_len;
         let is_full = padded + padded_len > tokens_max;
         let wastes = (ladder.fit(lengths[index]) as f64) < padded_len as f64 * (1.0 - WASTE_MAX);
-        if is_full || (wastes && padded as f64 >= tokens_max as f64 * FILL_MIN) {
+        let is_apart = !ladder.allows_together(lengths[start], lengths[index]);
+        if is_apart || is_full || (wastes && padded as f64 >= tokens_max as f64 * FILL_MIN) {
             ranges.push(start..index);
             start = index;
         }
@@ -246,6 +249,27 @@ mod tests {
         assert!(batches.iter().all(|batch| batch.padded_tokens() <= TOKENS_MAX));
         assert_eq!(sorted(&batches), some_windows());
         assert_eq!((waiting.tokens(), waiting.is_empty()), (0, true));
+    }
+
+    #[test]
+    fn windows_on_two_sides_of_a_limit_share_no_batch() {
+        let ladder = ladder().split_at(Some(20));
+        let is_whole = |batch: &Batch| {
+            let mut lengths = batch.windows.iter().map(|window| window.len() <= 20);
+            let first = lengths.next().unwrap_or(batch.padded_len <= 20);
+            first == (batch.padded_len <= 20) && lengths.all(|short| short == first)
+        };
+        for tokens_max in [64, 128, 1024, 1 << 20] {
+            let mut waiting = LookAhead::new(tokens_max, ladder);
+            for window in some_windows() {
+                waiting.push(window);
+            }
+            let waited: Vec<Batch> = std::iter::from_fn(|| waiting.next_batch()).collect();
+            for batches in [plan(some_windows(), tokens_max, ladder), waited] {
+                assert!(batches.iter().all(is_whole), "{tokens_max}");
+                assert_eq!(sorted(&batches), some_windows());
+            }
+        }
     }
 
     #[test]

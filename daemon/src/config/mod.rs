@@ -114,6 +114,8 @@ pub struct ModelSettings {
     pub threads: usize,
     /// Most bytes of device memory for the model's arena; 0 for no limit.
     pub device_memory_bytes: usize,
+    /// Whether attention that the graph spells out is replaced by one operator, layer by layer, where both compute the same.
+    pub fuse_attention: bool,
 }
 
 impl Default for ModelSettings {
@@ -124,6 +126,7 @@ impl Default for ModelSettings {
             device: "cpu".to_owned(),
             threads: 0,
             device_memory_bytes: 0,
+            fuse_attention: true,
         }
     }
 }

@@ -1,8 +1,13 @@
 //! Reading the constants of a graph: which stored tensor stands behind a value, and what small ones hold.
 
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::Path;
+
 use half::{bf16, f16};
+use sluice_schemas::graph::raw_tensor;
 use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
-use sluice_schemas::onnx::{GraphProto, NodeProto, TensorProto};
+use sluice_schemas::onnx::{GraphProto, NodeProto, StringStringEntryProto, TensorProto};
 
 /// A stored tensor, and whether a value made of it has its two dimensions swapped.
 #[derive(Clone, Copy, Debug)]
@@ -69,4 +74,44 @@ pub(super) fn floats(tensor: &TensorProto) -> Option<Vec<f32>> {
         DataType::Bfloat16 => Some(halves(|bits| bf16::from_bits(bits).to_f32())),
         _ => None,
     }
+}
+
+/// The values of a tensor of integers that is stored in the graph itself.
+pub(super) fn integers(tensor: &TensorProto) -> Option<Vec<i64>> {
+    if tensor.data_location() == DataLocation::External {
+        return None;
+    }
+    let raw = tensor.raw_data.as_deref().filter(|raw| !raw.is_empty());
+    match (DataType::try_from(tensor.data_type()).ok()?, raw) {
+        (DataType::Int64, Some(raw)) => {
+            raw.chunks_exact(8).map(|bytes| bytes.try_into().ok().map(i64::from_le_bytes)).collect()
+        }
+        (DataType::Int64, None) => Some(tensor.int64_data.clone()),
+        (DataType::Int32, Some(raw)) => raw
+            .chunks_exact(4)
+            .map(|bytes| bytes.try_into().ok().map(|bytes| i64::from(i32::from_le_bytes(bytes))))
+            .collect(),
+        (DataType::Int32, None) => Some(tensor.int32_data.iter().map(|&value| i64::from(value)).collect()),
+        _ => None,
+    }
+}
+
+/// A small tensor of external data with its values in itself.
+pub(super) fn inlined(tensor: &TensorProto, folder: &Path) -> anyhow::Result<TensorProto> {
+    let entries = &tensor.external_data;
+    let entry =
+        |key: &str| entries.iter().find(|entry| entry.key() == key).map(StringStringEntryProto::value);
+    let bytes_each = match DataType::try_from(tensor.data_type()) {
+        Ok(DataType::Float) => 4,
+        Ok(DataType::Float16 | DataType::Bfloat16) => 2,
+        // Frequencies in another type are none that `floats` reads.
+        _ => 0,
+    };
+    let mut raw = vec![0; tensor.dims.iter().product::<i64>() as usize * bytes_each];
+    let mut file = File::open(folder.join(entry("location").unwrap_or_default()))?;
+    file.seek(SeekFrom::Start(entry("offset").map_or(Ok(0), str::parse)?))?;
+    file.read_exact(&mut raw)?;
+    let mut inlined = raw_tensor(DataType::Undefined, &tensor.dims, raw.into());
+    inlined.data_type = tensor.data_type;
+    Ok(inlined)
 }

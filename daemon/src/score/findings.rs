@@ -1,17 +1,15 @@
 //! What about a model makes its losses other than those of the model it was exported from.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 
 use anyhow::Context as _;
 use half::{bf16, f16};
-use sluice_schemas::graph::raw_tensor;
-use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
-use sluice_schemas::onnx::{GraphProto, StringStringEntryProto, TensorProto};
+use sluice_schemas::onnx::tensor_proto::DataLocation;
+use sluice_schemas::onnx::{GraphProto, TensorProto};
 
-use super::constant::{constant_tensor, floats};
+use super::attention::Left;
+use super::constant::{constant_tensor, floats, inlined};
 
 /// Something a user should know before trusting a model's losses. It stops nothing.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +34,18 @@ pub enum Finding {
         /// The bound that `config.json` asks for.
         wanted: f32,
     },
+    /// Attention of some layers is not what one operator computes, so that it runs without a fused kernel: right, and slow
+    /// where sequences are long.
+    AttentionSpelledOut(Left),
+    /// The graph's attention or rotation is not what `config.json` says, so that it is another model.
+    ConfigDiffers {
+        /// The key of `config.json`.
+        key: &'static str,
+        /// What it says.
+        says: String,
+        /// What the graph does.
+        graph: String,
+    },
 }
 
 impl Finding {
@@ -45,6 +55,8 @@ impl Finding {
             Self::RotaryTableRounded { .. } => "rotary_table_rounded",
             Self::SoftCapMissing { .. } => "soft_cap_missing",
             Self::SoftCapDiffers { .. } => "soft_cap_differs",
+            Self::AttentionSpelledOut(_) => "attention_spelled_out",
+            Self::ConfigDiffers { .. } => "config_differs",
         }
     }
 }
@@ -66,7 +78,39 @@ impl fmt::Display for Finding {
                 f,
                 "the graph caps its logits at {found}, and config.json says final_logit_softcapping {wanted}"
             ),
+            Self::AttentionSpelledOut(Left { layers, node, why }) => write!(
+                f,
+                "the attention of {} stays spelled out: node `{node}`, {why}; its losses are right, and it is slow; for \
+                 a fused operator export the model with `python -m onnxruntime_genai.models.builder -i MODEL -o OUT -p fp16 -e \
+                 cuda` (on the CPU `-p fp32 -e cpu`)",
+                spans(layers)
+            ),
+            Self::ConfigDiffers { key, says, graph } => write!(
+                f,
+                "config.json says {key} {says}, and the graph {graph}, so its losses are those of another model; export it \
+                 with an exporter that knows {key}, or mend config.json where that is wrong"
+            ),
         }
+    }
+}
+
+/// Layers as people write them: `layers 0 to 3 and 5`.
+fn spans(layers: &[usize]) -> String {
+    let mut spans: Vec<(usize, usize)> = Vec::new();
+    for &layer in layers {
+        match spans.last_mut() {
+            Some((_, last)) if *last + 1 == layer => *last = layer,
+            _ => spans.push((layer, layer)),
+        }
+    }
+    let spans: Vec<String> = spans
+        .into_iter()
+        .map(|(first, last)| if first == last { first.to_string() } else { format!("{first} to {last}") })
+        .collect();
+    let noun = if layers.len() == 1 { "layer" } else { "layers" };
+    match spans.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{noun} {} and {last}", rest.join(", ")),
+        _ => format!("{noun} {}", spans.join("")),
     }
 }
 
@@ -107,35 +151,15 @@ pub(super) fn rounded_rotary_tables(
 }
 
 /// Whether a tensor has the size of half a head's width: one row.
-fn may_be_frequencies(tensor: &TensorProto) -> bool {
+pub(super) fn may_be_frequencies(tensor: &TensorProto) -> bool {
     const SIZES: std::ops::RangeInclusive<i64> = 4..=512;
     let size: i64 = tensor.dims.iter().product();
     tensor.dims.iter().filter(|&&dim| dim > 1).count() == 1 && SIZES.contains(&size)
 }
 
 /// Whether values look like `theta ^ (-2 i / width)`: from 1 down, never up.
-fn are_frequencies(values: &[f32]) -> bool {
+pub(super) fn are_frequencies(values: &[f32]) -> bool {
     values.first() == Some(&1.0) && values.windows(2).all(|pair| pair[0] > pair[1] && pair[1] > 0.0)
-}
-
-/// A small tensor of external data with its values in itself.
-fn inlined(tensor: &TensorProto, folder: &Path) -> anyhow::Result<TensorProto> {
-    let entries = &tensor.external_data;
-    let entry =
-        |key: &str| entries.iter().find(|entry| entry.key() == key).map(StringStringEntryProto::value);
-    let bytes_each = match DataType::try_from(tensor.data_type()) {
-        Ok(DataType::Float) => 4,
-        Ok(DataType::Float16 | DataType::Bfloat16) => 2,
-        // Frequencies in another type are none that `floats` reads.
-        _ => 0,
-    };
-    let mut raw = vec![0; tensor.dims.iter().product::<i64>() as usize * bytes_each];
-    let mut file = File::open(folder.join(entry("location").unwrap_or_default()))?;
-    file.seek(SeekFrom::Start(entry("offset").map_or(Ok(0), str::parse)?))?;
-    file.read_exact(&mut raw)?;
-    let mut inlined = raw_tensor(DataType::Undefined, &tensor.dims, raw.into());
-    inlined.data_type = tensor.data_type;
-    Ok(inlined)
 }
 
 /// The 16-bit format that holds every one of `values` exactly. Frequencies computed in 32 bits fit none.
@@ -154,6 +178,10 @@ fn rounded_to(values: &[f32]) -> Option<&'static str> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use sluice_schemas::graph::raw_tensor;
+    use sluice_schemas::onnx::StringStringEntryProto;
+    use sluice_schemas::onnx::tensor_proto::DataType;
+
     use super::*;
 
     fn table(dims: &[i64], round: fn(f32) -> f32) -> GraphProto {

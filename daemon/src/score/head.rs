@@ -115,7 +115,7 @@ pub(super) fn replace(
 
 /// Removes the nodes that no output needs any more: the head that moved, and what was computed for outputs that went
 /// away, such as a cache of keys and values.
-fn prune(graph: &mut GraphProto) {
+pub(super) fn prune(graph: &mut GraphProto) {
     let producers: HashMap<&str, usize> = graph
         .node
         .iter()
@@ -138,7 +138,7 @@ fn prune(graph: &mut GraphProto) {
 }
 
 /// Adds the names of all values that `node` reads, those that its subgraphs read from outside included.
-fn reads<'a>(node: &'a NodeProto, names: &mut Vec<&'a str>) {
+pub(super) fn reads<'a>(node: &'a NodeProto, names: &mut Vec<&'a str>) {
     names.extend(node.input.iter().map(String::as_str));
     for graph in node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()) {
         for inner in &graph.node {

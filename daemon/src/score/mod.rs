@@ -1,36 +1,46 @@
 //! The scorer: batches of windows in, one loss for each token asked for out. Kafka is unknown here.
 
+pub mod attention;
+mod claims;
 mod constant;
 pub mod documents;
+mod environment;
 pub mod findings;
 pub mod graft;
 mod graft_error;
 mod head;
 mod identity;
 mod inputs;
+mod limits;
 pub mod model;
 pub mod model_thread;
 pub mod names;
+pub mod placement;
 pub mod policy;
 mod precision;
+mod rotation;
 pub mod runtime;
 pub mod self_test;
 pub mod warm_up;
 mod widen;
 
 use anyhow::{Context as _, bail};
-use ort::session::{Session, SessionInputValue};
+use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::TensorRef;
 use sluice_schemas::onnx::tensor_proto::DataType;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Ladder, Window};
 pub use identity::ModelIdentity;
 use model::Model;
 use names::{
     ATTENTION_MASK, ENTROPY_OUTPUT, LOSS_OUTPUT, POSITION_IDS, POSITIONS_OUTPUT, ROWS_INPUT, TARGETS_INPUT,
     TOKEN_IDS,
 };
+use placement::Placement;
 use runtime::SessionOptions;
+
+/// Length of the row that shows what runs where; what a model is made of does not change with it.
+const PLACEMENT_TOKENS: usize = 8;
 
 /// Losses, and entropies where they were asked for, in the order of a batch's targets; nats.
 #[derive(Debug, Default)]
@@ -102,8 +112,29 @@ impl Scorer {
     }
 }
 
-impl Score for Scorer {
-    fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
+impl Scorer {
+    /// Runs a short row and says on which provider each node ran.
+    pub fn placement(&mut self) -> anyhow::Result<Placement> {
+        let window = Window {
+            document: 0,
+            tokens: vec![0; PLACEMENT_TOKENS].into(),
+            span: 0..PLACEMENT_TOKENS,
+            bos: None,
+            first_scored: 1,
+        };
+        let batch = Batch::new(vec![window], Ladder::new(PLACEMENT_TOKENS, 1));
+        let folder = tempfile::tempdir().context("cannot make a folder for ONNX Runtime's profile")?;
+        let mut options = RunOptions::new()?;
+        options.enable_profiling(folder.path().join("batch"))?;
+        self.run(&batch, &options)?;
+        // ONNX Runtime ends the file's name with the time.
+        let file = std::fs::read_dir(folder.path())?
+            .next()
+            .context("ONNX Runtime wrote no profile of a batch")??;
+        Placement::from_profile(&std::fs::read(file.path())?)
+    }
+
+    fn run(&mut self, batch: &Batch, options: &RunOptions) -> anyhow::Result<Scores> {
         if batch.targets.is_empty() {
             return Ok(Scores::default());
         }
@@ -133,7 +164,7 @@ impl Score for Scorer {
         feed.push((ROWS_INPUT, TensorRef::from_array_view((asked, batch.target_rows.as_slice()))?.into()));
         feed.push((TARGETS_INPUT, TensorRef::from_array_view((asked, batch.targets.as_slice()))?.into()));
 
-        let outputs = self.session.run(feed).context("the model failed on a batch")?;
+        let outputs = self.session.run_with_options(feed, options).context("the model failed on a batch")?;
         let (_, positions) =
             outputs[POSITIONS_OUTPUT].try_extract_tensor::<i64>().context("the loss head's positions")?;
         if positions != [batch.tokens.len() as i64] {
@@ -159,6 +190,12 @@ impl Score for Scorer {
             bail!("the model returned {} losses for {} tokens", losses.len(), batch.targets.len());
         }
         Ok(Scores { losses: losses.to_vec(), entropies })
+    }
+}
+
+impl Score for Scorer {
+    fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
+        self.run(batch, &RunOptions::new()?)
     }
 }
 

@@ -14,12 +14,16 @@ use sluice_schemas::onnx::{GraphProto, ModelProto, TensorProto};
 use sluice_schemas::record::Precision;
 use sluice_text::{TextTokenizer, json};
 
+use super::attention::{self, AttentionReport, Surroundings};
+use super::claims::Claims;
 use super::findings::{self, Finding};
 use super::graft::{GraftReport, graft};
 use super::identity::ModelIdentity;
 use super::inputs;
+use super::limits::length_limits;
 use super::names::{ROWS_INPUT, TARGETS_INPUT};
 use super::precision::precision;
+use super::rotation::rotations;
 use super::widen::widen;
 use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, ExitError};
@@ -27,18 +31,27 @@ use crate::exit::{DATA, ExitCode as _, ExitError};
 /// A reference model, read and given its loss head, ready for a session.
 #[derive(Debug)]
 pub struct Model {
-    /// The rewritten ONNX file.
-    pub graph: Vec<u8>,
+    /// The rewritten ONNX model.
+    pub onnx: ModelProto,
     /// Folder of the external data that the graph refers to, where it has any.
     pub data_folder: Option<PathBuf>,
     /// What was found in the graph and done to it.
     pub report: GraftReport,
     /// What makes its losses other than those of the model it was exported from.
     pub findings: Vec<Finding>,
+    /// What became of its attention; nothing until [`Model::fuse_attention`] has looked.
+    pub attention: Option<AttentionReport>,
     /// Inputs that the graph wants beside those of the loss head, with their element types.
     pub inputs: Vec<(String, DataType)>,
     /// Files of external data, as the graph names them.
     pub data_files: Vec<String>,
+    /// Length beyond which the graph computes all rows of a batch in another way, where there is one: no row of a batch may be
+    /// longer where another is not.
+    pub length_limit: Option<usize>,
+    /// What `config.json` says of attention.
+    claims: Claims,
+    /// The device that it was fitted to.
+    pub device: Device,
     /// Whether it is a bfloat16 model that computes in float32, as it must on the CPU.
     pub widened: bool,
     /// What records say of the model, and are checked against.
@@ -100,14 +113,26 @@ impl Model {
                 .exit_code(DATA)?;
 
         let config_path = folder.join("config.json");
-        let config: ModelConfig = if config_path.exists() {
+        let config: serde_json::Value = if config_path.exists() {
             let bytes = std::fs::read(&config_path)
                 .with_context(|| format!("cannot read {}", config_path.display()))?;
             json::from_slice(&bytes).with_context(|| config_path.display().to_string()).exit_code(DATA)?
         } else {
-            ModelConfig::default()
+            serde_json::Value::Null
+        };
+        let claims = Claims::new(config);
+        let config: ModelConfig = match claims.config() {
+            serde_json::Value::Null => ModelConfig::default(),
+            config => serde_json::from_value(config.clone())
+                .with_context(|| config_path.display().to_string())
+                .exit_code(DATA)?,
         };
         findings.extend(findings::soft_cap(report.soft_cap, config.final_logit_softcapping));
+        let length_limit = length_limit(&model, &claims).exit_code(DATA)?;
+        if let Some(graph) = &model.graph {
+            let rotations = rotations(graph, data_folder.as_deref()).exit_code(DATA)?;
+            findings.extend(claims.rotation(&rotations, !length_limits(graph).is_empty()));
+        }
         // Some models pad their head beyond the ids that their embedding knows; the smaller bound is safe.
         let vocabulary = match (report.vocabulary, config.vocab_size) {
             (Some(head), Some(config)) => head.min(config),
@@ -121,10 +146,14 @@ impl Model {
             bail!("{} says that the vocabulary is empty (vocab_size 0)", config_path.display());
         }
         Ok(Self {
-            graph: model.encode_to_vec(),
+            onnx: model,
             data_folder,
             report,
             findings,
+            attention: None,
+            length_limit,
+            claims,
+            device,
             inputs,
             data_files,
             widened,
@@ -139,6 +168,50 @@ impl Model {
             context_max: config.max_position_embeddings,
             bos_token: config.bos_token_id.as_u64().and_then(|id| u32::try_from(id).ok()),
         })
+    }
+}
+
+impl Model {
+    /// Replaces attention that the graph spells out by one operator, layer by layer, where ONNX Runtime (from `library`)
+    /// computes the same with both. What stays as it is becomes a finding. Fails where ONNX Runtime cannot be had.
+    pub fn fuse_attention(&mut self, library: &Path) -> anyhow::Result<()> {
+        let around = Surroundings {
+            library,
+            data_folder: self.data_folder.as_deref(),
+            context_max: self.context_max,
+            device: self.device,
+            settled: &self.report.settled_inputs,
+        };
+        let report = attention::fuse(&mut self.onnx, around)?;
+        // A mask of padding that nothing reads any more is not fed.
+        self.inputs = model_inputs(&self.onnx);
+        let mut nodes = self.onnx.graph.iter().flat_map(|graph| &graph.node);
+        // The loss head's own `Min` bounds rows, not queries.
+        let clips = nodes.any(|node| {
+            matches!(node.op_type(), "Clip" | "Min" | "Max") && !node.name().starts_with("sluice/")
+        });
+        self.findings.extend(self.claims.attention(&report.layers, clips));
+        self.findings.extend(report.left.iter().cloned().map(Finding::AttentionSpelledOut));
+        self.attention = Some(report);
+        Ok(())
+    }
+}
+
+/// The one length at which the graph begins to compute in another way, as its nodes have it, else as `LongRoPE` has it.
+fn length_limit(model: &ModelProto, claims: &Claims) -> anyhow::Result<Option<usize>> {
+    let limits = model.graph.as_ref().map(length_limits).unwrap_or_default();
+    let limits: Vec<i64> = if limits.is_empty() {
+        claims.longrope_limit().into_iter().collect()
+    } else {
+        limits.into_iter().collect()
+    };
+    match limits.as_slice() {
+        [] => Ok(None),
+        [limit] => Ok(usize::try_from(*limit).ok()),
+        several => bail!(
+            "the graph changes what it computes at several lengths ({several:?}), so a document's losses would depend on its \
+             batch; export the model for one range of lengths"
+        ),
     }
 }
 
@@ -168,7 +241,7 @@ pub fn rewrite(
     };
     let report = graft(model, device, entropies)?;
     let inputs = model_inputs(model);
-    let widened = device == Device::Cpu && widen(model);
+    let widened = device == Device::Cpu && widen(model, DataType::Bfloat16);
     Ok(Rewritten { report, findings, inputs, widened })
 }
 

@@ -1,14 +1,14 @@
-//! Finding and starting ONNX Runtime, and opening a session that fails rather than falls back.
+//! Opening a session that fails rather than falls back.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, bail};
-use ort::environment::Environment;
 use ort::ep;
 use ort::session::Session;
 use ort::session::builder::GraphOptimizationLevel;
+use prost::Message as _;
 
+use super::environment::environment;
 use super::model::Model;
 pub use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _};
@@ -29,27 +29,6 @@ pub struct SessionOptions {
     pub threads: usize,
     /// Most bytes that the CUDA provider's arena may take; 0 for no limit.
     pub device_memory_bytes: usize,
-}
-
-/// ONNX Runtime allows one environment in a process.
-static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
-
-/// The process's environment; the first call loads ONNX Runtime from `library`, later ones share it.
-pub fn environment(library: &Path) -> anyhow::Result<Environment> {
-    let mut shared = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(environment) = shared.as_ref() {
-        return Ok(environment.clone());
-    }
-    let builder = ort::init_from(library).with_context(|| {
-        format!(
-            "cannot load ONNX Runtime from {}; `ops/setup-onnxruntime` fetches it and prints its path, which belongs \
-             into `model.onnxruntime` or the environment variable ORT_DYLIB_PATH",
-            library.display()
-        )
-    })?;
-    let environment =
-        builder.with_name("sluiced").with_telemetry(false).build().context("cannot start ONNX Runtime")?;
-    Ok(shared.insert(environment).clone())
 }
 
 fn cuda(index: i32, options: &SessionOptions) -> ep::ExecutionProviderDispatch {
@@ -112,5 +91,8 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
             .with_config_entry("session.model_external_initializers_file_folder_path", folder)
             .map_err(|error| anyhow::anyhow!("cannot set the folder of external data: {error}"))?;
     }
-    builder.commit_from_memory(&model.graph).context("ONNX Runtime refuses the model").exit_code(DATA)
+    builder
+        .commit_from_memory(&model.onnx.encode_to_vec())
+        .context("ONNX Runtime refuses the model")
+        .exit_code(DATA)
 }

@@ -2,11 +2,10 @@
 //! and on nothing else. A model that sees more has losses that look good, and nobody would know.
 
 use anyhow::bail;
-use sluice_schemas::record::{ContextPolicy, Precision};
+use sluice_schemas::record::Precision;
 
 use super::Score;
-use crate::batch::{Batch, Window};
-use crate::config::Sizes;
+use crate::batch::{Batch, Ladder, Window};
 
 /// Tokens of the row that is looked at, where windows are that long.
 const TOKENS_MIN: usize = 8;
@@ -20,13 +19,12 @@ const NATS_16_BITS: f32 = 0.25;
 pub fn self_test(
     scorer: &mut dyn Score,
     (vocabulary, precision): (u32, Precision),
-    policy: ContextPolicy,
-    sizes: Sizes,
+    ladder: Ladder,
+    tokens_max: usize,
 ) -> anyhow::Result<()> {
-    let ladder = sizes.ladder(policy);
-    let mut lengths =
-        ladder.lengths().into_iter().filter(|&len| len >= TOKENS_MIN.min(policy.window as usize));
-    let Some(short) = lengths.next() else { return Ok(()) };
+    let lengths = ladder.lengths();
+    let enough = TOKENS_MIN.min(lengths.last().copied().unwrap_or(0));
+    let Some(&short) = lengths.iter().find(|&&len| len >= enough) else { return Ok(()) };
     let row = |len: usize, seed: usize| Window {
         document: 0,
         // Of the lower half of the vocabulary: special tokens stand at its end.
@@ -69,12 +67,14 @@ pub fn self_test(
              exported for one row, or is quantized over whole batches"
         );
     }
-    if let Some(long) = lengths.next() {
+    // The longest that it can share a batch with: a graph may change what it computes at any length.
+    let may_share = |long: usize| 2 * long <= tokens_max && ladder.allows_together(short, long);
+    if let Some(long) = lengths.into_iter().rev().find(|&long| long > short && may_share(long)) {
         let padded = Batch::new(vec![row(short, 0), row(long, 2)], ladder);
         if let Some(nats) = change(scorer, &padded, expected.len())? {
             bail!(
                 "the model sees its padding: losses of a row of {short} tokens change by {nats} nats when it is padded to \
-                 {long}; it was exported for one length, or without its attention mask"
+                 {long}; it was exported for one length, or without its attention mask, or computes long batches in another way"
             );
         }
     }

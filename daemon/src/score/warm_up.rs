@@ -1,24 +1,22 @@
 //! What is run before the daemon says that it is ready.
 
 use anyhow::{Context as _, bail};
-use sluice_schemas::record::ContextPolicy;
 
 use super::Score;
-use crate::batch::{Batch, Window};
-use crate::config::Sizes;
+use crate::batch::{Batch, Ladder, Window};
 
 /// Runs the shapes of batches that scoring will meet, so that memory is had and kernels are chosen before the daemon
 /// says that it is ready; says how many there were.
 ///
 /// On a GPU, where kernels are chosen by shape, these are all there are. The CPU chooses none by shape: the smallest and the
 /// largest tell whether the model runs and the memory is there.
-pub fn warm_up(scorer: &mut dyn Score, policy: ContextPolicy, sizes: Sizes) -> anyhow::Result<usize> {
-    let shapes = warm_up_shapes(policy, sizes);
+pub fn warm_up(scorer: &mut dyn Score, ladder: Ladder, tokens_max: usize) -> anyhow::Result<usize> {
+    let shapes = warm_up_shapes(ladder, tokens_max);
     for &(rows, len) in &shapes {
         let window =
             Window { document: 0, tokens: vec![0; len].into(), span: 0..len, bos: None, first_scored: 1 };
         let scores = scorer
-            .score(&Batch::new(vec![window; rows], sizes.ladder(policy)))
+            .score(&Batch::new(vec![window; rows], ladder))
             .with_context(|| format!("the model fails on a batch of {rows} x {len} tokens of padding"))?;
         if let Some(loss) = scores.losses.iter().find(|loss| !loss.is_finite()) {
             bail!("the model gives a loss of {loss}; its weights or its arithmetic are broken");
@@ -28,13 +26,15 @@ pub fn warm_up(scorer: &mut dyn Score, policy: ContextPolicy, sizes: Sizes) -> a
 }
 
 /// Rows and lengths, largest batch first, so that the memory it leaves behind serves the others.
-fn warm_up_shapes(policy: ContextPolicy, sizes: Sizes) -> Vec<(usize, usize)> {
-    let ladder = sizes.ladder(policy);
+fn warm_up_shapes(ladder: Ladder, tokens_max: usize) -> Vec<(usize, usize)> {
     // One token alone predicts nothing.
+    let shapes: Vec<_> = ladder.shapes().into_iter().filter(|&(_, len)| len >= 2).collect();
+    if !shapes.is_empty() {
+        return shapes;
+    }
     let lengths: Vec<usize> = ladder.lengths().into_iter().filter(|&len| len >= 2).collect();
-    let full = |len: usize| ((sizes.tokens_max / len).max(1), len);
+    let full = |len: usize| ((tokens_max / len).max(1), len);
     match lengths.as_slice() {
-        _ if sizes.few_shapes => ladder.shapes().into_iter().filter(|&(_, len)| len >= 2).collect(),
         [] => vec![],
         [only] => vec![full(*only), (1, *only)],
         [shortest, .., longest] => vec![full(*longest), (1, *shortest)],

@@ -1,5 +1,5 @@
 //! bfloat16 models on the CPU: ONNX Runtime's CPU provider has no kernels for bfloat16, so the graph is made to
-//! compute in float32. (float16 it widens by itself.)
+//! compute in float32. (float16 it widens by itself; where a layer is tried in single precision, it is widened here.)
 //!
 //! The weights stay as they are stored; a Cast stands behind each, which ONNX Runtime works out once, as it loads. They
 //! are exact in float32, so the losses are at least as good as in bfloat16.
@@ -10,27 +10,27 @@ use sluice_schemas::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, Te
 
 use super::constant::floats;
 
-const BFLOAT16: i32 = DataType::Bfloat16 as i32;
 const FLOAT: i32 = DataType::Float as i32;
 
-/// Makes a model that computes in bfloat16 compute in float32; false where it does not compute in bfloat16.
-pub(super) fn widen(model: &mut ModelProto) -> bool {
+/// Makes a model that computes in `narrow`, a format of 16 bits, compute in float32; false where it does not compute in it.
+pub(super) fn widen(model: &mut ModelProto, narrow: DataType) -> bool {
+    let narrow = narrow as i32;
     let mut changed = false;
     if let Some(graph) = model.graph.as_mut() {
-        widen_graph(graph, &mut changed);
+        widen_graph(graph, narrow, &mut changed);
     }
     for function in &mut model.functions {
-        widen_nodes(&mut function.node, &mut changed);
+        widen_nodes(&mut function.node, narrow, &mut changed);
     }
     changed
 }
 
-fn widen_graph(graph: &mut GraphProto, changed: &mut bool) {
-    widen_nodes(&mut graph.node, changed);
+fn widen_graph(graph: &mut GraphProto, narrow: i32, changed: &mut bool) {
+    widen_nodes(&mut graph.node, narrow, changed);
     let mut casts = Vec::new();
-    for tensor in graph.initializer.iter_mut().filter(|tensor| tensor.data_type() == BFLOAT16) {
+    for tensor in graph.initializer.iter_mut().filter(|tensor| tensor.data_type() == narrow) {
         let name = tensor.name().to_owned();
-        let stored = format!("sluice/bfloat16/{name}");
+        let stored = format!("sluice/narrow/{name}");
         tensor.name = Some(stored.clone());
         casts.push(NodeProto {
             name: Some(format!("sluice/widen/{name}")),
@@ -48,7 +48,7 @@ fn widen_graph(graph: &mut GraphProto, changed: &mut bool) {
     for value in graph.input.iter_mut().chain(&mut graph.output) {
         use sluice_schemas::onnx::type_proto::Value::TensorType;
         if let Some(TensorType(tensor)) = value.r#type.as_mut().and_then(|of| of.value.as_mut())
-            && tensor.elem_type() == BFLOAT16
+            && tensor.elem_type() == narrow
         {
             tensor.elem_type = Some(FLOAT);
             *changed = true;
@@ -56,7 +56,7 @@ fn widen_graph(graph: &mut GraphProto, changed: &mut bool) {
     }
 }
 
-fn widen_nodes(nodes: &mut [NodeProto], changed: &mut bool) {
+fn widen_nodes(nodes: &mut [NodeProto], narrow: i32, changed: &mut bool) {
     for node in nodes {
         // Cast says where to, some generators say which type, and both by number.
         let names_a_type =
@@ -64,18 +64,18 @@ fn widen_nodes(nodes: &mut [NodeProto], changed: &mut bool) {
         for attribute in &mut node.attribute {
             if names_a_type
                 && matches!(attribute.name(), "to" | "dtype")
-                && attribute.i() == i64::from(BFLOAT16)
+                && attribute.i() == i64::from(narrow)
             {
                 attribute.i = Some(i64::from(FLOAT));
                 *changed = true;
             }
-            widen_attribute(attribute, changed);
+            widen_attribute(attribute, narrow, changed);
         }
     }
 }
 
-fn widen_attribute(attribute: &mut AttributeProto, changed: &mut bool) {
-    if let Some(tensor) = attribute.t.as_mut().filter(|tensor| tensor.data_type() == BFLOAT16)
+fn widen_attribute(attribute: &mut AttributeProto, narrow: i32, changed: &mut bool) {
+    if let Some(tensor) = attribute.t.as_mut().filter(|tensor| tensor.data_type() == narrow)
         && let Some(values) = floats(tensor)
     {
         let raw: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -89,6 +89,6 @@ fn widen_attribute(attribute: &mut AttributeProto, changed: &mut bool) {
         *changed = true;
     }
     if let Some(graph) = attribute.g.as_mut() {
-        widen_graph(graph, changed);
+        widen_graph(graph, narrow, changed);
     }
 }

@@ -71,6 +71,52 @@ def cohere() -> nn.Module:
     )
 
 
+def gemma2_windows() -> nn.Module:
+    """Two layers: the first sees a window of 8 tokens, the second all; both cap their scores."""
+    config = transformers.Gemma2Config(
+        **{**COMMON, "num_hidden_layers": 2}, **HEADS, **SPECIAL, sliding_window=8, query_pre_attn_scalar=16
+    )
+    return transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+
+
+def mistral() -> nn.Module:
+    """A window of 8 tokens in its one layer."""
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**COMMON, **HEADS, **SPECIAL, sliding_window=8))
+
+
+def bloom() -> nn.Module:
+    """ALiBi: a bias that falls with the distance."""
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=1, n_head=2, **SPECIAL)
+    )
+
+
+def gpt_neox() -> nn.Module:
+    """Queries, keys and values out of one product, and a rotation of a part of each head."""
+    return transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**COMMON, **SPECIAL, intermediate_size=48, num_attention_heads=2, rotary_pct=0.5)
+    )
+
+
+def qwen3() -> nn.Module:
+    """Queries and keys are normed in each head, and there are as many of these as of queries."""
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**{**COMMON, **HEADS, "num_key_value_heads": 2}, **SPECIAL)
+    )
+
+
+def phi3_longrope() -> nn.Module:
+    """Up to 32 tokens are rotated by one table, longer documents by another."""
+    scaling = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7]}
+    scaling["long_factor"] = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0]
+    heads = {key: value for key, value in HEADS.items() if key != "head_dim"}
+    return transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(
+            **COMMON, **heads, **SPECIAL, original_max_position_embeddings=CONTEXT // 2, rope_scaling=scaling
+        )
+    )
+
+
 class Logits(nn.Module):
     """What `torch.onnx.export` is given: the inputs that most people name, and the logits alone."""
 
@@ -158,6 +204,12 @@ EXPORTS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Path], No
     "genai-llama-fp16": (llama, genai_builder("fp16", "cuda")),
     "genai-llama-bf16": (llama, genai_builder("bf16", "cuda")),
     "genai-gemma2-fp32": (gemma2, genai_builder("fp32", "cpu")),
+    "optimum-gemma2-windows": (gemma2_windows, optimum("text-generation")),
+    "optimum-mistral": (mistral, optimum("text-generation")),
+    "optimum-bloom": (bloom, optimum("text-generation")),
+    "optimum-gpt-neox": (gpt_neox, optimum("text-generation")),
+    "optimum-qwen3": (qwen3, optimum("text-generation")),
+    "genai-phi3-longrope": (phi3_longrope, genai_builder("fp32", "cpu")),
 }
 
 

@@ -187,7 +187,9 @@ struct CleanRun(Scorer);
 
 impl CleanRun {
     fn new(model: &Path) -> Self {
-        let model = Model::load(model, Device::Cpu, false).unwrap();
+        let mut model = Model::load(model, Device::Cpu, false).unwrap();
+        // As the daemon does, whose losses are compared with these.
+        model.fuse_attention(&onnxruntime()).unwrap();
         let options = SessionOptions {
             library: onnxruntime(),
             device: Device::Cpu,
