@@ -39,24 +39,29 @@ impl Reference {
     pub fn open(config: &Config) -> anyhow::Result<Self> {
         let (model, device) = load_model(config)?;
         let policy = context_policy(config, &model).exit_code(USAGE)?;
-        let model = Arc::new(model);
-        let scorer = open_scorer(&model, device, config)?;
+        let (model, scorer) = open_scorer(model, device, config)?;
         let ladder = config.sizes().ladder(policy).split_at(model.length_limit);
-        Ok(Self { model, scorer, policy, ladder, device })
+        Ok(Self { model: Arc::new(model), scorer, policy, ladder, device })
     }
 
     /// The same for the settings `new`, warm, beside this one: with a session of its own where model or device are not
     /// the same any more.
     pub fn with_settings(&self, old: &Config, new: &Config) -> anyhow::Result<Self> {
-        let (model, device) = load_model(new)?;
+        let (mut model, device) = load_model(new)?;
         let policy = context_policy(new, &model)?;
         let same_session = model.identity.fingerprint == self.model.identity.fingerprint
             && new.model == old.model
             && new.score.entropies == old.score.entropies;
-        let model = Arc::new(model);
-        let scorer = if same_session { self.scorer.clone() } else { open_scorer(&model, device, new)? };
+        let scorer = if same_session {
+            model.forget_graph();
+            self.scorer.clone()
+        } else {
+            let scorer;
+            (model, scorer) = open_scorer(model, device, new)?;
+            scorer
+        };
         let ladder = new.sizes().ladder(policy).split_at(model.length_limit);
-        let mut next = Self { model, scorer, policy, ladder, device };
+        let mut next = Self { model: Arc::new(model), scorer, policy, ladder, device };
         self.check_same_tokens(&next)?;
         if !same_session || new.batch != old.batch || policy != self.policy {
             next.warm_up(new).context("cannot warm up the new model beside the old one")?;
@@ -126,21 +131,26 @@ fn load_model(config: &Config) -> anyhow::Result<(Model, Device)> {
     Ok((model, device))
 }
 
-fn open_scorer(model: &Arc<Model>, device: Device, config: &Config) -> anyhow::Result<ModelThread> {
+/// Opens a session for the model on a thread of its own, and gives the model back without its graph, which nobody needs any more.
+fn open_scorer(model: Model, device: Device, config: &Config) -> anyhow::Result<(Model, ModelThread)> {
     let options = SessionOptions {
         library: onnxruntime_library(&config.model.onnxruntime),
         device,
         threads: config.model.threads,
         device_memory_bytes: config.model.device_memory_bytes,
     };
-    let (model, entropies) = (Arc::clone(model), config.score.entropies);
-    ModelThread::start(move || {
-        let mut scorer = Scorer::new(&model, &options, entropies).exit_code(NO_INPUT)?;
+    let model = Arc::new(model);
+    let (opened, entropies) = (Arc::clone(&model), config.score.entropies);
+    let scorer = ModelThread::start(move || {
+        let mut scorer = Scorer::new(&opened, &options, entropies).exit_code(NO_INPUT)?;
         if device != Device::Cpu {
             scorer.placement()?.check(device).exit_code(DATA)?;
         }
         Ok(scorer)
-    })
+    })?;
+    let mut model = Arc::into_inner(model).context("the model's thread keeps what it was opened with")?;
+    model.forget_graph();
+    Ok((model, scorer))
 }
 
 /// The library that the settings name, else the one of the environment, else the system's.

@@ -172,6 +172,11 @@ impl Model {
 }
 
 impl Model {
+    /// Lets the graph and its weights go, of which a session has a copy of its own; what else is known of the model stays.
+    pub fn forget_graph(&mut self) {
+        self.onnx = ModelProto::default();
+    }
+
     /// Replaces attention that the graph spells out by one operator, layer by layer, where ONNX Runtime (from `library`)
     /// computes the same with both. What stays as it is becomes a finding. Fails where ONNX Runtime cannot be had.
     pub fn fuse_attention(&mut self, library: &Path) -> anyhow::Result<()> {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use ort::ep;
+use ort::ep::cuda::AttentionBackend;
 use ort::session::Session;
 use ort::session::builder::GraphOptimizationLevel;
 use prost::Message as _;
@@ -33,7 +34,17 @@ pub struct SessionOptions {
 
 fn cuda(index: i32, options: &SessionOptions) -> ep::ExecutionProviderDispatch {
     // TF32 rounds what goes into a product to 10 bits, and a record says f32 where it means it.
-    let mut cuda = ep::CUDA::default().with_device_id(index).with_tf32(false);
+    let mut cuda = ep::CUDA::default()
+        .with_device_id(index)
+        .with_tf32(false)
+        // Growing by powers of two, the arena takes up to twice of what is needed.
+        .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
+        // Chosen here, and not by whether cuDNN lies about, which then need not be brought.
+        .with_attention_backend(
+            AttentionBackend::FLASH_ATTENTION
+                | AttentionBackend::EFFICIENT_ATTENTION
+                | AttentionBackend::MATH,
+        );
     if options.device_memory_bytes > 0 {
         cuda = cuda.with_memory_limit(options.device_memory_bytes);
     }
@@ -56,6 +67,10 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
         .context("cannot create a session")?
         .with_optimization_level(GraphOptimizationLevel::All)
         .map_err(|error| anyhow::anyhow!("cannot set the optimisation level: {error}"))?
+        // A pattern of memory is kept by the sum of the inputs' shapes, which here are all different and sum up alike: the largest
+        // batch's would be had for every other.
+        .with_memory_pattern(false)
+        .map_err(|error| anyhow::anyhow!("cannot switch off memory patterns: {error}"))?
         // Spinning threads would take the cores that decoding and Kafka need.
         .with_intra_op_spinning(false)
         .map_err(|error| anyhow::anyhow!("cannot switch off spinning: {error}"))?;
@@ -75,6 +90,10 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
     };
     if !providers.is_empty() {
         preload_cuda(&options.library)?;
+        // Weights beside the arena, which they would double where it grows.
+        builder = builder
+            .with_device_allocated_initializers()
+            .map_err(|error| anyhow::anyhow!("cannot place the weights: {error}"))?;
         builder = builder.with_execution_providers(providers).map_err(|error| {
             anyhow::anyhow!(
                 "cannot use {}: {error}; the GPU build of ONNX Runtime (`ops/setup-onnxruntime --cuda`, which brings \
