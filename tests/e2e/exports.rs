@@ -127,7 +127,10 @@ fn every_export_agrees_with_hugging_face() {
             assert_eq!(softmaxes(&model), 0, "{name}");
         }
         if name == "optimum-llama" {
-            assert!(!model.inputs.iter().any(|(input, _)| input == "attention_mask"), "only attention read it");
+            assert!(
+                !model.inputs.iter().any(|(input, _)| input == "attention_mask"),
+                "only attention read it"
+            );
         }
     }
 }
