@@ -132,8 +132,7 @@ fn validate_passes_what_serve_would_take() {
     let output = sluiced(&[&arguments[..], &["--kafka-delivery", "at-least-once"]].concat());
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    for word in ["configuration: ok", "input_ids, attention_mask, position_ids", "topic sluice.scored: ok, 4"]
-    {
+    for word in ["configuration: ok", "inputs: input_ids, position_ids", "topic sluice.scored: ok, 4"] {
         assert!(stdout.contains(word), "`{word}` is not in: {stdout}");
     }
 }

@@ -69,6 +69,8 @@ fn worst_difference(ours: &[Vec<f64>], theirs: &[Vec<f64>]) -> f64 {
     assert_eq!(ours.len(), theirs.len());
     for (ours, theirs) in ours.iter().zip(theirs) {
         assert_eq!(ours.len(), theirs.len());
+        // `max` would pass over what is no number.
+        assert!(ours.iter().chain(theirs).all(|loss| loss.is_finite()));
         worst = ours.iter().zip(theirs).map(|(ours, theirs)| (ours - theirs).abs()).fold(worst, f64::max);
     }
     worst

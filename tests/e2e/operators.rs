@@ -61,6 +61,25 @@ fn newer_opsets_give_the_same_losses() {
     }
 }
 
+/// What onnxruntime's `quantize_dynamic` puts before each product: the scale is that of everything in the batch.
+#[test]
+fn a_model_that_quantizes_over_its_batch_is_refused_by_its_node() {
+    for operator in ["DynamicQuantizeLinear", "DynamicQuantizeMatMul"] {
+        let mut model = read("tiny-llama");
+        let graph = model.graph.as_mut().unwrap();
+        let node = graph.node.iter_mut().find(|node| node.op_type() == "MatMul").unwrap();
+        node.op_type = Some(operator.to_owned());
+        node.name = Some("/layers.0/quantize".to_owned());
+        let folder = tempfile::tempdir().unwrap();
+        for file in ["config.json", "tokenizer.json"] {
+            std::fs::copy(golden("tiny-llama").join(file), folder.path().join(file)).unwrap();
+        }
+        std::fs::write(folder.path().join("model.onnx"), model.encode_to_vec()).unwrap();
+        let error = format!("{:#}", Model::load(folder.path(), Device::Cpu, false).unwrap_err());
+        assert!(error.contains("`/layers.0/quantize`") && error.contains(operator), "{error}");
+    }
+}
+
 /// Four bits for each weight of a matrix of `width` columns: the packed values, their scales, and the matrix that they stand
 /// for. `MatMulNBits` has the columns one after the other, each in blocks of two values a byte.
 fn quantized(weights: &[f32], width: usize) -> (Vec<u8>, Vec<f32>, Vec<f32>) {

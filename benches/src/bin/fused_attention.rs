@@ -75,6 +75,9 @@ fn main() -> anyhow::Result<()> {
             }
         }
         let [unfused, fused] = seconds.each_ref().map(|seconds| median(seconds));
+        if losses.iter().flatten().any(|loss| !loss.is_finite()) {
+            bail!("the model gives losses that are not finite at {length} tokens");
+        }
         let pairs = losses[0].iter().zip(&losses[1]);
         let apart = pairs.map(|(one, other)| (one - other).abs()).fold(0.0, f32::max);
         say(format_args!("{} x {length}: {:.3} of the unfused graph", batch.rows(), fused / unfused));

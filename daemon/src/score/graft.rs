@@ -53,6 +53,12 @@ pub fn graft(model: &mut ModelProto, device: Device, entropies: bool) -> Result<
         return Err(GraftError::OldOpset { found: opset });
     }
     let vocabulary = last_dimension(logits);
+    let by_batch =
+        |node: &&NodeProto| matches!(node.op_type(), "DynamicQuantizeLinear" | "DynamicQuantizeMatMul");
+    if let Some(node) = graph.node.iter().find(by_batch) {
+        let (node, op_type) = (node.name().to_owned(), node.op_type().to_owned());
+        return Err(GraftError::QuantizedByBatch { node, op_type });
+    }
 
     let found = find_head(graph)?;
     let head = &graph.node[found.head];

@@ -36,6 +36,17 @@ pub enum GraftError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// Activations that are quantized by a scale which is taken from a whole batch, padding included.
+    #[error(
+        "node `{node}` ({op_type}) quantizes by a scale taken from the whole batch, so a document's losses would change with \
+         what shares its batch; quantize the weights alone (MatMulNBits), or export the model in float16 or bfloat16"
+    )]
+    QuantizedByBatch {
+        /// The node's name.
+        node: String,
+        /// Its operator.
+        op_type: String,
+    },
     /// An input that Sluice neither feeds nor can make constant.
     #[error("the model wants an input `{name}`, {why}")]
     UnknownInput {

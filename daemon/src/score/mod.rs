@@ -123,7 +123,9 @@ impl Scorer {
             first_scored: 1,
         };
         let batch = Batch::new(vec![window], Ladder::new(PLACEMENT_TOKENS, 1));
-        let folder = tempfile::tempdir().context("cannot make a folder for ONNX Runtime's profile")?;
+        let folder = tempfile::tempdir().context(
+            "cannot make a folder for ONNX Runtime's profile; name one that can be written to as TMPDIR",
+        )?;
         let mut options = RunOptions::new()?;
         options.enable_profiling(folder.path().join("batch"))?;
         self.run(&batch, &options)?;
