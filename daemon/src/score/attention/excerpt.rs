@@ -7,9 +7,10 @@ use sluice_schemas::graph::{Dim, tensor_info};
 use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
 
+use super::dims::{Dims, product};
 use super::find::Spelled;
 use super::index::Index;
-use super::shapes::{Dims, Shapes, product};
+use super::shapes::Shapes;
 use crate::score::constant::{constant_tensor, floats, integers};
 use crate::score::names::{ATTENTION_MASK, POSITION_IDS, TOKEN_IDS};
 

@@ -14,8 +14,9 @@ use std::collections::HashSet;
 use sluice_schemas::onnx::NodeProto;
 use sluice_schemas::onnx::tensor_proto::DataType;
 
+use super::dims::Dims;
 use super::index::Index;
-use super::shapes::{Dims, Shapes};
+use super::shapes::Shapes;
 
 /// Most nodes between a matrix product and the values that attention begins with.
 const WALK_MAX: usize = 24;

@@ -4,6 +4,7 @@
 //! `find.rs` recognises a layer by its structure, `excerpt.rs` cuts it out, `trial.rs` runs it beside the operator, and only
 //! where both agree is it replaced. Its rotary embedding, biases and norms stand before it and stay as they are.
 
+mod dims;
 mod excerpt;
 mod find;
 mod index;

@@ -14,10 +14,10 @@ use sluice_schemas::graph::{Dim, GraphBuilder, tensor_info};
 use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{ModelProto, OperatorSetIdProto, ValueInfoProto};
 
+use super::dims::{Dims, product};
 use super::excerpt::Excerpt;
 use super::find::Spelled;
 use super::operator::{Lengths, MICROSOFT, Operator, build};
-use super::shapes::{Dims, product};
 use crate::score::environment::environment;
 use crate::score::inputs::element;
 use crate::score::names::{ATTENTION_MASK, POSITION_IDS};
