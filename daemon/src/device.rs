@@ -10,8 +10,6 @@ pub enum Device {
     Cpu,
     /// The CUDA provider on the GPU with this index.
     Cuda(i32),
-    /// The `TensorRT` provider on the GPU with this index, and the CUDA provider for what it does not take.
-    TensorRt(i32),
 }
 
 impl fmt::Display for Device {
@@ -19,7 +17,6 @@ impl fmt::Display for Device {
         match self {
             Self::Cpu => f.write_str("cpu"),
             Self::Cuda(index) => write!(f, "cuda:{index}"),
-            Self::TensorRt(index) => write!(f, "tensorrt:{index}"),
         }
     }
 }
@@ -33,8 +30,7 @@ impl FromStr for Device {
         match (kind, index) {
             ("cpu", _) if text == "cpu" => Ok(Self::Cpu),
             ("cuda", Ok(index)) => Ok(Self::Cuda(index)),
-            ("tensorrt", Ok(index)) => Ok(Self::TensorRt(index)),
-            _ => Err(format!("`{text}` is no device; use `cpu`, `cuda:N` or `tensorrt:N`, such as `cuda:0`")),
+            _ => Err(format!("`{text}` is no device; use `cpu` or `cuda:N`, such as `cuda:0`")),
         }
     }
 }
@@ -49,9 +45,8 @@ mod tests {
         assert_eq!(parse("cpu"), Ok(Device::Cpu));
         assert_eq!(parse("cuda"), Ok(Device::Cuda(0)));
         assert_eq!(parse("cuda:3"), Ok(Device::Cuda(3)));
-        assert_eq!(parse("tensorrt:1"), Ok(Device::TensorRt(1)));
-        assert_eq!(Device::TensorRt(1).to_string(), "tensorrt:1");
-        for wrong in ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "rocm:0"] {
+        assert_eq!(Device::Cuda(3).to_string(), "cuda:3");
+        for wrong in ["", "gpu", "tensorrt:0", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "rocm:0"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
     }

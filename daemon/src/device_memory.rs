@@ -37,7 +37,7 @@ pub struct Memory {
 impl DeviceMemory {
     /// The memory of `device`; `None` on the CPU, and with a line in the log where the driver does not tell.
     pub fn of(device: Device) -> Option<Self> {
-        let (Device::Cuda(index) | Device::TensorRt(index)) = device else { return None };
+        let Device::Cuda(index) = device else { return None };
         let gpu = visible(u32::try_from(index).ok()?, std::env::var(VISIBLE).ok().as_deref())?;
         match Nvml::init() {
             Ok(nvml) => Some(Self { nvml, gpu }),

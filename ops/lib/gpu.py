@@ -50,7 +50,7 @@ def writable(path: Path) -> None:
 
 
 def find_gpu(device: str) -> str:
-    """The name of the GPU that `cuda:N` or `tensorrt:N` means, by asking the driver itself."""
+    """The name of the GPU that `cuda:N` means, by asking the driver itself."""
     number = int(device.partition(":")[2] or 0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")

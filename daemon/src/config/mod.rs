@@ -107,8 +107,7 @@ pub struct ModelSettings {
     pub path: PathBuf,
     /// Path of libonnxruntime.so; empty for the environment variable `ORT_DYLIB_PATH`, else the system's library.
     pub onnxruntime: PathBuf,
-    /// Where the model runs: `cpu`; `cuda:N` for the GPU with index N; `tensorrt:N` for that GPU through `TensorRT`, with
-    /// CUDA for what it does not take.
+    /// Where the model runs: `cpu`, or `cuda:N` for the GPU with index N.
     pub device: String,
     /// Threads of one operator on the CPU; 0 for one a core.
     pub threads: usize,

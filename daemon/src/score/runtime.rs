@@ -48,6 +48,7 @@ fn cuda(index: i32, options: &SessionOptions) -> ep::ExecutionProviderDispatch {
     if options.device_memory_bytes > 0 {
         cuda = cuda.with_memory_limit(options.device_memory_bytes);
     }
+    // Without it a missing GPU costs a log line and an hour of CPU time.
     cuda.build().error_on_failure()
 }
 
@@ -82,11 +83,6 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
     let providers = match options.device {
         Device::Cpu => Vec::new(),
         Device::Cuda(index) => vec![cuda(index, options)],
-        Device::TensorRt(index) => vec![
-            // Without `error_on_failure` a missing GPU costs a log line and an hour of CPU time.
-            ep::TensorRT::default().with_device_id(index).build().error_on_failure(),
-            cuda(index, options),
-        ],
     };
     if !providers.is_empty() {
         preload_cuda(&options.library)?;
@@ -97,7 +93,7 @@ pub fn open_session(model: &Model, options: &SessionOptions) -> anyhow::Result<S
         builder = builder.with_execution_providers(providers).map_err(|error| {
             anyhow::anyhow!(
                 "cannot use {}: {error}; the GPU build of ONNX Runtime (`ops/setup-onnxruntime --cuda`, which brings \
-                 CUDA 13's libraries) and a driver are needed, and for TensorRT its own libraries",
+                 CUDA 13's libraries) and a driver are needed",
                 options.device
             )
         })?;
