@@ -25,9 +25,8 @@ impl Operator {
     /// type on the CPU and for 16 bits on CUDA.
     pub(super) fn on(device: Device, element: DataType) -> Self {
         match device {
-            Device::Cpu => Self::GroupQuery,
-            _ if element == DataType::Float => Self::Standard,
-            _ => Self::GroupQuery,
+            Device::Cuda(_) if element == DataType::Float => Self::Standard,
+            Device::Cpu | Device::Cuda(_) => Self::GroupQuery,
         }
     }
 
