@@ -34,7 +34,7 @@ pub struct BurnLearner {
     optimizer: AdamWConfig,
     device: burn::tensor::Device,
     weights: Held,
-    /// In the order of [`weights::specs`].
+    /// In the order of [`weights::specs`]; none before the first step, since a model that is only looked at needs none.
     moments: Vec<Moments>,
     /// Optimizer steps taken.
     steps: u64,
@@ -81,7 +81,6 @@ impl BurnLearner {
         optimizer.validate()?;
         let Device(device) = device;
         let tensors = weights::upload(&config, weights, &device)?;
-        let moments = fresh_moments(&tensors, &device);
         let weights = Held::new(Weights::from_vec(&config, tensors)?, Precision::default());
         let shape = [config.max_position_embeddings, config.head_dim() / 2];
         let (cosine, sine) = decoder::rotary_tables(&config);
@@ -92,7 +91,7 @@ impl BurnLearner {
             optimizer,
             device,
             weights,
-            moments,
+            moments: vec![],
             steps: 0,
             rotary_tables,
             waiting: None,
@@ -213,6 +212,9 @@ impl BurnLearner {
             return norm;
         }
         self.steps += 1;
+        if self.moments.is_empty() {
+            self.moments = self.fresh_moments();
+        }
         let step = AdamWStep::new(self.optimizer, self.steps, learning_rate, norm, kept);
         for ((weight, moments), gradient) in
             self.weights.change().as_vec_mut().into_iter().zip(&mut self.moments).zip(gradients)
@@ -265,10 +267,16 @@ impl BurnLearner {
         Ok(())
     }
 
+    fn fresh_moments(&self) -> Vec<Moments> {
+        let zeros = |tensor: &Tensor<2>| Tensor::zeros(tensor.dims(), &self.device);
+        let weights = self.weights.weights().as_vec();
+        weights.into_iter().map(|tensor| Moments { mean: zeros(tensor), square: zeros(tensor) }).collect()
+    }
+
     fn load_optimizer(&mut self, folder: &Path) -> Result<()> {
         let path = folder.join(OPTIMIZER_FILE);
         if !path.try_exists().with_context(|| format!("cannot look for {}", path.display()))? {
-            self.moments = fresh_moments(&self.weights.weights().clone().into_vec(), &self.device);
+            self.moments = vec![];
             self.steps = 0;
             return Ok(());
         }
@@ -336,8 +344,10 @@ impl Learner for BurnLearner {
     fn save(&self, folder: &Path) -> Result<()> {
         write_pending(&folder.join(WEIGHTS_FILE), self.pending_weights(), Stored::F32, WEIGHTS_METADATA)?;
         self.carried.write(folder, &self.config, Stored::F32)?;
+        let fresh = if self.moments.is_empty() { self.fresh_moments() } else { vec![] };
+        let moments = if self.moments.is_empty() { &fresh } else { &self.moments };
         let (means, squares): (Vec<_>, Vec<_>) =
-            self.moments.iter().map(|Moments { mean, square }| (mean, square)).unzip();
+            moments.iter().map(|Moments { mean, square }| (mean, square)).unzip();
         let mut tensors = weights::pending(&self.config, MEAN_PREFIX, means);
         tensors.extend(weights::pending(&self.config, SQUARE_PREFIX, squares));
         let metadata = (STEP_KEY, &*self.steps.to_string());
@@ -375,9 +385,4 @@ fn targets_at(targets: &[u32], positions: &[u32]) -> Vec<u32> {
         some[position as usize] = targets[position as usize];
     }
     some
-}
-
-fn fresh_moments(tensors: &[Tensor<2>], device: &burn::tensor::Device) -> Vec<Moments> {
-    let zeros = |tensor: &Tensor<2>| Tensor::zeros(tensor.dims(), device);
-    tensors.iter().map(|tensor| Moments { mean: zeros(tensor), square: zeros(tensor) }).collect()
 }
