@@ -46,6 +46,9 @@ pub(super) struct Rotation {
 /// Share by which a frequency may differ, which 16 bits round, from that which a configuration stands for.
 const ROUNDING: f64 = 0.01;
 
+/// What GPT-2, MPT and BLOOM call `max_position_embeddings`.
+const LONGEST: [&str; 4] = ["n_positions", "n_ctx", "max_seq_len", "seq_length"];
+
 /// `config.json` of a causal language model, or of its text part.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Claims {
@@ -53,7 +56,8 @@ pub(super) struct Claims {
 }
 
 impl Claims {
-    /// Takes a configuration, in which the keys of `text_config` stand for those that are not there themselves.
+    /// Takes a configuration, in which the keys of `text_config` stand for those that are not there themselves, and other
+    /// families' names of a key for the common one.
     pub(super) fn new(mut config: Value) -> Self {
         if let Some(Value::Object(text)) = config.get_mut("text_config").map(Value::take)
             && let Some(whole) = config.as_object_mut()
@@ -62,6 +66,13 @@ impl Claims {
                 if whole.get(&key).is_none_or(Value::is_null) {
                     whole.insert(key, value);
                 }
+            }
+        }
+        let longest = LONGEST.iter().map(|key| &config[*key]).find(|value| value.is_u64()).cloned();
+        if let (Some(longest), Some(whole)) = (longest, config.as_object_mut()) {
+            let known = whole.entry("max_position_embeddings").or_insert(Value::Null);
+            if known.is_null() {
+                *known = longest;
             }
         }
         Self { config }
@@ -212,6 +223,15 @@ mod tests {
             other => other.code(),
         };
         found.into_iter().map(key).collect()
+    }
+
+    #[test]
+    fn a_key_is_known_by_the_names_that_families_have_for_it() {
+        let longest = |config: Value| Claims::new(config).config()["max_position_embeddings"].clone();
+        assert_eq!(longest(json!({"n_positions": 1024, "n_ctx": 1024})), 1024);
+        assert_eq!(longest(json!({"text_config": {"n_ctx": 512}})), 512);
+        assert_eq!(longest(json!({"max_position_embeddings": 2048, "n_ctx": 1024})), 2048);
+        assert_eq!(longest(json!({"seq_length": "long"})), Value::Null);
     }
 
     #[test]

@@ -69,8 +69,19 @@ struct ModelConfig {
     vocab_size: Option<u32>,
     max_position_embeddings: Option<u32>,
     final_logit_softcapping: Option<f32>,
-    /// One id; some models list several, and then none of them is the one.
+    /// One id, or a list; of several none is the one.
     bos_token_id: serde_json::Value,
+}
+
+impl ModelConfig {
+    fn bos_token(&self) -> Option<u32> {
+        let id = match self.bos_token_id.as_array().map(Vec::as_slice) {
+            Some([only]) => only.as_u64(),
+            Some(_) => None,
+            None => self.bos_token_id.as_u64(),
+        };
+        id.and_then(|id| u32::try_from(id).ok())
+    }
 }
 
 impl Model {
@@ -166,7 +177,7 @@ impl Model {
                 precision: arithmetic,
             },
             context_max: config.max_position_embeddings,
-            bos_token: config.bos_token_id.as_u64().and_then(|id| u32::try_from(id).ok()),
+            bos_token: config.bos_token(),
         })
     }
 }
