@@ -107,11 +107,47 @@ pub(super) fn inlined(tensor: &TensorProto, folder: &Path) -> anyhow::Result<Ten
         // Frequencies in another type are none that `floats` reads.
         _ => 0,
     };
-    let mut raw = vec![0; tensor.dims.iter().product::<i64>() as usize * bytes_each];
     let mut file = File::open(folder.join(entry("location").unwrap_or_default()))?;
+    // The shape is the file's word: no memory is had for more than the data can hold.
+    let elements = tensor.dims.iter().try_fold(1_u64, |all, &dim| all.checked_mul(u64::try_from(dim).ok()?));
+    let bytes = elements
+        .and_then(|all| all.checked_mul(bytes_each))
+        .filter(|&bytes| file.metadata().is_ok_and(|data| bytes <= data.len()));
+    let Some(bytes) = bytes else {
+        anyhow::bail!(
+            "the tensor `{}` is said to be of shape {:?}, which its external data cannot hold; export or copy the model again",
+            tensor.name(),
+            tensor.dims
+        );
+    };
+    let mut raw = vec![0; bytes as usize];
     file.seek(SeekFrom::Start(entry("offset").map_or(Ok(0), str::parse)?))?;
     file.read_exact(&mut raw)?;
     let mut inlined = raw_tensor(DataType::Undefined, &tensor.dims, raw.into());
     inlined.data_type = tensor.data_type;
     Ok(inlined)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+    use super::*;
+
+    #[test]
+    fn a_shape_that_the_data_cannot_hold_is_an_error_and_takes_no_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("data"), 1.5_f32.to_le_bytes()).unwrap();
+        let location = StringStringEntryProto { key: Some("location".into()), value: Some("data".into()) };
+        let tensor = |dims: &[i64]| TensorProto {
+            external_data: vec![location.clone()],
+            ..raw_tensor(DataType::Float, dims, vec![].into())
+        };
+        let read = inlined(&tensor(&[1]), folder.path()).unwrap();
+        assert_eq!(floats(&read).unwrap().len(), 1);
+        for dims in [&[2][..], &[1 << 40], &[1 << 40, 1 << 40], &[-1], &[i64::MIN, 2]] {
+            let error = inlined(&tensor(dims), folder.path()).unwrap_err().to_string();
+            assert!(error.contains("cannot hold"), "{error}");
+        }
+    }
 }

@@ -12,7 +12,7 @@ pub(super) fn precision(graph: &GraphProto) -> Precision {
     let mut elements: Vec<(Precision, i64)> = Vec::new();
     for (precision, count) in graph.node.iter().filter_map(|node| weight(graph, node)) {
         match elements.iter_mut().find(|(known, _)| *known == precision) {
-            Some((_, sum)) => *sum += count,
+            Some((_, sum)) => *sum = sum.saturating_add(count),
             None => elements.push((precision, count)),
         }
     }
@@ -27,7 +27,7 @@ fn weight(graph: &GraphProto, node: &NodeProto) -> Option<(Precision, i64)> {
             // The operator's own default.
             let bits = integer("bits").unwrap_or(4);
             let precision = if bits <= 4 { Precision::Int4 } else { Precision::Int8 };
-            return Some((precision, integer("K")? * integer("N")?));
+            return Some((precision, integer("K")?.saturating_mul(integer("N")?)));
         }
         "MatMul"
         | "Gemm"
@@ -49,7 +49,7 @@ fn weight(graph: &GraphProto, node: &NodeProto) -> Option<(Precision, i64)> {
         DataType::Int4 | DataType::Uint4 => Precision::Int4,
         _ => return None,
     };
-    Some((precision, tensor.dims.iter().product()))
+    Some((precision, tensor.dims.iter().fold(1_i64, |all, &dim| all.saturating_mul(dim))))
 }
 
 #[cfg(test)]

@@ -83,12 +83,16 @@ pub(super) fn around(
         return Err(refuse(softmax, "whose weights do not lead to a product with values"));
     };
     let product = scores.product;
-    let (query, q_scale) = walk.operand(&product.input[0], true);
-    let (key, k_scale) = walk.operand(&product.input[1], true);
-    let (value, _) = walk.operand(&weighted.input[1], false);
+    // A file may hold a product of anything.
+    let ([queries, keys, ..], [_, values, ..]) = (&*product.input, &*weighted.input) else {
+        return Err(refuse(product, "which lacks an input, or whose product with values does"));
+    };
+    let (query, q_scale) = walk.operand(queries, true);
+    let (key, k_scale) = walk.operand(keys, true);
+    let (value, _) = walk.operand(values, false);
 
     let heads = query.iter().find_map(|name| heads_first_or_last(shapes.dims(name)?));
-    let Some((_, heads, width)) = heads else {
+    let Some((_, heads, width)) = heads.filter(|&(_, heads, width)| heads > 0 && width > 0) else {
         return Err(refuse(product, "whose queries do not show how many heads there are"));
     };
     let operand = |chain: &[String], known: Option<i64>| {
@@ -112,7 +116,7 @@ pub(super) fn around(
         return Err(refuse(product, "whose heads are no multiple of those of the keys"));
     }
     let elements = [&query, &key, &value].map(|operand| shapes.element(&operand.value));
-    let output = weighted.output[0].clone();
+    let output = weighted.output.first().cloned().unwrap_or_default();
     let (Some(element), Some(output_element)) = (elements[0], shapes.element(&output)) else {
         return Err(refuse(product, "whose element type is not known"));
     };

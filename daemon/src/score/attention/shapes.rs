@@ -161,7 +161,7 @@ impl<'a> Shapes<'a> {
         let Some(axis) = place(int(node, "axis").unwrap_or(0), input.len()) else { return };
         let given = node.input.get(1).and_then(|sizes| self.integers.get(sizes.as_str())).cloned();
         let parts = node.output.len() as i64;
-        let equal = input[axis].filter(|size| size % parts == 0).map(|size| size / parts);
+        let equal = input[axis].filter(|size| size.checked_rem(parts) == Some(0)).map(|size| size / parts);
         let sizes: Dims = match (given, ints(node, "split")) {
             (Some(sizes), _) => sizes,
             (None, Some(sizes)) => sizes.iter().map(|&size| Some(size)).collect(),
