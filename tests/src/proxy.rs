@@ -55,6 +55,8 @@ struct Held {
     kind: i16,
     frame: Vec<u8>,
     broker: Arc<TcpStream>,
+    /// It is on its way. Until its answer has come its connection stays open, also where its sender is gone.
+    released: bool,
 }
 
 #[derive(Default)]
@@ -137,16 +139,19 @@ impl Proxy {
     /// Sends on what is held of this kind, by the connections that it came on, and waits until all of it is answered.
     pub fn release(&self, kind: Request) {
         let mut state = self.shared.lock();
-        let (released, kept) =
-            std::mem::take(&mut state.held).into_iter().partition(|held| held.kind == kind as i16);
-        state.held = kept;
-        let released: Vec<Held> = released;
-        let answers = state.answers.get(&(kind as i16)).copied().unwrap_or(0) + released.len();
+        let mut answers = state.answers.get(&(kind as i16)).copied().unwrap_or(0);
+        let mut frames = Vec::new();
+        for held in state.held.iter_mut().filter(|held| held.kind == kind as i16) {
+            held.released = true;
+            answers += 1;
+            frames.push((Arc::clone(&held.broker), held.frame.clone()));
+        }
         drop(state);
-        for held in released {
-            (&*held.broker).write_all(&held.frame).unwrap();
+        for (broker, frame) in frames {
+            (&*broker).write_all(&frame).unwrap();
         }
         self.wait("an answer to what was late", |state| state.answers.get(&(kind as i16)) >= Some(&answers));
+        self.shared.lock().held.retain(|held| !held.released);
     }
 
     /// Answers so far to requests of this kind.
@@ -156,7 +161,9 @@ impl Proxy {
 
     /// Waits until a request of this kind is held.
     pub fn wait_held(&self, kind: Request) {
-        self.wait("a request that is held", |state| state.held.iter().any(|held| held.kind == kind as i16));
+        self.wait("a request that is held", |state| {
+            state.held.iter().any(|held| held.kind == kind as i16 && !held.released)
+        });
     }
 
     /// Waits until there are `answers` answers to requests of this kind.
@@ -237,7 +244,7 @@ fn join(shared: &Arc<Shared>, client: Arc<TcpStream>, broker: Arc<TcpStream>, po
                 asked.lock().unwrap().insert(number(&frame[8..]), kind);
                 let mut state = shared.lock();
                 if state.holding.contains(&kind) {
-                    state.held.push(Held { kind, frame, broker: Arc::clone(&broker) });
+                    state.held.push(Held { kind, frame, broker: Arc::clone(&broker), released: false });
                     shared.changed.notify_all();
                     continue;
                 }
