@@ -1,6 +1,6 @@
 """A Llama checkpoint of random weights, for measurements of speed.
 
-    random_llama.py FOLDER [--size 50m]     tiny (for tests), 50m or 1b (in float16)
+    random_llama.py FOLDER [--size 50m]     tiny (for tests), 50m, 360m or 1b (the last two in float16)
 """
 
 import argparse
@@ -29,6 +29,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(width=64, inner=160, layers=2, heads=4, kv_heads=2, vocabulary=512),
     "50m": Size(width=512, inner=1408, layers=12, heads=8, kv_heads=4),
+    "360m": Size(width=960, inner=2560, layers=32, heads=15, kv_heads=5, dtype="float16", vocabulary=49_152),
     "1b": Size(width=2048, inner=5632, layers=22, heads=32, kv_heads=4, dtype="float16"),
 }
 

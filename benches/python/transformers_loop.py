@@ -15,6 +15,10 @@ import torch
 import transformers
 from blas import onednn_products, peer
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 def main() -> None:
@@ -27,6 +31,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--head-rows", type=int, default=0, help="rows of the head at a time; 0 for all, as one would write it")
     parser.add_argument("--compile", action="store_true", help="compile the body")
+    parser.add_argument("--attention", choices=ATTENTION, help="the one kernel of attention that may run")
     parser.add_argument("--onednn", action="store_true", help="products of linear layers by oneDNN and not by the BLAS")
     parser.add_argument("--repeats", type=int, default=1, help="the last one's time counts; compiling takes the first")
     arguments = parser.parse_args()
@@ -62,7 +67,8 @@ def main() -> None:
 
     losses: dict[int, list[float]] = {}
     padded = 0
-    with torch.inference_mode(), onednn_products() if arguments.onednn else nullcontext():
+    attention = sdpa_kernel(ATTENTION[arguments.attention]) if arguments.attention else nullcontext()
+    with torch.inference_mode(), attention, onednn_products() if arguments.onednn else nullcontext():
         score(torch.zeros((1, 8), dtype=torch.long, device=device))
         for _ in range(arguments.repeats):
             padded = 0

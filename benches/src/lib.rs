@@ -7,4 +7,5 @@ pub mod packing;
 pub mod process;
 pub mod step;
 pub mod stream;
+pub mod through_daemon;
 pub mod workload;

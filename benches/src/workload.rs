@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use prost::Message as _;
+use serde_json::Value;
 use sluice_schemas::onnx::{ModelProto, NodeProto};
 
 /// A seeded lognormal distribution of lengths.
@@ -33,17 +34,48 @@ impl Lengths {
     }
 }
 
-/// Weights of a model that take part in matrix products.
+/// What a model's products cost for each token.
 #[derive(Clone, Copy, Debug)]
-pub struct MatrixElements {
-    /// Those before the head, which every token meets.
+pub struct Cost {
+    /// Weights before the head, which every token meets.
     pub body: u64,
-    /// Those of the head, which every scored token meets.
+    /// Weights of the head, which every scored token meets.
     pub head: u64,
+    /// Elements of the queries of one token, in all layers.
+    pub queries: u64,
 }
 
-/// Counts the weights of the products in `folder`'s model; the head is the last product.
-pub fn matrix_elements(folder: &Path) -> anyhow::Result<MatrixElements> {
+impl Cost {
+    /// Counts the weights of the products in `folder`'s model, of which the head is the last, and reads the shape of its
+    /// attention from `config.json`.
+    pub fn read(folder: &Path) -> anyhow::Result<Self> {
+        let (body, head) = weights_of_products(folder).context("cannot count the model's weights")?;
+        let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json"))?)?;
+        let number = |key: &str| config[key].as_u64();
+        let width = match (number("head_dim"), number("num_attention_heads")) {
+            (Some(width), Some(heads)) => Some(width * heads),
+            _ => number("hidden_size"),
+        };
+        let (width, layers) = (width.context("no width")?, number("num_hidden_layers").context("no layers")?);
+        Ok(Self { body, head, queries: width * layers })
+    }
+
+    /// Floating-point operations of products with weights: two for each weight and token ("2N").
+    pub fn of_weights(self, tokens: usize, scored: usize) -> f64 {
+        2.0 * (tokens as f64 * self.body as f64 + scored as f64 * self.head as f64)
+    }
+
+    /// Floating-point operations of causal attention over a sequence of `len` tokens, without its weights: two products
+    /// (queries with keys, shares with values), two operations for each element of a query and each token that it sees.
+    /// The masked half is not counted, as in FlashAttention-2 (arXiv 2307.08691, section 4.1).
+    pub fn of_attention(self, len: usize) -> f64 {
+        let seen = len as f64 * (len as f64 + 1.0) / 2.0;
+        4.0 * self.queries as f64 * seen
+    }
+}
+
+/// Weights of the products before the head, and of the head.
+fn weights_of_products(folder: &Path) -> anyhow::Result<(u64, u64)> {
     let model = ModelProto::decode(std::fs::read(folder.join("model.onnx"))?.as_slice())?;
     let graph = model.graph.context("the file holds no graph")?;
     let size = |name: &str| {
@@ -63,5 +95,5 @@ pub fn matrix_elements(folder: &Path) -> anyhow::Result<MatrixElements> {
         .map(|weight| size(weight))
         .collect();
     let head = products.last().copied().context("the model has no matrix product")?;
-    Ok(MatrixElements { body: products.iter().sum::<u64>() - head, head })
+    Ok((products.iter().sum::<u64>() - head, head))
 }

@@ -19,14 +19,14 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Parser};
 use serde_json::{Value, json};
 use sluice_benches::process::{cpu_seconds, peak_bytes, thread_cpu_seconds};
+use sluice_benches::through_daemon::publish;
 use sluice_benches::workload::Lengths;
 use sluice_daemon::batch::{Ladder, plan, windows};
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_daemon::score::{Score as _, Scorer};
-use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::record::{Bos, ContextPolicy, ScoredDocument, TokenIds, TokenizedDocument};
-use sluice_tests::{Daemon, Kafka, onnxruntime, produce, read_all, root};
+use sluice_schemas::record::{Bos, ContextPolicy, ScoredDocument};
+use sluice_tests::{Daemon, Kafka, onnxruntime, read_all, root};
 use sluice_text::output::{print_line, say};
 
 const PARTITIONS: i32 = 4;
@@ -172,7 +172,7 @@ fn round(arguments: &RoundArguments) -> anyhow::Result<()> {
     let run = format!("scoring-{}", std::process::id());
     let topic = format!("{run}.documents");
     kafka.create_topic(&topic, PARTITIONS);
-    load(&kafka, &topic, &documents, model.identity.tokenizer);
+    publish(&kafka.bootstrap_servers, &topic, model.identity.tokenizer, documents.iter().cloned());
     let file = scratch.join("documents.json");
     std::fs::write(&file, serde_json::to_vec(&documents)?)?;
 
@@ -228,25 +228,6 @@ fn child(command: &mut Command) -> anyhow::Result<Value> {
     }
     let text = String::from_utf8(output.stdout)?;
     serde_json::from_str(text.trim().lines().last().unwrap_or_default()).context("no measurement was printed")
-}
-
-fn load(kafka: &Kafka, topic: &str, documents: &[Vec<u32>], tokenizer: Fingerprint) {
-    let records: Vec<_> = documents
-        .iter()
-        .enumerate()
-        .map(|(number, tokens)| {
-            let document = TokenizedDocument {
-                id: format!("document-{number}"),
-                tokens: TokenIds::new(tokens),
-                tokenizer,
-                source: String::new(),
-                attributes: BTreeMap::new(),
-            };
-            (document.id.clone(), document.encode())
-        })
-        .collect();
-    let borrowed: Vec<_> = records.iter().map(|(id, payload)| (id.as_str(), Some(payload.clone()))).collect();
-    produce(&kafka.bootstrap_servers, topic, &borrowed);
 }
 
 /// The real daemon, from the first record read to the last one committed.
