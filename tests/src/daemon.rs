@@ -180,7 +180,7 @@ pub fn http_get(address: &str, path: &str) -> (u16, String) {
 }
 
 fn try_http_get(address: &str, path: &str) -> io::Result<(u16, String)> {
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const PATIENCE: Duration = Duration::from_mins(1);
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
