@@ -11,7 +11,9 @@ use sluice_tests::{Cluster, Daemon};
 
 const CALL: Duration = Duration::from_secs(30);
 const SAMPLE: Duration = Duration::from_millis(50);
-/// Longer than a rebalance, which waits for a heartbeat (3 s), and far shorter than scoring what is in flight takes.
+/// Tokens of a document.
+const TOKENS: usize = 60;
+/// Longer than a rebalance, which waits for a heartbeat (3 s), on a machine with nothing else to do.
 const STALL_MAX: Duration = Duration::from_secs(6);
 /// Longer than the session of the daemons below.
 const ZOMBIE: Duration = Duration::from_secs(9);
@@ -31,6 +33,14 @@ fn longest_stall(daemon: &Daemon, holds: impl Fn() -> bool) -> Duration {
         }
     }
     longest
+}
+
+/// What is far shorter than scoring what `daemon` has in flight, were it as fast as since `begun`, and no shorter than a
+/// rebalance: on a machine with a lot to do, both take longer.
+fn stall_max(daemon: &Daemon, begun: Instant) -> Duration {
+    let tokens_per_second = (daemon.finished() * TOKENS) as f64 / begun.elapsed().as_secs_f64();
+    let queue_seconds = daemon.metric("sluiced_in_flight_tokens") as f64 / tokens_per_second;
+    STALL_MAX.max(Duration::from_secs_f64(queue_seconds / 4.0))
 }
 
 /// An open transaction of nobody's, which holds up the offsets of these partitions.
@@ -55,9 +65,13 @@ fn hold(cluster: &Cluster, partitions: &[i32]) -> ThreadedProducer<DefaultProduc
 fn daemons_join_and_leave_while_the_others_go_on() {
     const DOCUMENTS: usize = 30_000;
     let cluster = Cluster::with_topics(4);
-    cluster.send(0..DOCUMENTS, 60);
+    cluster.send(0..DOCUMENTS, TOKENS);
     let first = cluster.daemon(&[&SLOW[..], &["--kafka-instance", "first"]].concat());
-    first.wait("the first documents", |daemon| daemon.finished() > 0);
+    let begun = Instant::now();
+    first.wait("a long queue", |daemon| {
+        daemon.finished() > 0 && daemon.metric("sluiced_in_flight_tokens") > DOCUMENTS * TOKENS / 4
+    });
+    let stall_max = stall_max(&first, begun);
 
     let second = cluster.daemon(&[&SLOW[..], &["--kafka-instance", "second"]].concat());
     let joining = longest_stall(&first, || second.finished() > 0);
@@ -69,10 +83,10 @@ fn daemons_join_and_leave_while_the_others_go_on() {
     assert_eq!(second.stop().code(), Some(0));
     let stopping = stopping.elapsed();
     assert!(left_by_second > 20_000, "it had a long queue: {left_by_second} tokens");
-    assert!(stopping < STALL_MAX, "and did not score it before it ended, which took {stopping:?}");
+    assert!(stopping < stall_max, "and did not score it before it ended, which took {stopping:?}");
     let leaving = longest_stall(&first, || first.metric("sluiced_assigned_partitions") == 4);
     for stall in [joining, leaving] {
-        assert!(stall < STALL_MAX, "the first daemon stood still for {stall:?}");
+        assert!(stall < stall_max, "the first daemon stood still for {stall:?}, and may for {stall_max:?}");
     }
     // The rest is for the next reader; here only that nothing was doubled or left out so far.
     assert_eq!(first.stop().code(), Some(0));
@@ -98,7 +112,7 @@ fn a_daemon_that_was_given_up_for_dead_publishes_nothing_of_what_others_have_tak
             daemon.wait("half of the partitions", |daemon| daemon.metric("sluiced_assigned_partitions") == 1);
         }
         let finished = zombie.finished();
-        cluster.send(documents..documents + 10_000, 60);
+        cluster.send(documents..documents + 10_000, TOKENS);
         documents += 10_000;
         zombie.wait("the zombie's first documents", |daemon| daemon.finished() > finished);
         zombie.signal("STOP");
@@ -172,11 +186,10 @@ fn a_held_partition_slows_no_other_and_shows() {
     let daemon = cluster.daemon(&[]);
     daemon.wait("the other partitions", |daemon| daemon.finished() >= 3 * QUEUE);
     assert_eq!(daemon.get("/ready").0, 200);
-    // What comes while the client is asked for the held offset again and again is read at once.
-    let begun = Instant::now();
+    // What comes while the client is asked for the held offset again and again is read: were a read to wait for each of these
+    // calls, there would be one a second.
     send(0, 4 * QUEUE);
     daemon.wait("a partition beside it", |daemon| daemon.finished() >= 7 * QUEUE);
-    assert!(begun.elapsed() < STALL_MAX, "it took {:?}", begun.elapsed());
     assert_eq!(daemon.metric("sluiced_assigned_partitions"), 3);
     assert_eq!(daemon.metric("sluiced_unplaced_partitions"), 1);
     daemon.wait("the held queue to count", |daemon| daemon.metric("sluiced_consumer_lag_records") == QUEUE);
@@ -269,7 +282,7 @@ fn documents_behind_a_transaction_that_hangs_are_shown() {
 fn partitions_that_were_lost_while_reading_was_paused_are_read_again() {
     const DOCUMENTS: usize = 15_000;
     let cluster = Cluster::with_topics(4);
-    cluster.send(0..DOCUMENTS, 60);
+    cluster.send(0..DOCUMENTS, TOKENS);
     let session = ["--kafka-properties", "session.timeout.ms=6000,heartbeat.interval.ms=1000"];
     let budget = ["--limits-in-flight-tokens", "100000"];
     let daemon = cluster.daemon(&[&session[..], &budget, &["--model-threads", "1"]].concat());
