@@ -84,15 +84,9 @@ impl ModelConfig {
         if !config.is_object() {
             bail!("it holds no JSON object");
         }
-        let max_position_embeddings = key(config, "max_position_embeddings")?;
-        if max_position_embeddings == Some(0) {
-            bail!(
-                "`max_position_embeddings` is 0, a model that sees no token; leave it out where it is not known"
-            );
-        }
         Ok(Self {
             vocab_size: key(config, "vocab_size")?,
-            max_position_embeddings,
+            max_position_embeddings: key(config, "max_position_embeddings")?,
             final_logit_softcapping: key(config, "final_logit_softcapping")?,
             bos_token_id: config["bos_token_id"].clone(),
         })
