@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::anyhow;
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use sluice_schemas::names;
 use sluice_text::{Fields, Format, output};
@@ -178,12 +179,18 @@ struct ModelScoreArgs {
     files: Vec<PathBuf>,
 }
 
+/// From the 256 bytes and the end of text, which are always there, to more than any tokenizer has; memory is taken for all of
+/// them at once.
+fn vocabulary_sizes() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(257..=1 << 24)
+}
+
 #[derive(Debug, Subcommand)]
 enum TokenizerCommand {
     /// Train a byte-level BPE with single digits.
     Train {
         /// Number of token ids.
-        #[arg(long, default_value_t = 4096, value_name = "N")]
+        #[arg(long, default_value_t = 4096, value_name = "N", value_parser = vocabulary_sizes())]
         vocab_size: usize,
         /// Where to write tokenizer.json.
         #[arg(long, value_name = "FILE")]

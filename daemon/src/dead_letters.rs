@@ -17,6 +17,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
 use sluice_kafka::TopicIds;
 use sluice_schemas::names;
+use sluice_text::output::print_line;
 
 use crate::exit::{ExitCode as _, UNAVAILABLE, USAGE};
 use crate::kafka::{self, Hooks};
@@ -91,7 +92,6 @@ struct Counts {
 }
 
 /// Brings back what it is asked for and is there now; says how much on standard output.
-#[allow(clippy::print_stdout)]
 pub fn replay(asked: &Replay) -> anyhow::Result<()> {
     let consumer = connect(asked)?;
     let id = topic_id(&consumer, &asked.dead_letter_topic)?;
@@ -156,19 +156,19 @@ pub fn replay(asked: &Replay) -> anyhow::Result<()> {
         }
     }
     let verb = if asked.dry_run { "would come back" } else { "came back" };
-    println!(
+    let mut lines = vec![format!(
         "{} dead letters of reason {} {verb} to {}",
         counts.brought_back, asked.reason, asked.documents_topic
-    );
+    )];
     if counts.empty > 0 {
-        println!(
+        lines.push(format!(
             "{} have no record in them; read it where their headers say that it came from",
             counts.empty
-        );
+        ));
     }
-    for (reason, number) in &counts.others {
-        println!("{number} of reason {reason} stay");
-    }
+    lines.extend(counts.others.iter().map(|(reason, number)| format!("{number} of reason {reason} stay")));
+    // Whoever has closed the pipe has seen enough.
+    print_line(&lines.join("\n"))?;
     Ok(())
 }
 

@@ -177,7 +177,9 @@ struct Totals {
 pub fn score(config: &Config, asked: &ScoreText) -> anyhow::Result<()> {
     let tokenizer =
         TextTokenizer::read(&config.model.path.join("tokenizer.json")).map_err(ExitError::from)?;
-    let reference = Reference::open(config)?;
+    let mut reference = Reference::open(config)?;
+    // Trainers read these losses as they read the daemon's.
+    reference.self_test(config)?;
     let mut scoring = Scoring { config, asked, tokenizer, reference, totals: Totals::default() };
     if scoring.files()? == Reader::Gone {
         return Ok(());

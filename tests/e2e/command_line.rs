@@ -49,6 +49,7 @@ fn wrong_settings_exit_64_before_anything_starts() {
     let given = ["serve", "--kafka-bootstrap-servers", "127.0.0.1:9", "--model-path", "/no/model"];
     let with = |flags: &[&str], words: &[&str]| fails(&[&given[..], flags].concat(), 64, words);
     with(&["--batch-length-steps", "1000000000000"], &["batch.length_steps is 1000000000000"]);
+    with(&["--model-threads", "100000"], &["model.threads is 100000; it may be at most 1024"]);
     with(
         &["--kafka-properties", "socket.timeout.ms=soon"],
         &["does not take the value", "`socket.timeout.ms`"],

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use bytes::Bytes;
 use sluice_tests::{Cluster, Daemon, Proxy, Request, binary, golden, produce, read_all};
@@ -19,13 +19,17 @@ fn write_foreign_model(folder: &Path) {
     std::fs::write(folder.join("tokenizer.json"), tokenizer + "\n").unwrap();
 }
 
+fn replay_command(cluster: &Cluster, reason: &str, flags: &[&str]) -> Command {
+    let mut command = Command::new(binary("sluiced"));
+    command
+        .args(["dead-letters", "replay", "--bootstrap-servers", cluster.servers(), "--reason", reason])
+        .args(flags);
+    command
+}
+
 /// What `sluiced dead-letters replay` prints.
 fn replay(cluster: &Cluster, reason: &str, flags: &[&str]) -> String {
-    let output = Command::new(binary("sluiced"))
-        .args(["dead-letters", "replay", "--bootstrap-servers", cluster.servers(), "--reason", reason])
-        .args(flags)
-        .output()
-        .unwrap();
+    let output = replay_command(cluster, reason, flags).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -45,6 +49,19 @@ fn dead_letters_come_back_once_when_their_reason_is_gone() {
     let counted =
         format!("{DOCUMENTS} dead letters of reason foreign_tokenizer would come back to sluice.documents\n");
     assert_eq!(dry, counted.clone() + "1 of reason malformed stay\n");
+    // Whoever reads the counts may have seen enough before they come; a disk that is full is an error.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    for (output, code, words) in
+        [(Stdio::from(writer), 0, ""), (Stdio::from(full), 1, "cannot write to standard output")]
+    {
+        let mut command = replay_command(&cluster, "foreign_tokenizer", &["--dry-run"]);
+        let output = command.stdout(output).stderr(Stdio::piped()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.contains(words) && !said.contains("panicked"), "{said}");
+    }
     let right = cluster.daemon(&[]);
     let back = replay(&cluster, "foreign_tokenizer", &[]);
     assert_eq!(back, counted.replace("would come back", "came back") + "1 of reason malformed stay\n");

@@ -181,14 +181,21 @@ fn a_config_as_python_writes_it_is_read() {
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&found["vocabulary"], &found["context"]), (&512.into(), &64.into()));
     // A number that is asked for is refused by its name, and not taken for one that is not set.
-    std::fs::write(&path, "{\"vocab_size\": 512, \"max_position_embeddings\": Infinity}").unwrap();
-    let output = inspect();
-    assert_eq!(output.status.code(), Some(65));
-    assert!(
-        stderr(&output).contains("config.json: invalid type: string \"Infinity\""),
-        "{}",
-        stderr(&output)
-    );
+    for (config, words) in [
+        (
+            r#"{"vocab_size": 512, "max_position_embeddings": Infinity}"#,
+            "`max_position_embeddings`: invalid type: string \"Infinity\"",
+        ),
+        (r#"{"vocab_size": -1, "max_position_embeddings": 64}"#, "`vocab_size`: invalid value: integer `-1`"),
+        ("[]", "it holds no JSON object"),
+        ("null", "it holds no JSON object"),
+    ] {
+        std::fs::write(&path, config).unwrap();
+        let output = inspect();
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(65), "{config}: {said}");
+        assert!(said.contains(&format!("config.json: {words}")), "{config}: {said}");
+    }
 }
 
 #[test]
@@ -253,7 +260,17 @@ fn a_tokenizer_is_trained_on_what_is_good() {
     );
 }
 
-/// Every command that prints.
+#[test]
+fn a_vocabulary_that_cannot_be_is_refused_before_anything_is_read() {
+    for size in ["0", "256", "99999999999", "18446744073709551616"] {
+        let train =
+            ["tokenizer", "train", "--vocab-size", size, "--out", "/nowhere/t.json", "/nowhere/x.txt"];
+        let output = sluiced(&train).output().unwrap();
+        assert_eq!(output.status.code(), Some(64), "{size}: {}", stderr(&output));
+    }
+}
+
+/// Every command that prints, but `dead-letters replay`, which needs a real broker (`dead_letters.rs`).
 fn printing<'a>(model: &'a str, file: &'a str, servers: &'a str) -> Vec<Vec<&'a str>> {
     vec![
         vec!["--help"],

@@ -204,11 +204,19 @@ fn a_model_that_sees_what_it_should_not_is_refused_by_what_it_sees() {
         let folder = tempfile::tempdir().unwrap();
         write_leaking_model(folder.path(), leak);
         let path = folder.path().to_str().unwrap();
-        // No broker is asked before the model is known to be good.
-        let output = sluiced(&["validate", "--model-path", path, "--kafka-bootstrap-servers", "127.0.0.1:9"]);
-        let error = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(65), "{leak:?}: {error}");
-        assert!(error.contains(words), "{leak:?}: {error}");
+        let text = folder.path().join("text.txt");
+        std::fs::write(&text, "In the year 2889").unwrap();
+        for command in [
+            // No broker is asked before the model is known to be good.
+            ["validate", "--model-path", path, "--kafka-bootstrap-servers", "127.0.0.1:9"],
+            ["model", "score", "--model-path", path, text.to_str().unwrap()],
+        ] {
+            let output = sluiced(&command);
+            let error = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(65), "{leak:?}: {error}");
+            assert!(error.contains(words), "{leak:?}: {error}");
+            assert!(!String::from_utf8(output.stdout).unwrap().contains("losses"), "{leak:?}");
+        }
     }
 }
 

@@ -327,6 +327,7 @@ impl Config {
             demand(value > 0, format!("{key} must be at least 1"));
         }
         for (key, value, most) in [
+            ("model.threads", self.model.threads as u64, 1024),
             ("batch.tokens_max", self.batch.tokens_max as u64, 1 << 24),
             ("batch.length_steps", self.batch.length_steps as u64, 1024),
             ("batch.delay_ms_max", self.batch.delay_ms_max, 60_000),

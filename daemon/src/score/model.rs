@@ -63,8 +63,7 @@ pub struct Model {
 }
 
 /// The keys of `config.json` that scoring needs.
-#[derive(Debug, Default, serde::Deserialize)]
-#[serde(default)]
+#[derive(Debug)]
 struct ModelConfig {
     vocab_size: Option<u32>,
     max_position_embeddings: Option<u32>,
@@ -74,6 +73,25 @@ struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// Takes the keys out of a configuration; null stands for one that is not there. Errors name the key.
+    fn new(config: &serde_json::Value) -> anyhow::Result<Self> {
+        fn key<T: serde::de::DeserializeOwned>(
+            config: &serde_json::Value,
+            name: &str,
+        ) -> anyhow::Result<Option<T>> {
+            serde_json::from_value(config[name].clone()).with_context(|| format!("`{name}`"))
+        }
+        if !config.is_object() {
+            bail!("it holds no JSON object");
+        }
+        Ok(Self {
+            vocab_size: key(config, "vocab_size")?,
+            max_position_embeddings: key(config, "max_position_embeddings")?,
+            final_logit_softcapping: key(config, "final_logit_softcapping")?,
+            bos_token_id: config["bos_token_id"].clone(),
+        })
+    }
+
     fn bos_token(&self) -> Option<u32> {
         let id = match self.bos_token_id.as_array().map(Vec::as_slice) {
             Some([only]) => only.as_u64(),
@@ -129,15 +147,12 @@ impl Model {
                 .with_context(|| format!("cannot read {}", config_path.display()))?;
             json::from_slice(&bytes).with_context(|| config_path.display().to_string()).exit_code(DATA)?
         } else {
-            serde_json::Value::Null
+            serde_json::json!({})
         };
         let claims = Claims::new(config);
-        let config: ModelConfig = match claims.config() {
-            serde_json::Value::Null => ModelConfig::default(),
-            config => serde_json::from_value(config.clone())
-                .with_context(|| config_path.display().to_string())
-                .exit_code(DATA)?,
-        };
+        let config = ModelConfig::new(claims.config())
+            .with_context(|| config_path.display().to_string())
+            .exit_code(DATA)?;
         findings.extend(findings::soft_cap(report.soft_cap, config.final_logit_softcapping));
         let length_limit = length_limit(&model, &claims).exit_code(DATA)?;
         if let Some(graph) = &model.graph {

@@ -31,8 +31,9 @@ pub fn context_policy(config: &Config, model: &Model) -> anyhow::Result<ContextP
     let tokens_max = config.sizes().tokens_max;
     if window as usize > tokens_max {
         bail!(
-            "a window holds {window} tokens, and a batch at most {tokens_max} (batch.tokens_max): raise that, or set \
-             score.window_tokens to {tokens_max} or less, which changes the losses"
+            "a window holds {window} tokens, and a batch at most {tokens_max} (batch.tokens_max, or what \
+             batch.lookahead_tokens and limits.in_flight_tokens leave of it): raise that, or set score.window_tokens to \
+             {tokens_max} or less, which changes the losses"
         );
     }
     let stride = match config.score.stride_tokens {

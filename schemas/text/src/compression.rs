@@ -14,12 +14,15 @@ const ZSTD_WINDOW_LOG_MAX: u32 = 31;
 /// Bytes that tell every format below.
 const MAGIC_BYTES: usize = 8;
 /// Other formats by their first bytes, and what makes text of them.
-const FOREIGN: [(&[u8], &str); 7] = [
+const FOREIGN: [(&[u8], &str); 9] = [
     (b"\xfd7zXZ\0", "an xz file; unpack it: `xz -dc FILE | ... -`"),
     (b"\x04\x22\x4d\x18", "an lz4 file; unpack it: `lz4 -dc FILE | ... -`"),
     (b"PK\x03\x04", "a zip archive; unpack it: `unzip -p FILE | ... -`"),
     (b"PAR1\x15", "a Parquet file; write its rows as JSON Lines first"),
     (b"ARROW1\0\0", "an Arrow file; write its rows as JSON Lines first"),
+    // Before UTF-16, whose mark this begins with.
+    (b"\xff\xfe\0\0", "UTF-32; make it UTF-8: `iconv -f UTF-32 -t UTF-8 FILE | ... -`"),
+    (b"\0\0\xfe\xff", "UTF-32; make it UTF-8: `iconv -f UTF-32 -t UTF-8 FILE | ... -`"),
     (b"\xff\xfe", "UTF-16; make it UTF-8: `iconv -f UTF-16 -t UTF-8 FILE | ... -`"),
     (b"\xfe\xff", "UTF-16; make it UTF-8: `iconv -f UTF-16 -t UTF-8 FILE | ... -`"),
 ];
@@ -174,7 +177,9 @@ mod tests {
     fn other_formats_are_named_with_what_to_do() {
         let error = unpack(b"\xfd7zXZ\0\0\x04rest").unwrap_err().to_string();
         assert!(error.contains("xz -dc"), "{error}");
-        assert!(unpack(b"\xff\xfet\0").unwrap_err().to_string().contains("iconv"));
+        assert!(unpack(b"\xff\xfet\0").unwrap_err().to_string().contains("iconv -f UTF-16"));
+        assert!(unpack(b"\xff\xfe\0\0t\0\0\0").unwrap_err().to_string().contains("iconv -f UTF-32"));
+        assert!(unpack(b"\0\0\xfe\xff\0\0\0t").unwrap_err().to_string().contains("iconv -f UTF-32"));
         assert_eq!(unpack(b"BZ").unwrap(), "BZ");
     }
 }

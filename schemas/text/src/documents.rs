@@ -20,6 +20,10 @@ const LINE_BYTES_MAX: usize = 64 << 20;
 /// White space that is looked past for the first character of a file.
 const BLANK_BYTES_MAX: usize = 1 << 16;
 
+/// What has NUL bytes, and what makes text of it.
+const NUL_MEANS: &str = "UTF-16 (`iconv -f UTF-16LE -t UTF-8 FILE | ... -`), an archive (`tar -xOf FILE | ... -`) or another \
+                         binary file";
+
 /// What a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
@@ -171,6 +175,13 @@ impl Documents {
         if bytes.len() > most {
             bail!("{}", too_long(most));
         }
+        if self.settings.format != Format::Text
+            && let Some(at) = bytes.iter().position(|&byte| byte == 0)
+        {
+            bail!(
+                "byte {at} is NUL, so it is no UTF-8 text: {NUL_MEANS}; `--format text` reads it all the same"
+            );
+        }
         let text = String::from_utf8(bytes).map_err(|error| {
             anyhow!("it is not UTF-8 from byte {} on; `iconv` makes it so", error.utf8_error().valid_up_to())
         })?;
@@ -209,6 +220,9 @@ impl Documents {
             Cow::Borrowed(_) => Err(error),
             Cow::Owned(line) => parse_object(&line, fields),
         });
+        if found.is_err() && line.contains(&0) {
+            bail!("not a JSON object: it has NUL bytes: {NUL_MEANS}");
+        }
         let found = found.context("not a JSON object")?;
         let Some(Field::Text(text)) = found.text else {
             bail!("no text in the field `{}`", fields.text);

@@ -158,3 +158,30 @@ fn what_cannot_be_opened_is_an_error_and_not_a_document() {
     let Err(error) = reader(Format::Auto).open(&parquet, |raw| raw) else { panic!("it is no text") };
     assert!(error.to_string().contains("Parquet"), "{error}");
 }
+
+/// Tar archives and UTF-16 without its mark are valid UTF-8, and would be tokenized with their headers and zeros.
+#[test]
+fn a_file_with_nul_bytes_is_no_text_unless_it_is_asked_for() {
+    let lines = "{\"text\":\"one\"}\n{\"text\":\"two\"}\n";
+    let mut header = [0; 512];
+    header[..10].copy_from_slice(b"base.jsonl");
+    header[257..262].copy_from_slice(b"ustar");
+    let archive = [&header[..], lines.as_bytes(), &[0; 1024]].concat();
+    let utf_16: Vec<u8> = "the river".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for (name, content, at) in
+        [("a.tar", &archive, 10), ("a.tar.gz", &gzip(&archive), 10), ("river.txt", &utf_16, 1)]
+    {
+        let [document] = &read(name, content)[..] else { panic!("{name}") };
+        let error = document.as_ref().unwrap_err();
+        assert!(error.contains(&format!("FILE as text: byte {at} is NUL")), "{error}");
+        assert!(error.contains("iconv -f UTF-16LE") && error.contains("tar -xOf"), "{error}");
+    }
+    let [Ok(document)] = &read_as(Format::Text, "river.txt", &utf_16)[..] else { panic!() };
+    assert_eq!(document.text.as_bytes(), utf_16);
+
+    let utf_16: Vec<u8> = lines.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let documents = read("lines.jsonl", &utf_16);
+    assert!(documents.iter().all(|document| document.as_ref().is_err_and(|error| error.contains("iconv"))));
+    // A NUL that is spelt is a letter like another.
+    assert_eq!(read("lines.jsonl", br#"{"text":"a\u0000b"}"#), [Ok(text("FILE:1", "a\0b", None))]);
+}
