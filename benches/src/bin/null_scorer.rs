@@ -191,8 +191,8 @@ fn measure(config: &Config, arguments: &Arguments, broker: u32) -> anyhow::Resul
     std::fs::write("/proc/self/clear_refs", "5")?;
     let memory = status_bytes("VmRSS")?;
     std::thread::scope(|scope| {
-        let daemon =
-            scope.spawn(|| pipeline::run(config, model, &scorer, (policy, ladder), &metrics, &health));
+        let daemon = scope
+            .spawn(|| pipeline::run(config, (model, None), &scorer, (policy, ladder), &metrics, &health));
         while metrics.documents_read.get() == 0 && !daemon.is_finished() {
             std::thread::yield_now();
         }
