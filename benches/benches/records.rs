@@ -100,10 +100,11 @@ fn assemble(criterion: &mut Criterion) {
         context: POLICY,
         loss_format: LossFormat::F32,
         entropies: false,
+        class: None,
     };
     let mut offset = 0;
     let mut batch = || {
-        let mut assembler = Assembler::new(policy);
+        let mut assembler = Assembler::new(policy.clone());
         let mut windows = Vec::new();
         for _ in 0..8 {
             let ticket = ledger.open(0, offset, TOKENS).unwrap();

@@ -110,7 +110,17 @@ impl Setup {
         let within = |index: usize| (index % len % document) as u32;
         let positions = (0..rows * len).map(within).collect();
         let segments = (0..rows * len).map(|index| (index % len / document) as u32 + 1).collect();
-        Batch { rows, len, segments, positions, targets, reference, tokens, reference_entropy: vec![] }
+        Batch {
+            rows,
+            len,
+            segments,
+            positions,
+            targets,
+            reference,
+            tokens,
+            reference_entropy: vec![],
+            attribute: vec![],
+        }
     }
 
     /// The same as flags.
@@ -275,6 +285,7 @@ fn rows_of(batch: &Batch) -> Vec<Batch> {
             targets: batch.targets[span.clone()].to_vec(),
             reference: batch.reference[span].to_vec(),
             reference_entropy: vec![],
+            attribute: vec![],
         }
     };
     (0..batch.rows).map(row).collect()

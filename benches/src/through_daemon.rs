@@ -101,8 +101,8 @@ pub fn run(setup: &Setup<'_>) -> anyhow::Result<Run> {
     std::thread::scope(|scope| {
         let Setup { config, model, scorer, policy, ladder, .. } = *setup;
         let (metrics, health) = (&metrics, &health);
-        let daemon =
-            scope.spawn(move || pipeline::run(config, model, scorer, (policy, ladder), metrics, health));
+        let daemon = scope
+            .spawn(move || pipeline::run(config, (model, None), scorer, (policy, ladder), metrics, health));
         while metrics.documents_read.get() == 0 && !daemon.is_finished() {
             std::thread::sleep(Duration::from_millis(1));
         }

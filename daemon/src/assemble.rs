@@ -5,25 +5,29 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sluice_schemas::record::{ContextPolicy, LossFormat, Losses, RecordError, ScoredDocument};
+use sluice_schemas::record::{
+    AttributedDocument, ContextPolicy, LossFormat, Losses, RecordError, ScoredDocument, TokenAttribute,
+};
 
-use crate::batch::{Batch, Window, windows};
+use crate::batch::{Batch, TokenClass, Window, windows_of};
 use crate::job::Job;
 use crate::ledger::Ticket;
 use crate::outcome::{DeadLetter, Outcome, Scored};
-use crate::score::{ModelIdentity, Scores};
+use crate::score::{ModelIdentity, Scores, probability};
 
 /// What every scored record says beside its losses.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RecordPolicy {
     /// The model's fingerprint and precision go into the record.
     pub model: ModelIdentity,
     /// How the model sees a document.
     pub context: ContextPolicy,
-    /// Layout of the losses.
+    /// Layout of the losses, or of the attribute.
     pub loss_format: LossFormat,
     /// Whether entropies are recorded.
     pub entropies: bool,
+    /// The class whose probability is recorded, where the model is a token classifier.
+    pub class: Option<TokenClass>,
 }
 
 /// A document and what becomes of it.
@@ -51,7 +55,7 @@ impl Assembler {
         let number = self.numbers;
         self.numbers += 1;
         let tokens: Arc<[u32]> = job.document.tokens.iter().collect();
-        let windows = windows(number, &tokens, self.policy.context);
+        let windows = windows_of(number, &tokens, self.policy.context, self.policy.class.as_ref());
         let assembly = Assembly::new(job, &windows);
         if windows.is_empty() {
             return (windows, Some(assembly.finish(&self.policy)));
@@ -164,6 +168,29 @@ impl Assembly {
     }
 
     fn record(self, policy: &RecordPolicy) -> Result<Scored, RecordError> {
+        match &policy.class {
+            None => self.record_of_losses(policy),
+            Some(class) => self.record_of_attribute(policy, class),
+        }
+    }
+
+    fn record_of_attribute(self, policy: &RecordPolicy, class: &TokenClass) -> Result<Scored, RecordError> {
+        let values: Vec<f32> = self.losses.iter().copied().map(probability).collect();
+        let attribute = TokenAttribute::new(class.name.clone(), class.index, &values, policy.loss_format)?;
+        let document = self.job.document;
+        let key = self.job.key.unwrap_or_else(|| Bytes::copy_from_slice(document.id.as_bytes()));
+        let tokens = document.tokens.len();
+        let record = AttributedDocument {
+            document,
+            attribute,
+            reference_model: policy.model.fingerprint,
+            context: policy.context,
+            precision: policy.model.precision,
+        };
+        Ok(Scored { key, payload: record.encode(), origin: self.job.payload, tokens })
+    }
+
+    fn record_of_losses(self, policy: &RecordPolicy) -> Result<Scored, RecordError> {
         let packed = |values: &[f32]| Losses::scored(values, policy.loss_format, self.is_first_predicted);
         let reference_losses = packed(&self.losses)?;
         let reference_entropies = policy.entropies.then(|| packed(&self.entropies)).transpose()?;

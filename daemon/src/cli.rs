@@ -151,6 +151,9 @@ enum ModelCommand {
         /// Run a short row on this device, as `model.device`, and list what ran where.
         #[arg(long, value_name = "DEVICE")]
         device: Option<String>,
+        /// Class of a token classifier, as `model.class`.
+        #[arg(long, value_name = "CLASS")]
+        model_class: Option<String>,
         /// Path of libonnxruntime.so, as `model.onnxruntime`.
         #[arg(long, value_name = "FILE")]
         onnxruntime: Option<PathBuf>,
@@ -158,7 +161,8 @@ enum ModelCommand {
         #[arg(value_name = "FOLDER")]
         folder: PathBuf,
     },
-    /// Score text and print each document's losses as a line of JSON; null where a token has no prediction.
+    /// Score text and print each document's losses as a line of JSON; null where a token has no prediction. Of a token
+    /// classifier, the probabilities of its class.
     Score(ModelScoreArgs),
 }
 
@@ -166,7 +170,8 @@ enum ModelCommand {
 struct ModelScoreArgs {
     #[command(flatten)]
     file: ConfigFile,
-    /// Print one line for all documents: their number, tokens, mean loss and perplexity.
+    /// Print one line for all documents: their number, tokens, mean loss and perplexity; of a token classifier the mean
+    /// probability.
     #[arg(long)]
     summary: bool,
     #[command(flatten)]
@@ -342,8 +347,9 @@ pub fn run() -> anyhow::Result<()> {
             record_bytes_max: args.record_bytes_max,
         }),
         Command::DevBroker(args) => dev_broker::run(&args.topics, args.until_stdin_closes),
-        Command::Model(ModelCommand::Inspect { json, device, onnxruntime, folder }) => {
-            model_tools::inspect(&Inspect { folder, library: onnxruntime.unwrap_or_default(), device, json })
+        Command::Model(ModelCommand::Inspect { json, device, model_class, onnxruntime, folder }) => {
+            let library = onnxruntime.unwrap_or_default();
+            model_tools::inspect(&Inspect { folder, library, device, class: model_class, json })
         }
         Command::Serve(_) | Command::Validate(_) | Command::Model(ModelCommand::Score(_)) => Ok(()),
     }

@@ -140,9 +140,8 @@ impl<'a> Dispatcher<'a> {
     /// A batch that ran in the warm-up, and that nothing in a document can make fail.
     fn probe(&self) -> Batch {
         let len = self.ladder.lengths().into_iter().find(|&len| len >= 2).unwrap_or(2);
-        let tokens = vec![0; len].into();
-        let window = Window { document: PROBE, tokens, span: 0..len, bos: None, first_scored: 1 };
-        Batch::new(vec![window], self.ladder)
+        // The target is token 0, or class 0: every model has both.
+        Batch::new(vec![Window::whole(PROBE, vec![0; len].into(), None)], self.ladder)
     }
 
     /// Takes in what the model made of a batch. Halves of one that failed come back from [`Self::next_batch`]; a

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
 use serde_json::{Value, json};
-use sluice_schemas::record::{Bos, ContextPolicy, LossFormat, Losses, RecordError};
+use sluice_schemas::record::{Bos, ContextPolicy, LossFormat, Losses, RecordError, TokenAttribute};
 use sluice_text::output::{Reader, print_line};
 use sluice_text::{Fields, Format, TEXT_BYTES_MAX, TOKENS_MAX, Text, TextReader, TextTokenizer};
 
@@ -14,7 +14,8 @@ use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, ExitError, NO_INPUT, USAGE};
 use crate::reference::{Reference, onnxruntime_library};
 use crate::score::Scorer;
-use crate::score::documents::{DocumentScores, score_documents};
+use crate::score::documents::{DocumentScores, classify_documents};
+use crate::score::kind::ModelKind;
 use crate::score::model::Model;
 use crate::score::placement::Kind;
 use crate::score::runtime::SessionOptions;
@@ -33,6 +34,8 @@ pub struct Inspect {
     pub library: PathBuf,
     /// The device to run it on; without one it is looked at as for the CPU, and not run.
     pub device: Option<String>,
+    /// The class of a token classifier, as `model.class`.
+    pub class: Option<String>,
     /// Whether JSON is printed.
     pub json: bool,
 }
@@ -43,6 +46,11 @@ pub fn inspect(asked: &Inspect) -> anyhow::Result<()> {
     let device = device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?;
     let library = onnxruntime_library(&asked.library);
     let mut model = Model::load(&asked.folder, device, false).exit_code(NO_INPUT)?;
+    match &asked.class {
+        Some(class) => model.choose_class(class, false)?,
+        // Where none is meant, the classes are still listed.
+        None => drop(model.choose_class("", false)),
+    }
     let fused = model.fuse_attention(&library);
     let mut description = describe(&model);
     if asked.device.is_some() {
@@ -129,6 +137,7 @@ fn describe(model: &Model) -> Vec<(&'static str, Value)> {
     vec![
         ("fingerprint", json!(model.identity.fingerprint.to_string())),
         ("tokenizer", json!(model.identity.tokenizer.to_string())),
+        ("kind", kind(model)),
         ("opset", json!(report.opset)),
         ("inputs", fed.chain(settled).collect()),
         ("head", json!(report.head)),
@@ -147,6 +156,17 @@ fn describe(model: &Model) -> Vec<(&'static str, Value)> {
         ("bos_token", or_none(model.bos_token.map(|token| json!(token)))),
         ("findings", findings.collect()),
     ]
+}
+
+/// What a model says of a token; of a classifier, a line for each class, the one that is asked for marked.
+fn kind(model: &Model) -> Value {
+    let ModelKind::TokenClassifier { labels } = &model.kind else { return json!("causal language model") };
+    let chosen = model.class.as_ref().map(|class| class.index as usize);
+    let class = |(index, label): (usize, &String)| {
+        let mark = if chosen == Some(index) { ", whose probability is recorded" } else { "" };
+        format!("class {index}: {label}{mark}")
+    };
+    std::iter::once("token classifier".to_owned()).chain(labels.iter().enumerate().map(class)).collect()
 }
 
 /// What `sluiced model score` was asked to do.
@@ -169,7 +189,8 @@ struct Totals {
     bad: u64,
     tokens: u64,
     predicted: u64,
-    loss: f64,
+    /// Of the losses, or of the probabilities of a token classifier's class.
+    sum: f64,
 }
 
 /// Scores text and prints a line of JSON for each document, or one for all. Bad documents are named, counted and passed
@@ -184,23 +205,34 @@ pub fn score(config: &Config, asked: &ScoreText) -> anyhow::Result<()> {
     if scoring.files()? == Reader::Gone {
         return Ok(());
     }
+    let class = scoring.reference.model.class.clone();
     let totals = scoring.totals;
-    let mean = totals.loss / totals.predicted as f64;
+    let mean = totals.sum / totals.predicted as f64;
+    let of = if class.is_some() { "probability of the class" } else { "loss in nats" };
     tracing::info!(
         documents = totals.documents,
         bad = totals.bad,
         tokens = totals.tokens,
-        mean_loss = mean,
+        mean,
+        of,
         "scored"
     );
     if asked.summary {
-        let line = json!({
-            "documents": totals.documents,
-            "tokens": totals.tokens,
-            "predicted_tokens": totals.predicted,
-            "mean_loss_nats": mean,
-            "perplexity": mean.exp(),
-        });
+        let line = match class {
+            None => json!({
+                "documents": totals.documents,
+                "tokens": totals.tokens,
+                "predicted_tokens": totals.predicted,
+                "mean_loss_nats": mean,
+                "perplexity": mean.exp(),
+            }),
+            Some(class) => json!({
+                "documents": totals.documents,
+                "tokens": totals.tokens,
+                "class": class.name,
+                "mean_attribute": mean,
+            }),
+        };
         print_line(&line.to_string())?;
     }
     if totals.bad > 0 {
@@ -283,10 +315,11 @@ impl Scoring<'_> {
         }
         let (policy, sizes) = (self.reference.policy, self.config.sizes());
         let tokens: Vec<_> = documents.iter().map(|document| Arc::clone(&document.tokens)).collect();
-        let scores = score_documents(
+        let class = self.reference.model.class.as_ref();
+        let scores = classify_documents(
             &mut self.reference.scorer,
             &tokens,
-            policy,
+            (policy, class),
             sizes.tokens_max,
             self.reference.ladder,
         )?;
@@ -300,21 +333,44 @@ impl Scoring<'_> {
 
     /// Counts and prints what the model says of a document; where that would be no record, it is a bad document.
     fn document(&mut self, document: &Document, scores: &DocumentScores) -> anyhow::Result<Reader> {
-        if let Err(error) = check(scores, self.reference.policy.predicts_first(&document.tokens)) {
+        let class = self.reference.model.class.clone();
+        let probabilities = class.as_ref().map(|_| scores.probabilities());
+        let checked = match &probabilities {
+            Some(values) => TokenAttribute::new(String::new(), 0, values, LossFormat::F32).map(drop),
+            None => check(scores, self.reference.policy.predicts_first(&document.tokens)),
+        };
+        if let Err(error) = checked {
             self.bad(&format!("{}: {error}", document.id));
             return Ok(Reader::Listens);
         }
         let predicted = scores.predicted().count() as u64;
-        let sum: f64 = scores.predicted().map(f64::from).sum();
+        let sum: f64 = match &probabilities {
+            Some(values) => values.iter().copied().map(f64::from).sum(),
+            None => scores.predicted().map(f64::from).sum(),
+        };
         self.totals.documents += 1;
         self.totals.tokens += document.tokens.len() as u64;
         self.totals.predicted += predicted;
-        self.totals.loss += sum;
+        self.totals.sum += sum;
         if self.asked.summary {
             return Ok(Reader::Listens);
         }
         let names = self.tokenizer.names(&document.tokens);
-        let mut line = document_line(document, &names, scores, sum / predicted as f64);
+        let mean = sum / predicted as f64;
+        let mut line = match (class, probabilities) {
+            (Some(class), Some(values)) => json!({
+                "id": document.id,
+                "tokens": *document.tokens,
+                "pieces": names,
+                "class": class.name,
+                "attribute": values,
+                "mean_attribute": mean,
+            }),
+            _ => document_line(document, &names, scores, mean),
+        };
+        if let (Some(source), Some(fields)) = (&document.source, line.as_object_mut()) {
+            fields.insert("source".to_owned(), json!(source));
+        }
         if let Some(fields) = line.as_object_mut() {
             fields.extend(self.provenance());
         }
@@ -360,9 +416,6 @@ fn document_line(document: &Document, names: &[String], scores: &DocumentScores,
         "losses": scores.losses,
         "mean_loss": mean,
     });
-    if let (Some(source), Some(fields)) = (&document.source, line.as_object_mut()) {
-        fields.insert("source".to_owned(), json!(source));
-    }
     if let (false, Some(fields)) = (scores.entropies.is_empty(), line.as_object_mut()) {
         fields.insert("entropies".to_owned(), json!(scores.entropies));
     }

@@ -10,8 +10,14 @@ pub const MODEL_FAILED: &str = "model_failed";
 
 /// Reasons that are more likely ours than a document's where many have them: another model or tokenizer than the documents
 /// were made with, or a device that computes nonsense.
-const OURS: [&str; 5] =
-    ["foreign_tokenizer", "token_beyond_vocabulary", "non_finite_loss", "negative_loss", MODEL_FAILED];
+const OURS: [&str; 6] = [
+    "foreign_tokenizer",
+    "token_beyond_vocabulary",
+    "non_finite_loss",
+    "non_finite_attribute",
+    "negative_loss",
+    MODEL_FAILED,
+];
 
 /// What became of a record.
 #[derive(Debug)]
@@ -100,7 +106,7 @@ impl Outcome {
                 scored.origin.clone(),
                 RECORD_TOO_LARGE,
                 &format!(
-                    "with its losses the record has {} bytes, more than the broker or kafka.record_bytes_max allows",
+                    "with what the model says of it the record has {} bytes, more than the broker or kafka.record_bytes_max allows",
                     scored.payload.len()
                 ),
             )),

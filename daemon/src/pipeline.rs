@@ -16,7 +16,7 @@ use crossbeam_channel::unbounded;
 use sluice_schemas::record::ContextPolicy;
 
 use crate::assemble::RecordPolicy;
-use crate::batch::Ladder;
+use crate::batch::{Ladder, TokenClass};
 use crate::config::Config;
 use crate::dispatch::Dispatcher;
 use crate::health::{Health, Wait};
@@ -32,7 +32,7 @@ use crate::source;
 /// Reads, scores and publishes until `health` is asked to stop; returns once everything read is committed.
 pub fn run(
     config: &Config,
-    model: ModelIdentity,
+    (model, class): (ModelIdentity, Option<&TokenClass>),
     scorer: &ModelThread,
     (policy, ladder): (ContextPolicy, Ladder),
     metrics: &Metrics,
@@ -49,6 +49,7 @@ pub fn run(
         context: policy,
         loss_format: config.score.loss_format,
         entropies: config.score.entropies,
+        class: class.cloned(),
     };
 
     let (jobs_in, jobs_out) = unbounded::<Job>();

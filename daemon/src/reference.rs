@@ -16,7 +16,7 @@ use crate::score::model::Model;
 use crate::score::model_thread::ModelThread;
 use crate::score::policy::context_policy;
 use crate::score::runtime::SessionOptions;
-use crate::score::self_test::self_test;
+use crate::score::self_test::{sees_both_sides, self_test};
 use crate::score::warm_up::warm_up;
 
 /// A reference model that is ready to score. Cloning shares it.
@@ -39,8 +39,9 @@ impl Reference {
     pub fn open(config: &Config) -> anyhow::Result<Self> {
         let (model, device) = load_model(config)?;
         let policy = context_policy(config, &model).exit_code(USAGE)?;
-        let (model, scorer) = open_scorer(model, device, config)?;
+        let (mut model, mut scorer) = open_scorer(model, device, config)?;
         let ladder = config.sizes().ladder(policy).split_at(model.length_limit);
+        look_both_ways(&mut model, &mut scorer, ladder)?;
         Ok(Self { model: Arc::new(model), scorer, policy, ladder, device })
     }
 
@@ -52,7 +53,7 @@ impl Reference {
         let same_session = model.identity.fingerprint == self.model.identity.fingerprint
             && new.model == old.model
             && new.score.entropies == old.score.entropies;
-        let scorer = if same_session {
+        let mut scorer = if same_session {
             model.forget_graph();
             self.scorer.clone()
         } else {
@@ -61,6 +62,7 @@ impl Reference {
             scorer
         };
         let ladder = new.sizes().ladder(policy).split_at(model.length_limit);
+        look_both_ways(&mut model, &mut scorer, ladder)?;
         let mut next = Self { model: Arc::new(model), scorer, policy, ladder, device };
         self.check_same_tokens(&next)?;
         if !same_session || new.batch != old.batch || policy != self.policy {
@@ -120,13 +122,15 @@ impl Reference {
     pub fn self_test(&mut self, config: &Config) -> anyhow::Result<()> {
         let identity = &self.model.identity;
         let who = (identity.vocabulary, identity.precision);
-        self_test(&mut self.scorer, who, self.ladder, config.sizes().tokens_max).exit_code(DATA)
+        let class = self.model.class.as_ref();
+        self_test(&mut self.scorer, who, class, self.ladder, config.sizes().tokens_max).exit_code(DATA)
     }
 }
 
 fn load_model(config: &Config) -> anyhow::Result<(Model, Device)> {
     let device = config.model.device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?;
     let mut model = Model::load(&config.model.path, device, config.score.entropies).exit_code(NO_INPUT)?;
+    model.choose_class(&config.model.class, config.score.entropies)?;
     if config.model.fuse_attention {
         model.fuse_attention(&onnxruntime_library(&config.model.onnxruntime)).exit_code(NO_INPUT)?;
     }
@@ -134,6 +138,20 @@ fn load_model(config: &Config) -> anyhow::Result<(Model, Device)> {
         tracing::warn!(finding = finding.code(), "{finding}");
     }
     Ok((model, device))
+}
+
+/// Finds out whether a token classifier sees what follows a token, which decides in which window a token is given its value.
+fn look_both_ways(model: &mut Model, scorer: &mut ModelThread, ladder: Ladder) -> anyhow::Result<()> {
+    let Some(class) = model.class.as_mut() else { return Ok(()) };
+    class.both_sides =
+        sees_both_sides(scorer, model.identity.vocabulary, class.index, ladder).exit_code(DATA)?;
+    tracing::info!(
+        class = class.name,
+        index = class.index,
+        sees = if class.both_sides { "both sides of a token" } else { "what stands before a token" },
+        "the model is a token classifier"
+    );
+    Ok(())
 }
 
 /// Opens a session for the model on a thread of its own, and gives the model back without its graph, which nobody needs any more.

@@ -16,6 +16,7 @@ use crate::kafka::PlainContext;
 use crate::metrics::Metrics;
 use crate::reference::Reference;
 use crate::reload::{self, Reload};
+use crate::score::kind::ModelKind;
 use crate::{http, kafka, pipeline, systemd};
 
 /// How long the other loops may take to end once one has failed.
@@ -44,9 +45,9 @@ pub fn serve(config: &Config, load: reload::Load) -> anyhow::Result<()> {
         let (config, reference) = reload.in_force();
         health.set_stalled_after(config.limits.stalled());
         reference.announce(&config, &metrics);
-        let identity = reference.model.identity;
+        let model = (reference.model.identity, reference.model.class.as_ref());
         let shapes = (reference.policy, reference.ladder);
-        pipeline::run(&config, identity, &reference.scorer, shapes, &metrics, &health)?;
+        pipeline::run(&config, model, &reference.scorer, shapes, &metrics, &health)?;
         if health.is_leaving() || !reload.take_next() {
             break;
         }
@@ -148,7 +149,16 @@ pub fn validate(config: &Config) -> anyhow::Result<()> {
     let mut reference = Reference::open(config)?;
     reference.warm_up(config)?;
     let (model, policy) = (&reference.model, reference.policy);
-    say(format!("model: ok, {} with {} logits", model.identity.fingerprint, model.identity.vocabulary))?;
+    let (fingerprint, vocabulary) = (model.identity.fingerprint, model.identity.vocabulary);
+    say(match model.kind {
+        ModelKind::CausalLm => format!("model: ok, {fingerprint} with {vocabulary} logits"),
+        ModelKind::TokenClassifier { .. } => {
+            format!("model: ok, {fingerprint}, a token classifier of {vocabulary} token ids")
+        }
+    })?;
+    if let Some(class) = &model.class {
+        say(format!("  class: {} ({})", class.name, class.index))?;
+    }
     say(format!("  head: {}, then {:?}", model.report.head, model.report.after_head))?;
     say(format!(
         "  inputs: {}",

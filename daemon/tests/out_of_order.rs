@@ -78,6 +78,10 @@ fn run(batch: Batch, scored: anyhow::Result<Scores>) -> Run {
     Run { batch, scored, ran: Duration::ZERO, starved: Duration::ZERO }
 }
 
+fn record_policy(context: ContextPolicy, entropies: bool) -> RecordPolicy {
+    RecordPolicy { model: identity(), context, loss_format: LossFormat::F32, entropies, class: None }
+}
+
 /// Feeds random documents and gives batches back in random order; one in ten fails first, as on a device without
 /// memory. How many were split.
 fn stress(seed: u64, bos: Bos) -> u64 {
@@ -90,8 +94,7 @@ fn stress(seed: u64, bos: Bos) -> u64 {
         few_shapes: random.bool(),
         ..Config::default().sizes()
     };
-    let record =
-        RecordPolicy { model: identity(), context: policy, loss_format: LossFormat::F32, entropies: true };
+    let record = record_policy(policy, true);
     let ledger = Ledger::default();
     ledger.assign([0, 1, 2]);
     let metrics = Metrics::new().unwrap();
@@ -197,7 +200,7 @@ fn a_document_is_handed_over_with_the_last_of_its_windows_whatever_is_tried_agai
     let ledger = Ledger::default();
     ledger.assign([0]);
     let context = ContextPolicy { window: 4, stride: 2, bos: Bos::None };
-    let record = RecordPolicy { model: identity(), context, loss_format: LossFormat::F32, entropies: false };
+    let record = record_policy(context, false);
     let mut assembler = Assembler::new(record);
     let job = job(&ledger, 0, &[1, 2, 3, 4, 5, 6, 7, 8]);
     let ticket = job.ticket;
@@ -214,7 +217,7 @@ fn a_document_is_handed_over_with_the_last_of_its_windows_whatever_is_tried_agai
 fn dispatcher<'a>(ledger: &'a Ledger<Outcome>, metrics: &'a Metrics) -> Dispatcher<'a> {
     ledger.assign([0, 1, 2]);
     let context = ContextPolicy { window: 64, stride: 32, bos: Bos::None };
-    let record = RecordPolicy { model: identity(), context, loss_format: LossFormat::F32, entropies: false };
+    let record = record_policy(context, false);
     let sizes = Config::default().sizes();
     let mut dispatcher = Dispatcher::new(record, sizes.ladder(context), ledger, sizes, metrics);
     for id in 0..DOCUMENTS {

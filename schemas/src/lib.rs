@@ -7,7 +7,7 @@ pub mod names;
 pub mod record;
 pub mod windows;
 
-pub use windows::{WindowSpan, windows};
+pub use windows::{ClassifiedSpan, WindowSpan, classified_windows, windows};
 
 /// ONNX's protobuf types, generated from `proto/onnx/onnx-ml.proto`; byte fields share the buffer they were read
 /// from, so that decoding a model never copies its weights.

@@ -4,7 +4,9 @@
 use bytes::Bytes;
 use prost::Message as _;
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::record::{LossFormat, Losses, RecordError, ScoredDocument, TokenIds, TokenizedDocument};
+use sluice_schemas::record::{
+    LossFormat, Losses, RecordError, ScoredDocument, ScoredRecord, TokenIds, TokenizedDocument,
+};
 use sluice_schemas::wire;
 
 fn tokenized() -> wire::TokenizedDocument {
@@ -91,6 +93,63 @@ fn a_scored_document_is_refused_for_the_right_reason() {
         spoil(&mut record);
         let error = ScoredDocument::decode(record.encode_to_vec().into()).unwrap_err();
         assert_eq!(error.code(), code, "{error}");
+    }
+}
+
+fn attributed() -> wire::ScoredDocument {
+    wire::ScoredDocument {
+        reference_loss: Bytes::new(),
+        loss_format: 0,
+        model_kind: wire::ModelKind::TokenClassifier.into(),
+        attribute: Some(wire::TokenAttribute {
+            values: [0.25_f32, 1.0].iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>().into(),
+            format: wire::LossFormat::F32.into(),
+            class_name: "toxic".to_owned(),
+            class_index: 1,
+        }),
+        ..scored()
+    }
+}
+
+#[test]
+fn a_record_of_a_token_classifier_comes_back_as_it_was_and_is_no_record_of_losses() {
+    let bytes = Bytes::from(attributed().encode_to_vec());
+    let ScoredRecord::Attributes(record) = ScoredRecord::decode(bytes.clone()).unwrap() else {
+        panic!("it carries no losses")
+    };
+    assert_eq!(record.attribute.to_vec(), [0.25, 1.0]);
+    assert_eq!((record.attribute.class_name(), record.attribute.class_index()), ("toxic", 1));
+    assert_eq!(record.encode(), bytes);
+    assert_eq!(ScoredDocument::decode(bytes).unwrap_err().code(), "other_model_kind");
+
+    // What a reader makes of it that knows nothing of fields 9 and 10: a record without losses, and no losses of 0.
+    let before = wire::ScoredDocument { model_kind: 0, attribute: None, ..attributed() };
+    let error = ScoredRecord::decode(before.encode_to_vec().into()).unwrap_err();
+    assert_eq!(error.code(), "unknown_loss_format");
+}
+
+#[test]
+fn a_record_of_a_token_classifier_is_refused_for_the_right_reason() {
+    type Spoil = fn(&mut wire::ScoredDocument);
+    fn attribute(record: &mut wire::ScoredDocument) -> &mut wire::TokenAttribute {
+        record.attribute.as_mut().unwrap()
+    }
+    let cases: [(&str, Spoil); 8] = [
+        ("missing_field", |r| r.attribute = None),
+        ("unknown_model_kind", |r| r.model_kind = 99),
+        ("other_model_kind", |r| r.model_kind = 0),
+        ("other_model_kind", |r| r.reference_loss = scored().reference_loss),
+        ("unknown_loss_format", |r| attribute(r).format = 0),
+        ("bad_attribute_length", |r| attribute(r).values = vec![0; 4].into()),
+        ("non_finite_attribute", |r| attribute(r).values = vec![0xff; 8].into()),
+        ("bad_fingerprint", |r| r.reference_model_fingerprint = Bytes::new()),
+    ];
+    for (code, spoil) in cases {
+        let mut record = attributed();
+        spoil(&mut record);
+        let error = ScoredRecord::decode(record.encode_to_vec().into()).unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert!(RecordError::CODES.contains(&code));
     }
 }
 

@@ -33,14 +33,20 @@ def numbers(data: bytes, code: str) -> list:
 def describe(records, payload: bytes) -> dict:
     scored = records.ScoredDocument()
     scored.ParseFromString(payload)
-    losses = numbers(scored.reference_loss, {records.LOSS_FORMAT_F32: "f", records.LOSS_FORMAT_F16: "e"}[scored.loss_format])
+    codes = {records.LOSS_FORMAT_F32: "f", records.LOSS_FORMAT_F16: "e"}
+    if scored.model_kind == records.MODEL_KIND_TOKEN_CLASSIFIER:
+        attribute = scored.attribute
+        said = {"class": attribute.class_name, "attribute": numbers(attribute.values, codes[attribute.format])}
+    else:
+        losses = numbers(scored.reference_loss, codes[scored.loss_format])
+        said = {"reference_loss": [None if math.isnan(loss) else loss for loss in losses]}
     document = scored.document
     return {
+        **said,
         "id": document.id,
         "source": document.source,
         "tokens": numbers(document.tokens, {2: "H", 4: "I"}[document.token_width]),
         "tokenizer": document.tokenizer_fingerprint.hex(),
-        "reference_loss": [None if math.isnan(loss) else loss for loss in losses],
         "reference_model": scored.reference_model_fingerprint.hex(),
         "window": scored.context.window,
         "stride": scored.context.stride,

@@ -90,6 +90,9 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             | StreamError::PropertyValue(_)
             | StreamError::OwnedProperty(_)
             | StreamError::NoEntropies { .. }
+            | StreamError::NoLosses { .. }
+            | StreamError::NoAttribute { .. }
+            | StreamError::Plan(_)
             | StreamError::Shard { .. }
             | StreamError::UnequalContexts { .. },
         ) => EXIT_USAGE,

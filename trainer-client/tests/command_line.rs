@@ -223,6 +223,15 @@ fn failures_have_their_exit_codes_and_say_what_to_do() {
         64,
         "keep must be above 0 and at most 1",
     );
+    for too_many in ["4294967295", "18446744073709551615"] {
+        refuse(
+            &|command| {
+                command.args(["--accumulate", too_many]);
+            },
+            64,
+            "must be a whole number from 1 to 65536",
+        );
+    }
     refuse(
         &|command| {
             command.args(["--kv-heads", "3"]);

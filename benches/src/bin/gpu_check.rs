@@ -258,7 +258,7 @@ impl<'a> Work<'a> {
         Ok(Self { arguments, documents, cost, tokens, flops: [weights, weights + attention], peak })
     }
 
-    /// Speed, and the shares of the device's peak (model FLOPs utilisation, PaLM, arXiv 2204.02311, appendix B).
+    /// Speed, and the shares of the device's peak (arXiv 2204.02311, appendix B).
     fn speed(&self, seconds: &[f64]) -> Value {
         let middle = median(seconds);
         let [share, with_attention] = self.flops.map(|flops| self.peak.map(|peak| flops / middle / peak));

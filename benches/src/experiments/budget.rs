@@ -125,5 +125,6 @@ fn random_batch(vocabulary: usize) -> Batch {
         positions: (0..positions).map(|index| (index % SEQUENCE_LENGTH) as u32).collect(),
         reference: vec![f32::NAN; positions],
         reference_entropy: vec![f32::NAN; positions],
+        attribute: vec![f32::NAN; positions],
     }
 }

@@ -277,7 +277,7 @@ mod tests {
         // One that fills no batch, in a stream of others that fill them without padding.
         let window = |document: u64, len: usize| {
             let tokens: Arc<[u32]> = vec![0; len].into();
-            Window { document, tokens, span: 0..len, bos: None, first_scored: 1 }
+            Window::whole(document, tokens, None)
         };
         let mut waiting = LookAhead::new(TOKENS_MAX, ladder());
         waiting.push(window(0, 41));
@@ -343,6 +343,8 @@ mod tests {
                 span: 0..len as usize,
                 bos: None,
                 first_scored: 1,
+                scored_end: len as usize,
+                class: None,
             });
         }
         assert_eq!(waiting.next_batch().map(|batch| batch.rows()), Some(6));

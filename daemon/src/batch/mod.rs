@@ -7,11 +7,12 @@ mod window;
 
 pub use ladder::Ladder;
 pub use lookahead::{LookAhead, plan};
-pub use window::{Window, windows};
+pub use window::{TokenClass, Window, windows, windows_of};
 
 /// What one run of the model sees: rows padded on the right to one length, and the targets asked for.
 ///
-/// Right padding needs no mask in a causal model: no real token can see what stands after it.
+/// Right padding needs no mask in a causal model: no real token can see what stands after it. One that sees both sides is given
+/// `attention_mask`.
 #[derive(Clone, Debug)]
 pub struct Batch {
     /// The windows, one to a row.
@@ -29,7 +30,7 @@ pub struct Batch {
     pub position_ids: Vec<i64>,
     /// Flat positions (`row * padded_len + position`) that predict the targets.
     pub target_rows: Vec<i64>,
-    /// Token ids to be scored, row by row.
+    /// Token ids to be scored, row by row; of a token classifier the class, for each token once.
     pub targets: Vec<i64>,
 }
 
@@ -48,10 +49,12 @@ impl Batch {
             for (slot, id) in tokens[start..].iter_mut().zip(window.ids()) {
                 *slot = i64::from(id);
             }
-            let skipped = window.len() - window.scored().len();
-            for (position, id) in window.ids().enumerate().skip(skipped) {
-                target_rows.push((start + position - 1) as i64);
-                targets.push(i64::from(id));
+            let scored = window.ids().enumerate().skip(window.first_position()).take(window.scored().len());
+            for (position, id) in scored {
+                // A token is predicted before it, and classified where it stands.
+                let at = if window.class.is_some() { position } else { position - 1 };
+                target_rows.push((start + at) as i64);
+                targets.push(i64::from(window.class.unwrap_or(id)));
             }
         }
         let position_ids = (0..padded_rows).flat_map(|_| 0..padded_len as i64).collect();
@@ -95,6 +98,24 @@ mod tests {
             assert_eq!(batch.attention_mask[..8], [1, 1, 1, 1, 0, 0, 0, 0]);
             assert_eq!(batch.position_ids[8..10], [0, 1]);
         }
+    }
+
+    #[test]
+    fn a_class_is_asked_for_where_each_token_stands() {
+        let document: std::sync::Arc<[u32]> = (0..7).collect();
+        for bos in [Bos::None, Bos::Document(9), Bos::Window(9)] {
+            for both_sides in [true, false] {
+                let class = TokenClass { index: 3, name: String::new(), both_sides };
+                let policy = ContextPolicy { window: 4, stride: 2, bos };
+                let batch = Batch::new(windows_of(0, &document, policy, Some(&class)), Ladder::new(8, 4));
+                let seen: Vec<i64> =
+                    batch.target_rows.iter().map(|&row| batch.tokens[row as usize]).collect();
+                assert_eq!(seen, (0..7).collect::<Vec<i64>>(), "{bos:?}");
+                assert_eq!(batch.targets, [3; 7]);
+            }
+        }
+        let alone = windows_of(0, &[5].into(), ContextPolicy { window: 4, stride: 2, bos: Bos::None }, None);
+        assert_eq!(alone, [], "one token alone has no loss");
     }
 
     #[test]

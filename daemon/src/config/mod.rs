@@ -107,6 +107,9 @@ pub struct ModelSettings {
     pub path: PathBuf,
     /// Path of libonnxruntime.so; empty for the environment variable `ORT_DYLIB_PATH`, else the system's library.
     pub onnxruntime: PathBuf,
+    /// Of a token classifier, the class whose probability is recorded, by its name or index; empty for the only one, or of two
+    /// the one beside a label that says that nothing was found, such as `O` or `NEGATIVE`.
+    pub class: String,
     /// Where the model runs: `cpu`, or `cuda:N` for the GPU with index N.
     pub device: String,
     /// Threads of one operator on the CPU; 0 for one a core.
@@ -122,6 +125,7 @@ impl Default for ModelSettings {
         Self {
             path: PathBuf::new(),
             onnxruntime: PathBuf::new(),
+            class: String::new(),
             device: "cpu".to_owned(),
             threads: 0,
             device_memory_bytes: 0,
@@ -142,7 +146,7 @@ pub struct Score {
     /// each `window`. Use what the model was trained with.
     #[schemars(with = "String")]
     pub bos: BosChoice,
-    /// Layout of a loss in the record: `f32`, or `f16` for half the bytes.
+    /// Layout of a loss, or of a token classifier's probability, in the record: `f32`, or `f16` for half the bytes.
     #[schemars(with = "String")]
     pub loss_format: LossFormat,
     /// Whether the entropy of each prediction is recorded too.

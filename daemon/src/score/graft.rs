@@ -17,7 +17,8 @@ use super::head::{self, Head, only_reshapes};
 use super::inputs;
 use crate::device::Device;
 
-const LOGITS: &str = "logits";
+/// Name of the output that is looked for.
+pub(super) const LOGITS: &str = "logits";
 
 /// What was found in a graph and done to it.
 #[derive(Debug, Clone)]
@@ -52,7 +53,7 @@ pub fn graft(model: &mut ModelProto, device: Device, entropies: bool) -> Result<
     if opset < OPSET_MIN {
         return Err(GraftError::OldOpset { found: opset });
     }
-    let vocabulary = last_dimension(logits);
+    let declared = last_dimension(logits);
     let by_batch =
         |node: &&NodeProto| matches!(node.op_type(), "DynamicQuantizeLinear" | "DynamicQuantizeMatMul");
     if let Some(node) = graph.node.iter().find(by_batch) {
@@ -64,6 +65,8 @@ pub fn graft(model: &mut ModelProto, device: Device, entropies: bool) -> Result<
     let head = &graph.node[found.head];
     let weight = head.input.get(1).and_then(|name| behind(graph, name));
     let columns = weight.and_then(|weight| weight_columns(head, weight));
+    // The last dimension of single logits may be the length of a row, without one of their own.
+    let vocabulary = if columns == Some(1) { columns } else { declared };
     if let (Some(logits), Some(columns)) = (vocabulary, columns)
         && logits != columns
     {

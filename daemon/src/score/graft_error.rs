@@ -11,7 +11,8 @@ pub enum GraftError {
     NoGraph,
     /// A model that is no language model, or was exported without its head.
     #[error(
-        "the graph has no output named `logits` (its outputs: {outputs}); export the model as a causal language model"
+        "the graph has no output named `logits` (its outputs: {outputs}); export the model as a causal language model, or for token \
+         classification"
     )]
     NoLogits {
         /// The outputs there are.

@@ -83,8 +83,8 @@ pub(super) fn replace(
     let offsets = main.node("Range", &[&start, &block_scalar, &step], vec![]);
     let last = main.node("Sub", &[&count, &one], vec![]);
 
-    let body =
-        loop_body(&head, &tail, &Outer { flat, rows, block, offsets, last, one: one.clone() }, entropies);
+    let outer = Outer { flat, rows, block, offsets, last, one: one.clone() };
+    let body = loop_body(&head, &tail, &outer, entropies, vocabulary == Some(1));
     let mut outputs = vec![LOSS_OUTPUT];
     if entropies {
         outputs.push(ENTROPY_OUTPUT);
@@ -165,7 +165,13 @@ struct Outer {
     one: String,
 }
 
-fn loop_body(head: &NodeProto, tail: &[NodeProto], outer: &Outer, entropies: bool) -> GraphProto {
+fn loop_body(
+    head: &NodeProto,
+    tail: &[NodeProto],
+    outer: &Outer,
+    entropies: bool,
+    is_single: bool,
+) -> GraphProto {
     let mut body = GraphBuilder::new("sluice/body/");
     let start = body.node("Mul", &["sluice/body/iteration", &outer.block], vec![]);
     let index = body.node("Add", &[&outer.offsets, &start], vec![]);
@@ -196,8 +202,13 @@ fn loop_body(head: &NodeProto, tail: &[NodeProto], outer: &Outer, entropies: boo
         value = output;
     }
     let logits = body.node("Flatten", &[&value], vec![int_attribute("axis", -1)]);
-    let logits =
+    let mut logits =
         body.node("Cast", &[&logits], vec![int_attribute("to", i64::from(i32::from(DataType::Float)))]);
+    if is_single {
+        // A single logit is yes or no: its sigmoid is its share of a softmax with a logit of 0 beside it.
+        let beside = body.ints(&[0, 0, 0, 1]);
+        logits = body.node("Pad", &[&logits, &beside], vec![]);
+    }
     let log_probabilities = body.node("LogSoftmax", &[&logits], vec![int_attribute("axis", -1)]);
     let targets = body.node("Unsqueeze", &[&targets, &outer.one], vec![]);
     let chosen = body.node("GatherElements", &[&log_probabilities, &targets], vec![int_attribute("axis", 1)]);

@@ -9,7 +9,7 @@ use sluice_schemas::onnx::tensor_shape_proto::dimension;
 use sluice_schemas::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 
 use super::graft_error::GraftError;
-use super::names::{ATTENTION_MASK, POSITION_IDS, ROWS_INPUT, TARGETS_INPUT, TOKEN_IDS};
+use super::names::{ATTENTION_MASK, POSITION_IDS, ROWS_INPUT, TARGETS_INPUT, TOKEN_IDS, TOKEN_TYPE_IDS};
 
 /// Replaces the inputs that are the same in every run by what they are; says which, and what each became.
 ///
@@ -40,6 +40,24 @@ pub(super) fn settle(graph: &mut GraphProto) -> Result<Vec<(String, &'static str
     // First of all, because nodes stand in topological order.
     graph.node.splice(0..0, nodes);
     Ok(settled)
+}
+
+/// Makes the segments of a token classifier 0 everywhere, for a document stands by itself; says whether it asked for them. A
+/// language model adds an embedding for them that it was not trained with.
+pub(super) fn settle_token_types(graph: &mut GraphProto) -> Option<(String, &'static str)> {
+    let input = wanted(graph).find(|input| input.name() == TOKEN_TYPE_IDS)?;
+    let element = element(input);
+    let mut builder = GraphBuilder::new("sluice/token_types/");
+    let shape = builder.node("Shape", &[TOKEN_IDS], vec![]);
+    let zero = raw_tensor(DataType::Int64, &[1], 0_i64.to_le_bytes().to_vec().into());
+    let zeros = builder.node("ConstantOfShape", &[&shape], vec![tensor_attribute("value", zero)]);
+    cast_to(&mut builder, &zeros, element, TOKEN_TYPE_IDS);
+    graph.input.retain(|input| input.name() != TOKEN_TYPE_IDS);
+    let (nodes, initializers) = builder.finish();
+    graph.initializer.extend(initializers);
+    // First of all, because nodes stand in topological order.
+    graph.node.splice(0..0, nodes);
+    Some((TOKEN_TYPE_IDS.to_owned(), "0, for a document by itself"))
 }
 
 /// The inputs that must be fed. Files of IR version 3 list their weights among the inputs.

@@ -11,6 +11,7 @@ mod graft_error;
 mod head;
 mod identity;
 mod inputs;
+pub mod kind;
 mod limits;
 pub mod model;
 pub mod model_thread;
@@ -45,10 +46,15 @@ const PLACEMENT_TOKENS: usize = 8;
 /// Losses, and entropies where they were asked for, in the order of a batch's targets; nats.
 #[derive(Debug, Default)]
 pub struct Scores {
-    /// `-log P(target | what stands before it)`.
+    /// `-log P(target | what stands before it)`; of a token classifier `-log P(class | all that it sees)`.
     pub losses: Vec<f32>,
     /// Entropy of the distribution that the target was drawn from; empty where not asked for.
     pub entropies: Vec<f32>,
+}
+
+/// The probability that a loss in nats is of: `p = exp(-loss)`.
+pub fn probability(loss: f32) -> f32 {
+    (-loss).exp()
 }
 
 /// What turns batches into losses: the reference model, or something that stands in for it in a measurement.
@@ -115,13 +121,7 @@ impl Scorer {
 impl Scorer {
     /// Runs a short row and says on which provider each node ran.
     pub fn placement(&mut self) -> anyhow::Result<Placement> {
-        let window = Window {
-            document: 0,
-            tokens: vec![0; PLACEMENT_TOKENS].into(),
-            span: 0..PLACEMENT_TOKENS,
-            bos: None,
-            first_scored: 1,
-        };
+        let window = Window::whole(0, vec![0; PLACEMENT_TOKENS].into(), None);
         let batch = Batch::new(vec![window], Ladder::new(PLACEMENT_TOKENS, 1));
         let folder = tempfile::tempdir().context(
             "cannot make a folder for ONNX Runtime's profile; name one that can be written to as TMPDIR",

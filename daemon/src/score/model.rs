@@ -20,13 +20,15 @@ use super::findings::{self, Finding};
 use super::graft::{GraftReport, graft};
 use super::identity::ModelIdentity;
 use super::inputs;
+use super::kind::{KindConfig, ModelKind};
 use super::limits::length_limits;
 use super::names::{ROWS_INPUT, TARGETS_INPUT};
 use super::precision::precision;
 use super::rotation::rotations;
 use super::widen::widen;
+use crate::batch::TokenClass;
 use crate::device::Device;
-use crate::exit::{DATA, ExitCode as _, ExitError};
+use crate::exit::{DATA, ExitCode as _, ExitError, USAGE};
 
 /// A reference model, read and given its loss head, ready for a session.
 #[derive(Debug)]
@@ -54,6 +56,10 @@ pub struct Model {
     pub device: Device,
     /// Whether it is a bfloat16 model that computes in float32, as it must on the CPU.
     pub widened: bool,
+    /// What it says of a token.
+    pub kind: ModelKind,
+    /// The class that is asked for, of a token classifier; none until [`Model::choose_class`] was called.
+    pub class: Option<TokenClass>,
     /// What records say of the model, and are checked against.
     pub identity: ModelIdentity,
     /// Longest sequence that the model was made for, where `config.json` says so.
@@ -133,14 +139,6 @@ impl Model {
 
         let mut parts = vec![("model.onnx".to_owned(), graph_digest)];
         let data_folder = resolve_external_data(&mut model, folder, &mut parts)?;
-        // Before anything in it is moved or widened.
-        let arithmetic = model.graph.as_ref().map_or(Precision::F32, precision);
-        let data_files = parts[1..].iter().map(|(name, _)| name.clone()).collect();
-        let Rewritten { report, mut findings, inputs, widened } =
-            rewrite(&mut model, data_folder.as_deref(), device, entropies)
-                .with_context(|| path.display().to_string())
-                .exit_code(DATA)?;
-
         let config_path = folder.join("config.json");
         let config: serde_json::Value = if config_path.exists() {
             let bytes = std::fs::read(&config_path)
@@ -153,14 +151,31 @@ impl Model {
         let config = ModelConfig::new(claims.config())
             .with_context(|| config_path.display().to_string())
             .exit_code(DATA)?;
+        let kind_config: KindConfig = serde_json::from_value(claims.config().clone())
+            .with_context(|| config_path.display().to_string())
+            .exit_code(DATA)?;
+        // Before anything in it is moved or widened.
+        let arithmetic = model.graph.as_ref().map_or(Precision::F32, precision);
+        let data_files = parts[1..].iter().map(|(name, _)| name.clone()).collect();
+        let is_classifier = model.graph.as_ref().is_some_and(|graph| kind_config.is_classifier(graph));
+        let segments = model.graph.as_mut().filter(|_| is_classifier).and_then(inputs::settle_token_types);
+        let Rewritten { mut report, mut findings, inputs, widened } =
+            rewrite(&mut model, data_folder.as_deref(), device, entropies)
+                .with_context(|| path.display().to_string())
+                .exit_code(DATA)?;
+
+        report.settled_inputs.extend(segments);
         findings.extend(findings::soft_cap(report.soft_cap, config.final_logit_softcapping));
         let length_limit = length_limit(&model, &claims).exit_code(DATA)?;
         if let Some(graph) = &model.graph {
             let rotations = rotations(graph, data_folder.as_deref()).exit_code(DATA)?;
             findings.extend(claims.rotation(&rotations, !length_limits(graph).is_empty()));
         }
+        let kind = model_kind(is_classifier, &kind_config, &report, &config_path)?;
+        // A classifier's logits say nothing of the vocabulary.
+        let logits = report.vocabulary.filter(|_| !is_classifier);
         // Some models pad their head beyond the ids that their embedding knows; the smaller bound is safe.
-        let vocabulary = match (report.vocabulary, config.vocab_size) {
+        let vocabulary = match (logits, config.vocab_size) {
             (Some(head), Some(config)) => head.min(config),
             (Some(one), None) | (None, Some(one)) => one,
             (None, None) => bail!(
@@ -183,6 +198,8 @@ impl Model {
             inputs,
             data_files,
             widened,
+            kind,
+            class: None,
             identity: ModelIdentity {
                 fingerprint: Fingerprint::of_parts(&mut parts),
                 tokenizer: TextTokenizer::read(&folder.join("tokenizer.json"))
@@ -197,7 +214,53 @@ impl Model {
     }
 }
 
+fn model_kind(
+    is_classifier: bool,
+    config: &KindConfig,
+    report: &GraftReport,
+    path: &Path,
+) -> anyhow::Result<ModelKind> {
+    if !is_classifier {
+        return Ok(ModelKind::CausalLm);
+    }
+    let classes = report.vocabulary.filter(|&classes| classes > 0);
+    let classes = classes
+        .with_context(|| {
+            format!(
+                "{} says that the model is a token classifier, and its graph does not say how many classes it has; export it \
+                 with logits of [batch, length, classes] or [batch, length]",
+                path.display()
+            )
+        })
+        .exit_code(DATA)?;
+    let labels = config.labels(classes).with_context(|| path.display().to_string()).exit_code(DATA)?;
+    Ok(ModelKind::TokenClassifier { labels })
+}
+
 impl Model {
+    /// Chooses the class that `asked` stands for, of a token classifier, whose fingerprint covers it from here on; of a language
+    /// model there is none to choose. `entropies`: whether they are asked for, which a class does not have.
+    pub fn choose_class(&mut self, asked: &str, entropies: bool) -> anyhow::Result<()> {
+        let class = self.kind.class(asked).exit_code(USAGE)?;
+        if let Some(class) = &class {
+            if entropies {
+                return Err(anyhow!(
+                    "score.entropies is true, and the model is a token classifier, whose records carry the probability of a \
+                     class and no entropies: leave it out"
+                ))
+                .exit_code(USAGE);
+            }
+            let chosen = format!("{} {}", class.index, class.name);
+            let mut parts = [
+                ("model".to_owned(), self.identity.fingerprint),
+                ("class".to_owned(), Fingerprint::of_bytes(chosen.as_bytes())),
+            ];
+            self.identity.fingerprint = Fingerprint::of_parts(&mut parts);
+        }
+        self.class = class;
+        Ok(())
+    }
+
     /// Lets the graph and its weights go, of which a session has a copy of its own; what else is known of the model stays.
     pub fn forget_graph(&mut self) {
         self.onnx = ModelProto::default();

@@ -1,11 +1,12 @@
 //! What losses rest on, tried on each model before the daemon is ready: a token's loss depends on what stands before it
-//! and on nothing else. A model that sees more has losses that look good, and nobody would know.
+//! and on nothing else. A model that sees more has losses that look good, and nobody would know. A token classifier may see
+//! what follows a token; it too must see neither its padding nor what shares its batch.
 
 use anyhow::bail;
 use sluice_schemas::record::Precision;
 
 use super::Score;
-use crate::batch::{Batch, Ladder, Window};
+use crate::batch::{Batch, Ladder, TokenClass, Window};
 
 /// Tokens of the row that is looked at, where windows are that long.
 const TOKENS_MIN: usize = 8;
@@ -19,22 +20,13 @@ const NATS_16_BITS: f32 = 0.25;
 pub fn self_test(
     scorer: &mut dyn Score,
     (vocabulary, precision): (u32, Precision),
+    class: Option<&TokenClass>,
     ladder: Ladder,
     tokens_max: usize,
 ) -> anyhow::Result<()> {
     let lengths = ladder.lengths();
-    let enough = TOKENS_MIN.min(lengths.last().copied().unwrap_or(0));
-    let Some(&short) = lengths.iter().find(|&&len| len >= enough) else { return Ok(()) };
-    let row = |len: usize, seed: usize| Window {
-        document: 0,
-        // Of the lower half of the vocabulary: special tokens stand at its end.
-        tokens: (0..len)
-            .map(|at| ((at * 7 + seed * 13 + 3) % (vocabulary as usize / 2).max(1)) as u32)
-            .collect(),
-        span: 0..len,
-        bos: None,
-        first_scored: 1,
-    };
+    let Some(short) = short_length(&lengths) else { return Ok(()) };
+    let row = |len: usize, seed: usize| row(len, seed, vocabulary, class.map(|class| class.index));
     let alone = Batch::new(vec![row(short, 0)], ladder);
     let expected = scorer.score(&alone)?.losses;
     let most = match precision {
@@ -49,12 +41,10 @@ pub fn self_test(
         Ok((largest > most).then_some(largest))
     };
 
-    let mut later = alone.clone();
     let seen = short / 2;
-    for (slot, id) in later.tokens[seen..].iter_mut().zip(row(short, 1).ids()) {
-        *slot = i64::from(id);
-    }
-    if let Some(nats) = change(scorer, &later, seen)? {
+    if class.is_none()
+        && let Some(nats) = change(scorer, &with_another_end(&alone, seen, &row(short, 1)), seen)?
+    {
         bail!(
             "the model sees what follows a token: losses of the first {seen} tokens of a row change by {nats} nats when only \
              the tokens after them do; it was exported without its causal mask, or reads its input shifted"
@@ -79,4 +69,42 @@ pub fn self_test(
         }
     }
     Ok(())
+}
+
+/// Whether a token classifier sees what follows a token. One that does not computes the same bits of the tokens before a change.
+pub fn sees_both_sides(
+    scorer: &mut dyn Score,
+    vocabulary: u32,
+    class: u32,
+    ladder: Ladder,
+) -> anyhow::Result<bool> {
+    // Of a model that reads one token at a time either is true.
+    let Some(short) = short_length(&ladder.lengths()).filter(|&short| short > 1) else { return Ok(true) };
+    let row = |seed: usize| row(short, seed, vocabulary, Some(class));
+    let alone = Batch::new(vec![row(0)], ladder);
+    let seen = short / 2;
+    let later = with_another_end(&alone, seen, &row(1));
+    let (one, other) = (scorer.score(&alone)?.losses, scorer.score(&later)?.losses);
+    Ok(one.iter().zip(&other).take(seen).any(|(one, other)| one.to_bits() != other.to_bits()))
+}
+
+/// Length of the row that is looked at.
+fn short_length(lengths: &[usize]) -> Option<usize> {
+    let enough = TOKENS_MIN.min(lengths.last().copied().unwrap_or(0));
+    lengths.iter().copied().find(|&len| len >= enough)
+}
+
+fn row(len: usize, seed: usize, vocabulary: u32, class: Option<u32>) -> Window {
+    // Of the lower half of the vocabulary: special tokens stand at its end.
+    let id = |at: usize| ((at * 7 + seed * 13 + 3) % (vocabulary as usize / 2).max(1)) as u32;
+    Window::whole(0, (0..len).map(id).collect(), class)
+}
+
+/// A batch of one row, in which other tokens stand from `from` on, and the same is asked for.
+fn with_another_end(batch: &Batch, from: usize, other: &Window) -> Batch {
+    let mut later = batch.clone();
+    for (slot, id) in later.tokens[from..].iter_mut().zip(other.ids()) {
+        *slot = i64::from(id);
+    }
+    later
 }

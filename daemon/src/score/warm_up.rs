@@ -13,8 +13,8 @@ use crate::batch::{Batch, Ladder, Window};
 pub fn warm_up(scorer: &mut dyn Score, ladder: Ladder, tokens_max: usize) -> anyhow::Result<usize> {
     let shapes = warm_up_shapes(ladder, tokens_max);
     for &(rows, len) in &shapes {
-        let window =
-            Window { document: 0, tokens: vec![0; len].into(), span: 0..len, bos: None, first_scored: 1 };
+        // The target is token 0, or class 0: every model has both.
+        let window = Window::whole(0, vec![0; len].into(), None);
         let scores = scorer
             .score(&Batch::new(vec![window; rows], ladder))
             .with_context(|| format!("the model fails on a batch of {rows} x {len} tokens of padding"))?;

@@ -96,6 +96,8 @@ pub fn subscribe(
     let metadata =
         kafka::reach(consumer.client(), &settings.bootstrap_servers, serve).exit_code(UNAVAILABLE)?;
     kafka::check_delivery(consumer.client(), settings.delivery).exit_code(USAGE)?;
+    // Else the brokers would refuse it again and again, and it would wait for them.
+    kafka::check_limits(settings, &metadata).exit_code(USAGE)?;
     kafka::check_topics(&metadata, settings).exit_code(UNAVAILABLE)?;
     // Has the client tell the topic's id, which is committed with its offsets.
     consumer.fetch_metadata(Some(&settings.documents_topic), PROBE_TIMEOUT).exit_code(UNAVAILABLE)?;

@@ -27,7 +27,8 @@ pub struct TokenizedDocument {
         ::prost::alloc::string::String,
     >,
 }
-/// A document with the reference model's loss of each token: a record of the scored topic.
+/// A document with what the reference model says of each token: a record of the scored topic. A causal language model
+/// gives losses (fields 3 to 5), a token classifier an attribute (field 10), and `model_kind` says which.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ScoredDocument {
     /// Version of the record's meaning, 1 for this file. Readers refuse versions they do not know.
@@ -47,7 +48,7 @@ pub struct ScoredDocument {
     /// they were not asked for.
     #[prost(bytes = "bytes", tag = "5")]
     pub reference_entropy: ::prost::bytes::Bytes,
-    /// SHA-256 over the reference model's graph and weights, 32 bytes.
+    /// SHA-256 over the reference model's graph and weights, 32 bytes; of a token classifier also over the class.
     #[prost(bytes = "bytes", tag = "6")]
     pub reference_model_fingerprint: ::prost::bytes::Bytes,
     /// How the model saw the document.
@@ -56,6 +57,28 @@ pub struct ScoredDocument {
     /// Arithmetic of the reference model's weights; losses are computed in 32-bit floats whatever it is.
     #[prost(enumeration = "Precision", tag = "8")]
     pub precision: i32,
+    /// What the reference model is, and so what the record carries. Readers refuse kinds they do not know.
+    #[prost(enumeration = "ModelKind", tag = "9")]
+    pub model_kind: i32,
+    /// Of a token classifier; there are no losses then, so that a reader of before cannot take it for some.
+    #[prost(message, optional, tag = "10")]
+    pub attribute: ::core::option::Option<TokenAttribute>,
+}
+/// What a token classifier says of each token.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TokenAttribute {
+    /// One finite number for each token, the first included, little-endian, in the format of `format`: for a record of
+    /// `sluiced` the probability of the class, 0 to 1.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub values: ::prost::bytes::Bytes,
+    #[prost(enumeration = "LossFormat", tag = "2")]
+    pub format: i32,
+    /// The class, as `id2label` of the model's config.json names it.
+    #[prost(string, tag = "3")]
+    pub class_name: ::prost::alloc::string::String,
+    /// Its index among the model's classes.
+    #[prost(uint32, tag = "4")]
+    pub class_index: u32,
 }
 /// What the model saw before each token.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -73,7 +96,36 @@ pub struct ContextPolicy {
     #[prost(uint32, tag = "4")]
     pub bos_token: u32,
 }
-/// Layout of one loss value.
+/// What a reference model is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ModelKind {
+    /// It predicts each token from those before it. Records from before there were others say nothing else.
+    CausalLm = 0,
+    /// It gives each token a class.
+    TokenClassifier = 1,
+}
+impl ModelKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::CausalLm => "MODEL_KIND_CAUSAL_LM",
+            Self::TokenClassifier => "MODEL_KIND_TOKEN_CLASSIFIER",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "MODEL_KIND_CAUSAL_LM" => Some(Self::CausalLm),
+            "MODEL_KIND_TOKEN_CLASSIFIER" => Some(Self::TokenClassifier),
+            _ => None,
+        }
+    }
+}
+/// Layout of one value: a loss, an entropy or an attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum LossFormat {

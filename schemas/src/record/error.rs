@@ -70,6 +70,35 @@ pub enum RecordError {
     /// A policy for the beginning of a window that this build does not know.
     #[error("BOS policy {0} is unknown")]
     UnknownBosPolicy(i32),
+    /// A kind of model this build does not know.
+    #[error("model kind {0} is unknown")]
+    UnknownModelKind(i32),
+    /// Losses were asked for, and the record carries an attribute; or the other way round.
+    #[error("the record carries {found}, and {expected} are asked for")]
+    OtherModelKind {
+        /// What there is.
+        found: &'static str,
+        /// What should be.
+        expected: &'static str,
+    },
+    /// Not one attribute for each token.
+    #[error("{found} bytes of attributes where {tokens} tokens need {expected}")]
+    BadAttributeLength {
+        /// Bytes of all values.
+        found: usize,
+        /// Bytes there should be.
+        expected: usize,
+        /// Tokens of the document.
+        tokens: usize,
+    },
+    /// An attribute that is NaN or infinite.
+    #[error("the attribute at position {position} is {value}")]
+    NonFiniteAttribute {
+        /// Index of the token.
+        position: usize,
+        /// The value.
+        value: f32,
+    },
     /// Not one loss for each token.
     #[error("{found} bytes of losses where {tokens} tokens need {expected}")]
     BadLossLength {
@@ -103,7 +132,7 @@ pub enum RecordError {
 
 impl RecordError {
     /// Every code that [`Self::code`] can give, for metrics that start at zero.
-    pub const CODES: [&'static str; 17] = [
+    pub const CODES: [&'static str; 21] = [
         "empty_payload",
         "malformed",
         "unknown_version",
@@ -117,6 +146,10 @@ impl RecordError {
         "foreign_tokenizer",
         "unknown_loss_format",
         "unknown_policy",
+        "unknown_model_kind",
+        "other_model_kind",
+        "bad_attribute_length",
+        "non_finite_attribute",
         "bad_loss_length",
         "unexpected_prediction",
         "non_finite_loss",
@@ -139,6 +172,10 @@ impl RecordError {
             Self::ForeignTokenizer { .. } => "foreign_tokenizer",
             Self::UnknownLossFormat(_) => "unknown_loss_format",
             Self::UnknownPrecision(_) | Self::UnknownBosPolicy(_) => "unknown_policy",
+            Self::UnknownModelKind(_) => "unknown_model_kind",
+            Self::OtherModelKind { .. } => "other_model_kind",
+            Self::BadAttributeLength { .. } => "bad_attribute_length",
+            Self::NonFiniteAttribute { .. } => "non_finite_attribute",
             Self::BadLossLength { .. } => "bad_loss_length",
             Self::UnexpectedPrediction(_) => "unexpected_prediction",
             Self::NonFiniteLoss { .. } => "non_finite_loss",

@@ -5,6 +5,7 @@ use half::f16;
 
 use super::context::Bos;
 use super::error::RecordError;
+use crate::wire;
 
 /// How far below zero, in nats, rounding may push a loss whose token the model is certain of.
 pub const NEGATIVE_LOSS_TOLERANCE: f32 = 1e-4;
@@ -20,10 +21,44 @@ pub enum LossFormat {
 }
 
 impl LossFormat {
-    fn width(self) -> usize {
+    /// Bytes of one value.
+    pub(super) fn width(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 => 2,
+        }
+    }
+
+    /// Values as they travel.
+    pub(super) fn pack(self, values: &[f32]) -> Bytes {
+        let bytes: Vec<u8> = match self {
+            Self::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Self::F16 => values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect(),
+        };
+        bytes.into()
+    }
+
+    /// Values that have travelled.
+    pub(super) fn unpack(self, bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
+        bytes.chunks_exact(self.width()).map(|chunk| match *chunk {
+            [a, b] => f16::from_le_bytes([a, b]).to_f32(),
+            [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+            _ => unreachable!("chunks are two or four bytes long"),
+        })
+    }
+
+    pub(super) fn from_wire(format: i32) -> Result<Self, RecordError> {
+        match wire::LossFormat::try_from(format) {
+            Ok(wire::LossFormat::F32) => Ok(Self::F32),
+            Ok(wire::LossFormat::F16) => Ok(Self::F16),
+            Ok(wire::LossFormat::Unspecified) | Err(_) => Err(RecordError::UnknownLossFormat(format)),
+        }
+    }
+
+    pub(super) fn to_wire(self) -> wire::LossFormat {
+        match self {
+            Self::F32 => wire::LossFormat::F32,
+            Self::F16 => wire::LossFormat::F16,
         }
     }
 }
@@ -41,11 +76,7 @@ pub struct Losses {
 impl Losses {
     /// Packs `losses`, one for each token of a document; the first alone may be NaN.
     pub fn new(losses: &[f32], format: LossFormat) -> Result<Self, RecordError> {
-        let bytes: Vec<u8> = match format {
-            LossFormat::F32 => losses.iter().flat_map(|loss| loss.to_le_bytes()).collect(),
-            LossFormat::F16 => losses.iter().flat_map(|&loss| f16::from_f32(loss).to_le_bytes()).collect(),
-        };
-        Self::from_wire(bytes.into(), format, losses.len())
+        Self::from_wire(format.pack(losses), format, losses.len())
     }
 
     /// The same where it is known whether the first has a prediction too.
@@ -97,11 +128,7 @@ impl Losses {
 
     /// The values in order.
     pub fn iter(&self) -> impl Iterator<Item = f32> + '_ {
-        self.bytes.chunks_exact(self.format.width()).map(|chunk| match *chunk {
-            [a, b] => f16::from_le_bytes([a, b]).to_f32(),
-            [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
-            _ => unreachable!("chunks are two or four bytes long"),
-        })
+        self.format.unpack(&self.bytes)
     }
 
     /// The values in order, copied.

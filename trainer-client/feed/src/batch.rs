@@ -29,6 +29,8 @@ pub struct Batch {
     pub reference: Vec<f32>,
     /// Entropy in nats of the reference's prediction of `targets[i]`; NaN where there is none.
     pub reference_entropy: Vec<f32>,
+    /// What a token classifier says of `targets[i]`; NaN where there is none.
+    pub attribute: Vec<f32>,
 }
 
 /// Marks a position that predicts nothing.
@@ -70,7 +72,8 @@ impl PackedBatch {
                 digest.update(id);
             }
         }
-        let Batch { tokens, segments, positions, targets, reference, reference_entropy, .. } = &self.batch;
+        let Batch { tokens, segments, positions, targets, reference, reference_entropy, attribute, .. } =
+            &self.batch;
         let mut bytes = Vec::with_capacity(tokens.len() * 4);
         let mut update = |words: &mut dyn Iterator<Item = u32>| {
             bytes.clear();
@@ -80,7 +83,9 @@ impl PackedBatch {
         for words in [tokens, segments, positions, targets] {
             update(&mut words.iter().copied());
         }
-        for values in [reference, reference_entropy] {
+        // Of a topic without attributes the digest is as it was before there were any.
+        let has_attribute = attribute.iter().any(|value| !value.is_nan());
+        for values in [reference, reference_entropy].into_iter().chain(has_attribute.then_some(attribute)) {
             // One NaN, whatever its bits: it says that there is no value.
             update(&mut values.iter().map(|value| if value.is_nan() { f32::NAN } else { *value }.to_bits()));
         }

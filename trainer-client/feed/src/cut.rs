@@ -3,7 +3,8 @@
 //!
 //! The reference reads a document in windows (`context.window`, `context.stride`), each from position 0. A document is
 //! cut into the same windows here: what a window repeats is read and not predicted. Only where a window does not fit a
-//! row, the contexts cannot be equal.
+//! row, the contexts cannot be equal. What a token classifier says of a token is no loss, and is compared with none: such a
+//! document is cut as one that nobody scored.
 
 use serde::{Deserialize, Serialize};
 use sluice_schemas::record::{Bos, ContextPolicy};
@@ -41,7 +42,8 @@ impl Piece {
 
     /// Whether it was scored and has lost what the reference said of it, because it is read under another context.
     pub fn is_masked(&self) -> bool {
-        self.document.context().is_some() && self.document.reference().iter().all(|loss| loss.is_nan())
+        self.document.compared_context().is_some()
+            && self.document.reference().iter().all(|loss| loss.is_nan())
     }
 
     /// The same tokens, of which the reference says nothing.
@@ -74,7 +76,7 @@ pub(crate) fn has_equal_contexts(tokens: usize, policy: ContextPolicy, row: usiz
 /// The pieces of a document for rows of `row` tokens, in order. Every token that can be predicted is predicted in
 /// exactly one of them; a document without such a token has no piece.
 pub(crate) fn cut(document: &Document, row: usize, unequal: UnequalContexts) -> Vec<Piece> {
-    let Some(policy) = document.context() else { return cut_plain(document, row) };
+    let Some(policy) = document.compared_context() else { return cut_plain(document, row) };
     let bos_places = usize::from(policy.bos != Bos::None);
     let fits = document.tokens().len() + bos_places <= row;
     let is_allowed = unequal == UnequalContexts::Allow;

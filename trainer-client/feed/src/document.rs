@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use sluice_schemas::record::ContextPolicy;
 
-/// Token ids of one document and, when it was scored, the reference loss and entropy of each, with the contexts that
-/// they were computed in.
+/// Token ids of one document and, when it was scored, the reference loss and entropy of each, or what a token classifier says of
+/// each, with the contexts that they were computed in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Document {
     id: String,
@@ -13,6 +13,7 @@ pub struct Document {
     tokens: Vec<u32>,
     reference: Vec<f32>,
     reference_entropy: Vec<f32>,
+    attribute: Option<Vec<f32>>,
     context: Option<ContextPolicy>,
 }
 
@@ -30,7 +31,8 @@ impl Document {
     /// A document without reference losses.
     pub fn plain(id: String, source: String, tokens: Vec<u32>) -> Self {
         let none = vec![f32::NAN; tokens.len()];
-        Self { id, source, tokens, reference: none.clone(), reference_entropy: none, context: None }
+        let (reference, reference_entropy) = (none.clone(), none);
+        Self { id, source, tokens, reference, reference_entropy, attribute: None, context: None }
     }
 
     /// A document with one reference loss in nats per token, NaN where there is none (the first token).
@@ -42,7 +44,7 @@ impl Document {
     ) -> Result<Self, LengthMismatch> {
         if tokens.len() == reference.len() {
             let reference_entropy = vec![f32::NAN; tokens.len()];
-            Ok(Self { id, source, tokens, reference, reference_entropy, context: None })
+            Ok(Self { id, source, tokens, reference, reference_entropy, attribute: None, context: None })
         } else {
             Err(LengthMismatch { id, tokens: tokens.len(), values: reference.len(), what: "losses" })
         }
@@ -59,15 +61,32 @@ impl Document {
         }
     }
 
+    /// The same document with one number per token of a token classifier.
+    pub fn with_attribute(mut self, attribute: Vec<f32>) -> Result<Self, LengthMismatch> {
+        if self.tokens.len() == attribute.len() {
+            self.attribute = Some(attribute);
+            Ok(self)
+        } else {
+            let (tokens, values) = (self.tokens.len(), attribute.len());
+            Err(LengthMismatch { id: self.id, tokens, values, what: "attributes" })
+        }
+    }
+
     /// The same document, whose losses and entropies the reference computed in these contexts.
     #[must_use]
     pub fn with_context(self, context: ContextPolicy) -> Self {
         Self { context: Some(context), ..self }
     }
 
-    /// The contexts that the reference computed its losses in; `None` where it was not scored.
+    /// The contexts that the reference saw the document in; `None` where it was not scored.
     pub fn context(&self) -> Option<ContextPolicy> {
         self.context
+    }
+
+    /// Those that a model in training is to see it in too, for its losses to be compared with the reference's. What a token
+    /// classifier says of a token is compared with nothing.
+    pub fn compared_context(&self) -> Option<ContextPolicy> {
+        self.context.filter(|_| self.attribute.is_none())
     }
 
     /// The document's id.
@@ -95,6 +114,11 @@ impl Document {
         &self.reference_entropy
     }
 
+    /// What a token classifier says of each token; `None` where none has scored it.
+    pub fn attribute(&self) -> Option<&[f32]> {
+        self.attribute.as_deref()
+    }
+
     /// Some of its tokens, under the same id.
     ///
     /// # Panics
@@ -106,7 +130,8 @@ impl Document {
             source: self.source.clone(),
             tokens: self.tokens[range.clone()].to_vec(),
             reference: self.reference[range.clone()].to_vec(),
-            reference_entropy: self.reference_entropy[range].to_vec(),
+            reference_entropy: self.reference_entropy[range.clone()].to_vec(),
+            attribute: self.attribute.as_ref().map(|values| values[range].to_vec()),
             context: self.context,
         }
     }

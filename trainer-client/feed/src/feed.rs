@@ -65,6 +65,7 @@ impl Feed {
         decoder: Decoder,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, StreamError> {
+        plan.check()?;
         let start = match snapshot {
             Some(snapshot) => {
                 // Where several were allowed, the identity names none; of one that was seen it is known all the same.
@@ -109,6 +110,7 @@ impl Feed {
         snapshot: Option<&Snapshot>,
         tokenizer: Fingerprint,
     ) -> Result<Self, StreamError> {
+        plan.check()?;
         if let Some(snapshot) = snapshot {
             let identity = Identity { tokenizer, reference_model: None, plan: plan.clone() };
             let checked = snapshot.check_for(&identity, shard, stream.lanes());

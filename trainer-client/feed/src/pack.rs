@@ -232,6 +232,7 @@ fn append(batch: &mut Batch, piece: &Piece, number: u32, packing: Packing) {
         batch.targets[last] = tokens[0];
         batch.reference[last] = document.reference()[0];
         batch.reference_entropy[last] = document.reference_entropy()[0];
+        batch.attribute[last] = document.attribute().map_or(f32::NAN, |values| values[0]);
     }
     let (segment, position) = if packing.attend_across_documents { (1, before) } else { (number, 0) };
     batch.tokens.extend(bos);
@@ -240,16 +241,20 @@ fn append(batch: &mut Batch, piece: &Piece, number: u32, packing: Packing) {
     batch.positions.extend(position..position + piece.len() as u32);
     // What a position predicts is the token after it; before the document's first stands a BOS, if any.
     let first_target = usize::from(bos.is_none());
-    let (losses, entropies) = (document.reference(), document.reference_entropy());
+    let (losses, entropies, attribute) =
+        (document.reference(), document.reference_entropy(), document.attribute());
     for (index, &token) in tokens.iter().enumerate().skip(first_target) {
         let is_predicted = index >= *first_predicted;
         batch.targets.push(if is_predicted { token } else { NO_TARGET });
         batch.reference.push(if is_predicted { losses[index] } else { f32::NAN });
         batch.reference_entropy.push(if is_predicted { entropies[index] } else { f32::NAN });
+        let attribute = attribute.filter(|_| is_predicted);
+        batch.attribute.push(attribute.map_or(f32::NAN, |values| values[index]));
     }
     batch.targets.push(NO_TARGET);
     batch.reference.push(f32::NAN);
     batch.reference_entropy.push(f32::NAN);
+    batch.attribute.push(f32::NAN);
 }
 
 fn pad(batch: &mut Batch, len: usize) {
@@ -259,6 +264,7 @@ fn pad(batch: &mut Batch, len: usize) {
     batch.targets.resize(len, NO_TARGET);
     batch.reference.resize(len, f32::NAN);
     batch.reference_entropy.resize(len, f32::NAN);
+    batch.attribute.resize(len, f32::NAN);
 }
 
 #[cfg(test)]

@@ -93,7 +93,7 @@ fn check_layout(packed: &PackedBatch) {
     let cells = batch.rows * batch.len;
     let lengths = [&batch.tokens, &batch.segments, &batch.positions, &batch.targets].map(Vec::len);
     assert_eq!(lengths, [cells; 4]);
-    assert_eq!([batch.reference.len(), batch.reference_entropy.len()], [cells; 2]);
+    assert_eq!([batch.reference.len(), batch.reference_entropy.len(), batch.attribute.len()], [cells; 3]);
     for index in 0..cells {
         let row_start = index % batch.len == 0;
         let segment = batch.segments[index];

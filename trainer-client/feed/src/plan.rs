@@ -6,6 +6,29 @@ use sluice_schemas::fingerprint::Fingerprint;
 use crate::pack::{BatchShape, Packing};
 use crate::stream::Extent;
 
+/// Most micro-batches of a step. A larger number is a mistake, and would fill memory before the first step.
+pub const MICRO_BATCHES_MAX: usize = 1 << 16;
+/// Most cells (rows times tokens of a row) of a micro-batch.
+pub const CELLS_MAX: usize = 1 << 26;
+
+/// A size that no run can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// A step of so many micro-batches.
+    #[error("{0} micro-batches a step are too many; at most {MICRO_BATCHES_MAX} can be had")]
+    MicroBatches(usize),
+    /// A micro-batch of so many rows and tokens a row.
+    #[error(
+        "a micro-batch of {rows} rows of {len} tokens is too large; at most {CELLS_MAX} tokens can be had"
+    )]
+    Cells {
+        /// Its rows.
+        rows: usize,
+        /// Tokens of a row.
+        len: usize,
+    },
+}
+
 /// How a feed makes micro-batches. Two feeds with the same plan over the same data give the same ones.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -40,6 +63,18 @@ impl Plan {
         ]
         .into_iter()
         .find_map(|(name, is_same)| (!is_same).then_some(name))
+    }
+
+    /// Fails where memory could not hold what is asked for.
+    pub fn check(&self) -> Result<(), PlanError> {
+        let BatchShape { rows, len } = self.shape;
+        if self.micro_batches > MICRO_BATCHES_MAX {
+            return Err(PlanError::MicroBatches(self.micro_batches));
+        }
+        if rows.checked_mul(len).is_none_or(|cells| cells > CELLS_MAX) {
+            return Err(PlanError::Cells { rows, len });
+        }
+        Ok(())
     }
 
     /// Documents in the shuffle buffer of each of so many lanes.
@@ -81,7 +116,7 @@ impl Identity {
 
 #[cfg(test)]
 mod tests {
-    use super::{Identity, Plan};
+    use super::{Identity, MICRO_BATCHES_MAX, Plan, PlanError};
     use crate::pack::{BatchShape, Packing};
     use crate::stream::Extent;
     use sluice_schemas::fingerprint::Fingerprint;
@@ -113,5 +148,20 @@ mod tests {
         assert_eq!(one.difference(&other), Some("the seed"));
         assert_eq!([0, 1, 10].map(|lanes| one.plan.shuffle_buffer_of_lane(lanes)), [10, 10, 1]);
         assert_eq!(one.plan.shuffle_buffer_of_lane(4), 3);
+    }
+
+    #[test]
+    fn sizes_that_no_memory_holds_are_refused_with_the_most_that_can_be_had() {
+        let mut plan = identity().plan;
+        assert_eq!(plan.check(), Ok(()));
+        plan.micro_batches = MICRO_BATCHES_MAX;
+        plan.shape = BatchShape { rows: 1 << 16, len: 1 << 10 };
+        assert_eq!(plan.check(), Ok(()));
+        plan.shape.rows += 1;
+        assert_eq!(plan.check(), Err(PlanError::Cells { rows: (1 << 16) + 1, len: 1 << 10 }));
+        plan.shape.rows = usize::MAX;
+        assert_eq!(plan.check(), Err(PlanError::Cells { rows: usize::MAX, len: 1 << 10 }));
+        plan.micro_batches = MICRO_BATCHES_MAX + 1;
+        assert_eq!(plan.check(), Err(PlanError::MicroBatches(65_537)));
     }
 }

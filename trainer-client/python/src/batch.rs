@@ -32,6 +32,8 @@ pub(crate) struct Batch {
     reference_loss: Py<PyArray2<f32>>,
     /// Entropy in nats of the reference's prediction of each label, float32; NaN where there is none.
     reference_entropy: Py<PyArray2<f32>>,
+    /// What a token classifier says of each label, such as the probability of a class, float32; NaN where there is none.
+    attribute: Py<PyArray2<f32>>,
     /// For each row the ids of the documents in it, in order: `document_ids[row][segment - 1]`, unless tokens attend across
     /// documents.
     document_ids: Vec<Vec<String>>,
@@ -71,6 +73,7 @@ pub(crate) struct Columns {
     max_seqlen: usize,
     reference_loss: Vec<f32>,
     reference_entropy: Vec<f32>,
+    attribute: Vec<f32>,
     digest: Option<String>,
 }
 
@@ -80,8 +83,17 @@ impl Columns {
         let digest = with_digest.then(|| packed.digest().to_string());
         let batch = std::mem::take(&mut packed.batch);
         let (cu_seqlens, max_seqlen) = boundaries(&batch);
-        let FeedBatch { rows, len, tokens, segments, positions, targets, reference, reference_entropy } =
-            batch;
+        let FeedBatch {
+            rows,
+            len,
+            tokens,
+            segments,
+            positions,
+            targets,
+            reference,
+            reference_entropy,
+            attribute,
+        } = batch;
         let widened = |words: Vec<u32>| words.into_iter().map(i64::from).collect::<Vec<_>>();
         let label = |target| if target == NO_TARGET { IGNORE_INDEX } else { i64::from(target) };
         Self {
@@ -94,6 +106,7 @@ impl Columns {
             max_seqlen,
             reference_loss: reference,
             reference_entropy,
+            attribute,
             digest,
         }
     }
@@ -122,6 +135,7 @@ impl Batch {
             max_seqlen,
             reference_loss: array(py, columns.reference_loss, shape)?,
             reference_entropy: array(py, columns.reference_entropy, shape)?,
+            attribute: array(py, columns.attribute, shape)?,
             document_ids: of_pieces(|piece| piece.document.id().to_owned()),
             sources: of_pieces(|piece| piece.document.source().to_owned()),
             document_starts: packed

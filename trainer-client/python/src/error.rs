@@ -40,6 +40,7 @@ pub(crate) fn raised(error: FeedError) -> PyErr {
         | FeedError::UnknownProperty(_)
         | FeedError::PropertyValue(_)
         | FeedError::OwnedProperty(_)
+        | FeedError::Plan(_)
         | FeedError::Shard { .. } => ConfigurationError::new_err(message),
         FeedError::Snapshot(_)
         | FeedError::Removed { .. }

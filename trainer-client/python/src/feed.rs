@@ -13,6 +13,7 @@ use sluice_feed::cut::UnequalContexts;
 use sluice_feed::feed::Feed as Inner;
 use sluice_feed::pack::{BatchShape, Packing};
 use sluice_feed::plan::Plan;
+use sluice_feed::select::Needs;
 use sluice_feed::snapshot::Snapshot;
 use sluice_feed::stream::{
     Broker, Decoder, Extent, Shard, StreamError as FeedError, TopicKind, first_context,
@@ -69,7 +70,7 @@ impl Feed {
     #[new]
     #[pyo3(signature = (*, bootstrap_servers, properties, topic, tokenizer, vocab_size, rows, sequence_length, micro_batches,
         rank, world_size, epochs, shuffle_buffer, seed, attend_across_documents, first_token, unequal_contexts,
-        needs_entropies, reference_models, state))]
+        needs_entropies, needs_attribute, reference_models, state))]
     #[allow(clippy::too_many_arguments, reason = "named ones, which Python gives by name")]
     fn new(
         py: Python<'_>,
@@ -90,6 +91,7 @@ impl Feed {
         first_token: &str,
         unequal_contexts: &str,
         needs_entropies: bool,
+        needs_attribute: bool,
         reference_models: Vec<String>,
         state: Option<Vec<Vec<u8>>>,
     ) -> PyResult<Self> {
@@ -104,7 +106,12 @@ impl Feed {
         };
         let extent = epochs.map_or(Extent::Follow, |epochs| Extent::UntilEnd { epochs });
         let decoder = Decoder::new(TopicKind::Scored, tokenizer, vocab_size)
-            .needing_entropies(needs_entropies)
+            .needing(Needs {
+                reference_loss: !needs_attribute,
+                reference_entropy: needs_entropies,
+                attribute: needs_attribute,
+                ..Needs::default()
+            })
             .allowing(&models);
         let counts = Arc::new(Counts::default());
         let stop = Arc::new(AtomicBool::new(false));

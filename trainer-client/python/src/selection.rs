@@ -7,8 +7,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use sluice_feed::random::SplitMix64;
 use sluice_feed::select::{
-    Choice, KeepRatio, KeepSchedule, Lowest, Objective, Rule, Scope, Score, Selection as Rules, Signals,
-    Thresholds, Turn,
+    Choice, KeepRatio, KeepSchedule, Lowest, Objective, Rule, Scope, Score, Selection as Rules, Side,
+    Signals, Thresholds, Turn,
 };
 
 use crate::error::{StateError, refused};
@@ -18,12 +18,13 @@ use crate::error::{StateError, refused};
 ///
 /// score: what ranks tokens, higher first: "excess" (loss - reference loss), "reference-loss", "reference-entropy" (both the
 ///     lower the better), "intersection" and "union" of those two, "loss", "entropy", "improvement" (loss of an earlier state
-///     of the model - loss), or "random", the control.
+///     of the model - loss), "attribute" (what a token classifier says), or "random", the control.
 /// keep: share of the eligible tokens that is kept, above 0 and at most 1, or a schedule: "linear:0.8:0.6",
 ///     "cosine:0.8:0.6", "steps:0.8,500=0.7,1000=0.6"; or "adaptive", "adaptive:MIN:MAX": every token whose score is at least
 ///     0, which the reference predicts better than the model, but no less than the share MIN (0.05) and no more than MAX (1).
 ///     0.6 if neither it nor a threshold is given.
-/// threshold: instead of a share, keeps every token whose score is at least this, in nats.
+/// threshold: instead of a share, keeps every token whose score is at least this, in nats; of "attribute" whose value is at
+///     least this, or with "below" at most.
 /// scope: which tokens compete for the share: "sequence", "micro-batch", "batch" (all micro-batches of a step, over all
 ///     ranks) or "running-quantile" (none: a running mean of the steps' thresholds decides, which `end_step` moves). By default
 ///     "batch", and "micro-batch" with "adaptive".
@@ -31,6 +32,7 @@ use crate::error::{StateError, refused};
 /// entropy_keep: share of the lowest entropies, for "intersection" and "union"; `keep` where it is not given.
 /// steps: steps of the whole run, which "linear" and "cosine" need.
 /// seed: of the draws of "random".
+/// attribute_keep: which end of "attribute" is kept, "above" (the default) or "below".
 #[pyclass(frozen, module = "sluice_feed")]
 pub(crate) struct Selection {
     rules: Rules,
@@ -56,7 +58,7 @@ type LowestScores = (Option<f32>, Option<f32>);
 impl Selection {
     #[new]
     #[pyo3(signature = (*, score = "excess", keep = None, threshold = None, scope = None, warmup_steps = 0,
-        entropy_keep = None, steps = None, seed = 0))]
+        entropy_keep = None, steps = None, seed = 0, attribute_keep = None))]
     #[allow(clippy::too_many_arguments, reason = "named ones, which Python gives by name")]
     fn new(
         score: &str,
@@ -67,8 +69,9 @@ impl Selection {
         entropy_keep: Option<f64>,
         steps: Option<u64>,
         seed: u64,
+        attribute_keep: Option<&str>,
     ) -> PyResult<Self> {
-        let score = score_of(score, entropy_keep)?;
+        let score = score_of(score, entropy_keep, attribute_keep)?;
         let rule = match (threshold, keep) {
             (Some(_), Some(_)) => return Err(refused("give keep or threshold, not both")),
             (Some(threshold), None) if !threshold.is_finite() => {
@@ -130,7 +133,7 @@ impl Selection {
         Ok(value.as_str().unwrap_or_default().to_owned())
     }
 
-    /// Scores from here on are kept, in nats; None with another rule.
+    /// Scores from here on are kept, in nats; of an attribute its values from here on, or down; None with another rule.
     #[getter]
     fn threshold(&self) -> Option<f32> {
         match self.rules.rule {
@@ -145,6 +148,16 @@ impl Selection {
         match self.rules.rule {
             Rule::Adaptive(rule) => Some((rule.min.get(), rule.max.get())),
             Rule::Keep(_) | Rule::Threshold(_) => None,
+        }
+    }
+
+    /// Which end of the attribute is kept, "above" or "below"; None with another score.
+    #[getter]
+    fn attribute_keep(&self) -> Option<&'static str> {
+        match self.rules.score {
+            Score::Attribute { keep: Side::Above } => Some("above"),
+            Score::Attribute { keep: Side::Below } => Some("below"),
+            _ => None,
         }
     }
 
@@ -177,6 +190,12 @@ impl Selection {
         self.rules.score.needs().history_loss
     }
 
+    /// Whether the score looks at what a token classifier says.
+    #[getter]
+    fn needs_attribute(&self) -> bool {
+        self.rules.score.needs().attribute
+    }
+
     /// Whether the score looks at the reference's entropy.
     #[getter]
     fn needs_reference_entropy(&self) -> bool {
@@ -191,7 +210,7 @@ impl Selection {
     /// Chooses from micro-batches that compete as the scope says.
     ///
     /// signals: for each micro-batch, flat float32 arrays of one length by name: "loss", "reference_loss", and what the score
-    ///     needs of "entropy", "history_loss", "reference_entropy"; in nats, NaN where there is none.
+    ///     needs of "entropy", "history_loss", "reference_entropy"; in nats, NaN where there is none; and "attribute", as it is.
     /// row_len: tokens of a sequence. step: from 1. micro_batch: number of the first one given, within its step.
     ///
     /// Returns a bool array for each micro-batch: True where a token is kept.
@@ -305,21 +324,18 @@ impl Selection {
             history_loss: list("history_loss")?,
             reference_loss: list("reference_loss")?,
             reference_entropy: list("reference_entropy")?,
+            attribute: list("attribute")?,
         };
-        let needs_reference = matches!(
-            self.rules.score,
-            Score::Excess
-                | Score::Random
-                | Score::ReferenceLoss
-                | Score::Intersection { .. }
-                | Score::Union { .. }
-        );
+        let needs_reference = needs.reference_loss || self.rules.score == Score::Random;
+        let has_attribute = !lists.attribute.is_empty();
         let expected = lists.loss.len();
         for (name, list, is_needed) in [
             ("reference_loss", &lists.reference_loss, needs_reference),
             ("entropy", &lists.entropy, needs.entropy),
             ("history_loss", &lists.history_loss, needs.history_loss),
             ("reference_entropy", &lists.reference_entropy, needs.reference_entropy),
+            // A draw looks at it where it is given.
+            ("attribute", &lists.attribute, needs.attribute || has_attribute),
         ] {
             if is_needed && list.len() != expected {
                 let found = list.len();
@@ -339,6 +355,7 @@ struct Lists {
     history_loss: Vec<f32>,
     reference_loss: Vec<f32>,
     reference_entropy: Vec<f32>,
+    attribute: Vec<f32>,
 }
 
 impl Lists {
@@ -349,6 +366,7 @@ impl Lists {
             history_loss: &self.history_loss,
             reference_loss: &self.reference_loss,
             reference_entropy: &self.reference_entropy,
+            attribute: &self.attribute,
         }
     }
 }
@@ -376,8 +394,14 @@ fn paper_share() -> PyResult<Rule> {
     Share::Number(0.6).rule()
 }
 
-fn score_of(name: &str, entropy_keep: Option<f64>) -> PyResult<Score> {
+fn score_of(name: &str, entropy_keep: Option<f64>, attribute_keep: Option<&str>) -> PyResult<Score> {
     let mut fields = serde_json::json!({ "name": name });
+    if let Some(side) = attribute_keep {
+        if name != "attribute" {
+            return Err(refused("attribute_keep is the side of attribute: leave it out, or give that score"));
+        }
+        fields["keep"] = side.into();
+    }
     if let Some(keep) = entropy_keep {
         if !matches!(name, "intersection" | "union") {
             return Err(refused(

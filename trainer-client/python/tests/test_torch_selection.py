@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sluice_feed._core import Selection
+from sluice_feed._core import ConfigurationError, Selection
 from sluice_feed.torch import end_step, select
 from torch_support import as_tensors, drawn_signals, golden_selections, in_processes
 
@@ -21,6 +21,7 @@ SCORES = [
     "entropy",
     "improvement",
     "random",
+    "attribute",
 ]
 SCOPES = ("sequence", "micro-batch", "batch")
 ROW_LEN = 7
@@ -110,6 +111,26 @@ def test_a_threshold_keeps_what_reaches_it(score: str) -> None:
         expected = selection.select(batch, ROW_LEN, 1)
         found = select([as_tensors(given) for given in batch], selection, row_len=ROW_LEN, step=1)
         assert [mask.tolist() for mask in found] == [mask.tolist() for mask in expected]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("side", ["above", "below"])
+def test_either_side_of_an_attribute_is_kept_as_by_the_rust_function(side: str, scope: str) -> None:
+    generator = np.random.default_rng(5)
+    for trial in range(12):
+        batch = [drawn_signals(generator, 40, coarse=trial % 2 == 0) for _ in range(3)]
+        for rule in ({"keep": 0.3, "scope": scope}, {"threshold": 0.5}):
+            selection = Selection(score="attribute", attribute_keep=side, **rule)
+            assert (selection.attribute_keep, selection.needs_attribute) == (side, True)
+            expected = selection.select(batch, ROW_LEN, 1)
+            found = select([as_tensors(given) for given in batch], selection, row_len=ROW_LEN, step=1)
+            assert [mask.tolist() for mask in found] == [mask.tolist() for mask in expected], (trial, rule)
+            if "threshold" in rule:
+                values = [np.where(np.isnan(given["loss"]), np.nan, given["attribute"]) for given in batch]
+                reach = [value >= 0.5 if side == "above" else value <= 0.5 for value in values]
+                assert [mask.tolist() for mask in found] == [mask.tolist() for mask in reach]
+    with pytest.raises(ConfigurationError, match="attribute_keep is the side of attribute"):
+        Selection(attribute_keep="below")
 
 
 def test_masks_have_the_shape_of_the_losses_and_ties_go_by_number() -> None:

@@ -35,7 +35,7 @@ def golden_selections() -> Any:
 def drawn_signals(generator: np.random.Generator, size: int, coarse: bool) -> dict[str, np.ndarray]:
     """One micro-batch: numbers of all kinds, or on a coarse grid, so that nearly all tie."""
     given = {}
-    for name in SIGNALS:
+    for name in (*SIGNALS, "attribute"):
         if coarse:
             values = generator.integers(0, 4, size).astype(np.float32) / np.float32(2)
         else:

@@ -22,6 +22,12 @@ pub(super) fn advice(error: &anyhow::Error) -> Option<&'static str> {
         StreamError::NoEntropies { .. } => Some(
             "`sluiced serve --score-entropies true` adds them; --score reference-entropy, intersection and union look at them",
         ),
+        StreamError::NoLosses { .. } => {
+            Some("--score attribute, loss and entropy, and --objective random, need none")
+        }
+        StreamError::NoAttribute { .. } => Some(
+            "`sluiced serve --model-path` of a token classifier gives one; --score attribute looks at it",
+        ),
         StreamError::ForeignReference { .. } => Some("to allow both, name both with --reference-model"),
         StreamError::NotAllowed { .. } => Some("no --reference-model names it"),
         StreamError::Shorter { .. } | StreamError::MadeAnew { .. } => {

@@ -159,6 +159,14 @@ pub(super) fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A whole number of at least `MIN` and at most `MAX`.
+pub(super) fn between<const MIN: usize, const MAX: usize>(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if (MIN..=MAX).contains(&number) => Ok(number),
+        _ => Err(format!("must be a whole number from {MIN} to {MAX}")),
+    }
+}
+
 /// A number from 0 to 1.
 pub(super) fn share(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {

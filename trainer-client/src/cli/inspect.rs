@@ -5,10 +5,11 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
+use sluice_feed::plan::CELLS_MAX;
 use sluice_schemas::record::{Bos, ContextPolicy};
 use sluice_text::output::{Reader, print_line, say};
 
-use super::arguments::{BoundsArguments, at_least};
+use super::arguments::{BoundsArguments, at_least, between};
 use crate::export::{INLINE_BYTES_MAX, SHARD_BYTES_MAX, export_onnx, publish};
 use crate::failure::{Classify, Failure};
 use crate::model::config::CONFIG_FILE;
@@ -78,11 +79,11 @@ pub(super) struct EvaluateArguments {
     #[command(flatten)]
     bounds: BoundsArguments,
     /// Sequences in a batch
-    #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = at_least::<1>)]
+    #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = between::<1, CELLS_MAX>)]
     batch_size: usize,
     /// Tokens that the model sees at once, the daemon's context.window [default: the longest that the model reads, at most
     /// 2048]
-    #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", value_parser = at_least::<2>)]
+    #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", value_parser = between::<2, CELLS_MAX>)]
     sequence_length: Option<usize>,
     /// Tokens between the starts of two windows of a longer document, the daemon's context.stride [default: half of the
     /// window]

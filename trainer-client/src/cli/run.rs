@@ -116,7 +116,7 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     model.check(&tokenizer, optimization.sequence_length)?;
     output.output().check()?;
     let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
-        .needing_entropies(objective.needs().reference_entropy)
+        .needing(objective.needs())
         .allowing(&arguments.reference_models);
     let source = Source {
         broker,

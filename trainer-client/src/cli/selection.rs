@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use sluice_feed::select::{KeepRatio, KeepSchedule, Objective, Rule, Scope, Score, Selection};
+use sluice_feed::select::{KeepRatio, KeepSchedule, Objective, Rule, Scope, Score, Selection, Side};
 
 use crate::failure::{Classify, Failure};
 use crate::model::checkpoint::read_weights;
@@ -41,6 +41,26 @@ enum ScoreName {
     Entropy,
     /// Highest improvement over --history or the average of --history-decay
     Improvement,
+    /// Highest or lowest probability of a token classifier's class (--attribute-keep)
+    Attribute,
+}
+
+/// Which end of an attribute is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum SideName {
+    /// The highest values, and with --threshold those at or above it
+    Above,
+    /// The lowest values, and with --threshold those at or below it
+    Below,
+}
+
+impl From<SideName> for Side {
+    fn from(name: SideName) -> Self {
+        match name {
+            SideName::Above => Self::Above,
+            SideName::Below => Self::Below,
+        }
+    }
 }
 
 /// Which tokens compete with one another for the share.
@@ -89,9 +109,12 @@ pub(super) struct SelectionArguments {
     /// Share of the lowest reference entropies, for intersection and union [default: --keep]
     #[arg(long, env = "SLUICE_TRAIN_ENTROPY_KEEP", value_name = "KEEP")]
     entropy_keep: Option<KeepRatio>,
+    /// Which end of --score attribute is kept [default: above]
+    #[arg(long, env = "SLUICE_TRAIN_ATTRIBUTE_KEEP", value_enum)]
+    attribute_keep: Option<SideName>,
     /// Instead of a share, keep every token whose score is at least this, in nats; the scores of reference-loss and
-    /// reference-entropy are their negatives
-    #[arg(long, env = "SLUICE_TRAIN_THRESHOLD", value_name = "NATS", allow_negative_numbers = true, value_parser = finite)]
+    /// reference-entropy are their negatives; of an attribute it is its own value, and --attribute-keep says on which side
+    #[arg(long, env = "SLUICE_TRAIN_THRESHOLD", value_name = "SCORE", allow_negative_numbers = true, value_parser = finite)]
     threshold: Option<f32>,
     /// Which tokens compete for the share [default: batch; micro-batch with --keep adaptive]
     #[arg(long, env = "SLUICE_TRAIN_SCOPE", value_enum)]
@@ -123,6 +146,9 @@ impl SelectionArguments {
             (ObjectiveName::Slm, ScoreName::Loss) => Score::Loss,
             (ObjectiveName::Slm, ScoreName::Entropy) => Score::Entropy,
             (ObjectiveName::Slm, ScoreName::Improvement) => Score::Improvement,
+            (ObjectiveName::Slm, ScoreName::Attribute) => {
+                Score::Attribute { keep: self.attribute_keep.map_or(Side::default(), Side::from) }
+            }
         };
         let rule = match (self.threshold, &self.keep) {
             (Some(threshold), _) => Rule::Threshold(threshold),
@@ -163,6 +189,10 @@ impl SelectionArguments {
             (
                 self.entropy_keep.is_some() && !two_rankings,
                 "--entropy-keep is the second share of --score intersection and union: leave it out, or give one of them",
+            ),
+            (
+                self.attribute_keep.is_some() && self.score != Some(ScoreName::Attribute),
+                "--attribute-keep is the side of --score attribute: leave it out, or give that score",
             ),
             (
                 self.threshold.is_some() && two_rankings,

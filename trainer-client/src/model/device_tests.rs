@@ -73,6 +73,7 @@ fn batch() -> Batch {
         positions: (0..tokens.len()).map(|i| (within(i) % 10) as u32).collect(),
         reference: vec![f32::NAN; tokens.len()],
         reference_entropy: vec![],
+        attribute: vec![],
         tokens,
     }
 }
@@ -109,7 +110,13 @@ fn learner(config: ModelConfig, how: How) -> BurnLearner {
     learner
 }
 
-const NEEDS: Needs = Needs { entropy: true, history_loss: true, reference_entropy: false };
+const NEEDS: Needs = Needs {
+    entropy: true,
+    history_loss: true,
+    reference_loss: false,
+    reference_entropy: false,
+    attribute: false,
+};
 
 /// What three steps of two micro-batches measured, and the weights after them.
 fn train(config: ModelConfig, how: How) -> (Vec<Measured>, Vec<f32>) {

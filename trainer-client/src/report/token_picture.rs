@@ -1,7 +1,7 @@
 //! The token picture: a few documents, each token coloured by its reference loss, its excess loss, and by whether
 //! a step would learn from it.
 
-use sluice_feed::select::{Objective, Score};
+use sluice_feed::select::{Objective, Score, Side};
 
 use super::html::{Html, escape};
 use super::summary::{Comparison, RunSummary};
@@ -61,13 +61,15 @@ fn rule(objective: &Objective, picture: &TokenPicture) -> String {
         Score::Loss => ("loss", false),
         Score::Entropy => ("entropy", false),
         Score::Improvement => ("improvement over its history", false),
+        Score::Attribute { keep } => ("attribute", keep == Side::Below),
     };
+    let unit = if matches!(selection.score, Score::Attribute { .. }) { "" } else { " nats" };
     match (picture.threshold, is_lowest) {
         (Some(threshold), false) => {
-            format!("kept: {what} of at least {threshold:.2} nats, the threshold of its last step")
+            format!("kept: {what} of at least {threshold:.2}{unit}, the threshold of its last step")
         }
         (Some(threshold), true) => {
-            format!("kept: {what} of at most {:.2} nats, the threshold of its last step", -threshold)
+            format!("kept: {what} of at most {:.2}{unit}, the threshold of its last step", -threshold)
         }
         (None, false) => format!("kept: highest {what} of the document"),
         (None, true) => format!("kept: lowest {what} of the document"),

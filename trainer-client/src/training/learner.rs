@@ -41,6 +41,7 @@ impl Measured {
             history_loss: &self.history_losses,
             reference_loss: &batch.reference,
             reference_entropy: &batch.reference_entropy,
+            attribute: &batch.attribute,
         }
     }
 }

@@ -17,7 +17,7 @@ pub use objective::{Choice, Objective, Rule, Scope, Selection, Turn};
 pub use ratio::{KeepRatio, KeepRatioError};
 pub use running::{Lowest, RunningThreshold, Thresholds};
 pub use schedule::{KeepSchedule, Stair};
-pub use score::{Needs, Score, Signals};
+pub use score::{Needs, Score, Side, Signals};
 
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@ use super::rank::{Keys, Share};
 use super::ratio::KeepRatio;
 use super::running::{Lowest, RunningThreshold, Thresholds};
 use super::schedule::KeepSchedule;
-use super::score::{Needs, Score, Signals};
+use super::score::{Needs, Score, Side, Signals};
 
 /// What a run minimises the loss of.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,7 +40,7 @@ pub struct Selection {
 pub enum Rule {
     /// A share of the eligible tokens.
     Keep(KeepSchedule),
-    /// Every token whose score is at least this, in nats.
+    /// Every token whose score is at least this, in nats; of an attribute of which the lowest are kept, at most this.
     Threshold(f32),
     /// Every token whose score is at least 0, within bounds.
     Adaptive(Adaptive),
@@ -162,7 +162,7 @@ impl Objective {
         })
     }
 
-    /// Whether a step can be chosen from before its forward pass, by what the references say and where there is a target, which
+    /// Whether a step can be chosen from before its forward pass, by what the reference says and where there is a target, which
     /// a loss of 0 marks in [`Signals::loss`] as well as any other.
     pub fn chooses_beforehand(&self) -> bool {
         self.selection().is_some_and(|selection| selection.score.is_known_beforehand())
@@ -275,7 +275,10 @@ impl Selection {
         match (keep, &self.rule) {
             (Some(KeepRatio::ALL), _) | (None, Rule::Keep(_)) => Cut::At(f32::NEG_INFINITY),
             (Some(keep), _) => Cut::Highest(Share::Ratio(keep)),
-            (None, Rule::Threshold(threshold)) => Cut::At(*threshold),
+            (None, Rule::Threshold(threshold)) => Cut::At(match self.score {
+                Score::Attribute { keep: Side::Below } => -threshold,
+                _ => *threshold,
+            }),
             (None, Rule::Adaptive(rule)) => Cut::Highest(Share::Adaptive(*rule)),
         }
     }

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::ratio::KeepRatio;
 
-/// What is known of each position of a micro-batch: one value in nats a position, NaN where there is none. A list
-/// that a score does not need ([`Score::needs`]) may be empty.
+/// What is known of each position of a micro-batch: one value a position, in nats but for the attribute, NaN where there is
+/// none. A list that a score does not need ([`Score::needs`]) may be empty.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Signals<'a> {
     /// Loss of the model in training.
@@ -18,17 +18,35 @@ pub struct Signals<'a> {
     pub reference_loss: &'a [f32],
     /// Entropy of the reference model's prediction.
     pub reference_entropy: &'a [f32],
+    /// What a token classifier says of the position's target, such as the probability of a class.
+    pub attribute: &'a [f32],
 }
 
-/// Which lists beside the losses of both models a score looks at.
+/// Which lists beside the loss of the model in training a score looks at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "one for each list, all of which are independent")]
 pub struct Needs {
     /// [`Signals::entropy`].
     pub entropy: bool,
     /// [`Signals::history_loss`].
     pub history_loss: bool,
+    /// [`Signals::reference_loss`].
+    pub reference_loss: bool,
     /// [`Signals::reference_entropy`].
     pub reference_entropy: bool,
+    /// [`Signals::attribute`].
+    pub attribute: bool,
+}
+
+/// Which end of an attribute is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// The highest values, and of a threshold those at or above it.
+    #[default]
+    Above,
+    /// The lowest values, and of a threshold those at or below it.
+    Below,
 }
 
 /// How tokens are ranked.
@@ -61,6 +79,13 @@ pub enum Score {
     /// Highest improvement `L_history - L_current` over an earlier state of the same model: an average of its
     /// weights, or an older checkpoint.
     Improvement,
+    /// Highest or lowest attribute, by a token classifier; no loss decides ("Shaping capabilities with token-level data
+    /// filtering", arXiv 2601.21571).
+    Attribute {
+        /// Which end is kept.
+        #[serde(default)]
+        keep: Side,
+    },
     /// Drawn without looking: the control.
     Random,
 }
@@ -70,10 +95,14 @@ impl Score {
     pub fn needs(self) -> Needs {
         let none = Needs::default();
         match self {
-            Self::Excess | Self::ReferenceLoss | Self::Loss | Self::Random => none,
-            Self::ReferenceEntropy | Self::Intersection { .. } | Self::Union { .. } => {
-                Needs { reference_entropy: true, ..none }
+            // A draw is made among the positions that the run which it is the control of chooses from, by losses or attributes.
+            Self::Loss | Self::Random => none,
+            Self::Excess | Self::ReferenceLoss => Needs { reference_loss: true, ..none },
+            Self::ReferenceEntropy => Needs { reference_entropy: true, ..none },
+            Self::Intersection { .. } | Self::Union { .. } => {
+                Needs { reference_loss: true, reference_entropy: true, ..none }
             }
+            Self::Attribute { .. } => Needs { attribute: true, ..none },
             Self::Entropy => Needs { entropy: true, ..none },
             Self::Improvement => Needs { history_loss: true, ..none },
         }
@@ -86,12 +115,13 @@ impl Score {
             | Self::ReferenceEntropy
             | Self::Intersection { .. }
             | Self::Union { .. }
+            | Self::Attribute { .. }
             | Self::Random => true,
             Self::Excess | Self::Loss | Self::Entropy | Self::Improvement => false,
         }
     }
 
-    /// Whether it looks at losses or entropies of the reference, so that scoring is a cost of it.
+    /// Whether it looks at what the reference says, so that scoring is a cost of it.
     pub fn looks_at_reference(self) -> bool {
         !matches!(self, Self::Loss | Self::Entropy | Self::Improvement | Self::Random)
     }
@@ -101,16 +131,28 @@ impl Score {
         !matches!(self, Self::Intersection { .. } | Self::Union { .. } | Self::Random)
     }
 
-    /// The score of each position in nats, higher first; NaN where it cannot be chosen. Where two rankings decide,
-    /// that of the reference loss. For [`Score::Random`], whose draws are not scores, the excess loss: a random run
-    /// chooses among the same positions as the run that it is the control of.
+    /// The score of each position, higher first, in nats but for [`Score::Attribute`]; NaN where it cannot be chosen. Where two
+    /// rankings decide, that of the reference loss. For [`Score::Random`], whose draws are not scores, the excess loss, or the
+    /// loss where there is an attribute and none of the reference: a random run chooses among the same positions as the run
+    /// that it is the control of.
     ///
     /// # Panics
     /// When a list that the score needs is not as long as the losses.
     pub fn values(self, signals: &Signals<'_>) -> Vec<f32> {
-        let Signals { loss, entropy, history_loss, reference_loss, reference_entropy } = *signals;
+        let Signals { loss, entropy, history_loss, reference_loss, reference_entropy, attribute } = *signals;
         match self {
-            Self::Excess | Self::Random => difference(loss, reference_loss),
+            Self::Excess => difference(loss, reference_loss),
+            Self::Random => {
+                let mut scores = difference(loss, reference_loss);
+                for ((score, &loss), attribute) in scores.iter_mut().zip(loss).zip(attribute) {
+                    if score.is_nan() && !attribute.is_nan() {
+                        *score = loss;
+                    }
+                }
+                scores
+            }
+            Self::Attribute { keep: Side::Above } => only_targets(loss, attribute),
+            Self::Attribute { keep: Side::Below } => only_targets(loss, &negated(attribute)),
             Self::ReferenceLoss => only_targets(loss, &negated(reference_loss)),
             Self::ReferenceEntropy => only_targets(loss, &negated(reference_entropy)),
             Self::Intersection { .. } | Self::Union { .. } => {

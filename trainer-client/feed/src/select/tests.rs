@@ -67,7 +67,7 @@ fn numbers(lists: &Lists) -> [Vec<f32>; 5] {
 
 fn signals(numbers: &[Vec<f32>; 5]) -> Signals<'_> {
     let [loss, entropy, history_loss, reference_loss, reference_entropy] = numbers;
-    Signals { loss, entropy, history_loss, reference_loss, reference_entropy }
+    Signals { loss, entropy, history_loss, reference_loss, reference_entropy, attribute: &[] }
 }
 
 fn kept(choices: Vec<Choice>) -> Vec<Vec<u32>> {
@@ -174,6 +174,50 @@ fn what_the_model_has_no_say_in_is_chosen_the_same_before_it_has_run() {
         assert!(!selection(score, 0.4, Scope::Batch).chooses_beforehand(), "{score:?}");
     }
     assert!(!Objective::Clm.chooses_beforehand());
+}
+
+#[test]
+fn an_attribute_is_ranked_on_either_side_and_before_the_forward_pass() {
+    let golden = golden();
+    let numbers: Vec<_> = golden.batch.iter().map(numbers).collect();
+    let negated = |values: &Vec<f32>| values.iter().map(|value| -value).collect::<Vec<f32>>();
+    let negated: Vec<_> = numbers.iter().map(|lists| negated(&lists[3])).collect();
+    let chosen = |score: Score, rule: Rule, scope: Scope, attribute: &dyn Fn(usize) -> Vec<f32>| {
+        let attributes: Vec<Vec<f32>> = (0..numbers.len()).map(attribute).collect();
+        let batch: Vec<Signals<'_>> = numbers
+            .iter()
+            .zip(&attributes)
+            .map(|(lists, attribute)| Signals { attribute, ..signals(lists) })
+            .collect();
+        let objective = Objective::Slm(Selection { score, rule, scope, warmup_steps: 0 });
+        assert!(objective.chooses_beforehand() && objective.has_threshold());
+        kept(objective.select(&batch, golden.row_len, TURN, &Thresholds::default()))
+    };
+    let (below, above) = (Score::Attribute { keep: Side::Below }, Score::Attribute { keep: Side::Above });
+    // The scores of the reference's losses, which numpy agrees with, are their negatives.
+    for (rule, of_value) in [
+        (Rule::Keep(KeepSchedule::constant(KeepRatio::try_from(0.4).unwrap())), None),
+        (Rule::Threshold(-1.5), Some(Rule::Threshold(1.5))),
+    ] {
+        for scope in [Scope::Sequence, Scope::MicroBatch, Scope::Batch, Scope::RunningQuantile] {
+            let wanted = chosen(Score::ReferenceLoss, rule.clone(), scope, &|_| vec![]);
+            assert!(wanted.iter().any(|kept| !kept.is_empty()));
+            let on_value = of_value.clone().unwrap_or(rule.clone());
+            assert_eq!(chosen(below, on_value, scope, &|index| numbers[index][3].clone()), wanted);
+            assert_eq!(chosen(above, rule.clone(), scope, &|index| negated[index].clone()), wanted);
+        }
+    }
+    assert!(!Rule::Adaptive("adaptive".parse().unwrap()).goes_with(above));
+}
+
+#[test]
+fn a_draw_is_among_the_tokens_with_losses_of_the_reference_or_attributes() {
+    let nan = f32::NAN;
+    let (loss, reference, attribute) = ([1.0, 2.0, nan, 4.0], [nan, nan, nan, 3.0], [0.5, nan, 0.5, nan]);
+    let signals =
+        Signals { loss: &loss, reference_loss: &reference, attribute: &attribute, ..Signals::default() };
+    let eligible: Vec<bool> = Score::Random.values(&signals).iter().map(|score| !score.is_nan()).collect();
+    assert_eq!(eligible, [true, false, false, true]);
 }
 
 #[test]

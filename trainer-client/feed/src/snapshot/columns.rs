@@ -19,6 +19,8 @@ const CHECKSUM: &str = "checksum";
 const TOKENS: &str = "tokens";
 const REFERENCE_LOSS: &str = "reference_loss";
 const REFERENCE_ENTROPY: &str = "reference_entropy";
+/// Of the documents that a token classifier has scored alone; a file without any has no such column, as before there were any.
+const ATTRIBUTE: &str = "attribute";
 
 /// A document, or a piece of one.
 #[derive(Serialize, Deserialize)]
@@ -34,6 +36,8 @@ pub(super) struct Entry {
     bos: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     policy: Option<usize>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    has_attribute: bool,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
@@ -47,9 +51,12 @@ pub(super) struct Columns {
     tokens: Vec<u32>,
     reference_loss: Vec<f32>,
     reference_entropy: Vec<f32>,
+    attribute: Vec<f32>,
     policies: Vec<ContextPolicy>,
     /// Tokens taken so far.
     taken: usize,
+    /// Attributes taken so far.
+    attributes_taken: usize,
 }
 
 impl Columns {
@@ -58,6 +65,7 @@ impl Columns {
         self.tokens.extend_from_slice(document.tokens());
         self.reference_loss.extend_from_slice(document.reference());
         self.reference_entropy.extend_from_slice(document.reference_entropy());
+        self.attribute.extend_from_slice(document.attribute().unwrap_or_default());
         let policy = document.context().map(|context| {
             let known = self.policies.iter().position(|policy| *policy == context);
             known.unwrap_or_else(|| {
@@ -73,6 +81,7 @@ impl Columns {
             first_predicted: 0,
             bos: None,
             policy,
+            has_attribute: document.attribute().is_some(),
         }
     }
 
@@ -108,6 +117,14 @@ impl Columns {
         let document = Document::scored(entry.document, entry.source, tokens, losses.to_vec())
             .and_then(|document| document.with_entropies(entropies.to_vec()))
             .map_err(|_| SnapshotError::Part(REFERENCE_LOSS))?;
+        let document = if entry.has_attribute {
+            let span = self.attributes_taken..self.attributes_taken.saturating_add(entry.tokens);
+            let values = self.attribute.get(span.clone()).ok_or(SnapshotError::Part(ATTRIBUTE))?;
+            self.attributes_taken = span.end;
+            document.with_attribute(values.to_vec()).map_err(|_| SnapshotError::Part(ATTRIBUTE))?
+        } else {
+            document
+        };
         Ok(match policy {
             Some(policy) => document.with_context(policy),
             None => document,
@@ -125,7 +142,8 @@ impl Columns {
 
     /// Fails where numbers are left that no entry has taken.
     pub fn finish(self) -> Result<(), SnapshotError> {
-        if self.taken < self.tokens.len() { Err(SnapshotError::Documents("more")) } else { Ok(()) }
+        let has_more = self.taken < self.tokens.len() || self.attributes_taken < self.attribute.len();
+        if has_more { Err(SnapshotError::Documents("more")) } else { Ok(()) }
     }
 
     /// The bytes of a safetensors file with all of it, and an outline.
@@ -134,16 +152,20 @@ impl Columns {
         let floats =
             |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|value| value.to_le_bytes()).collect() };
         let (losses, entropies) = (floats(&self.reference_loss), floats(&self.reference_entropy));
+        let attributes = (!self.attribute.is_empty()).then(|| floats(&self.attribute));
         let view = |dtype, len: usize, bytes| TensorView::new(dtype, vec![len], bytes);
         let count = self.tokens.len();
-        let sum = checksum(outline, &tokens, &losses, &entropies);
-        let views = [
+        let sum = checksum(outline, &tokens, &losses, &entropies, attributes.as_deref());
+        let mut views = vec![
             (CHECKSUM, view(Dtype::U8, Fingerprint::LEN, sum.as_bytes())?),
             (OUTLINE, view(Dtype::U8, outline.len(), outline)?),
             (TOKENS, view(Dtype::U32, count, &tokens)?),
             (REFERENCE_LOSS, view(Dtype::F32, count, &losses)?),
             (REFERENCE_ENTROPY, view(Dtype::F32, count, &entropies)?),
         ];
+        if let Some(attributes) = &attributes {
+            views.push((ATTRIBUTE, view(Dtype::F32, self.attribute.len(), attributes)?));
+        }
         Ok(safetensors::serialize(views, None::<HashMap<String, String>>)?)
     }
 
@@ -160,8 +182,10 @@ impl Columns {
             tokens: words(TOKENS, Dtype::U32)?.into_iter().map(u32::from_le_bytes).collect(),
             reference_loss: floats(REFERENCE_LOSS)?,
             reference_entropy: floats(REFERENCE_ENTROPY)?,
+            attribute: if has_attributes(file) { floats(ATTRIBUTE)? } else { vec![] },
             policies,
             taken: 0,
+            attributes_taken: 0,
         };
         for (name, values) in
             [(REFERENCE_LOSS, &columns.reference_loss), (REFERENCE_ENTROPY, &columns.reference_entropy)]
@@ -181,14 +205,28 @@ pub(super) fn check_sum(file: &SafeTensors<'_>) -> Result<(), SnapshotError> {
         column(file, TOKENS, Dtype::U32)?,
         column(file, REFERENCE_LOSS, Dtype::F32)?,
         column(file, REFERENCE_ENTROPY, Dtype::F32)?,
+        if has_attributes(file) { Some(column(file, ATTRIBUTE, Dtype::F32)?) } else { None },
     );
     if column(file, CHECKSUM, Dtype::U8)? == sum.as_bytes() { Ok(()) } else { Err(SnapshotError::Damaged) }
 }
 
-fn checksum(outline: &[u8], tokens: &[u8], losses: &[u8], entropies: &[u8]) -> Fingerprint {
+fn checksum(
+    outline: &[u8],
+    tokens: &[u8],
+    losses: &[u8],
+    entropies: &[u8],
+    attributes: Option<&[u8]>,
+) -> Fingerprint {
     let parts =
         [(OUTLINE, outline), (TOKENS, tokens), (REFERENCE_LOSS, losses), (REFERENCE_ENTROPY, entropies)];
-    Fingerprint::of_parts(&mut parts.map(|(name, bytes)| (name.to_owned(), Fingerprint::of_bytes(bytes))))
+    let parts = parts.into_iter().chain(attributes.map(|bytes| (ATTRIBUTE, bytes)));
+    let mut digests: Vec<(String, Fingerprint)> =
+        parts.map(|(name, bytes)| (name.to_owned(), Fingerprint::of_bytes(bytes))).collect();
+    Fingerprint::of_parts(&mut digests)
+}
+
+fn has_attributes(file: &SafeTensors<'_>) -> bool {
+    file.tensor(ATTRIBUTE).is_ok()
 }
 
 fn column<'a>(file: &SafeTensors<'a>, name: &'static str, dtype: Dtype) -> Result<&'a [u8], SnapshotError> {

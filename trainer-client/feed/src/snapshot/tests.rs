@@ -20,7 +20,12 @@ fn document(number: u32, tokens: usize) -> Document {
     let losses = (0..tokens).map(|i| if i == 0 { f32::NAN } else { 1.0 / (number as f32 + i as f32) });
     let ids = (0..tokens as u32).map(|i| number * 100 + i).collect();
     let document = Document::scored(format!("d{number}"), "s".into(), ids, losses.collect()).unwrap();
-    if number.is_multiple_of(2) { document.with_context(POLICY) } else { document }
+    let document = if number.is_multiple_of(2) { document.with_context(POLICY) } else { document };
+    if number.is_multiple_of(5) {
+        document.with_attribute((0..tokens).map(|i| 1.0 / (7 + i) as f32).collect()).unwrap()
+    } else {
+        document
+    }
 }
 
 fn piece(number: u32) -> Piece {
@@ -62,10 +67,11 @@ fn bits(snapshot: &Snapshot) -> String {
     let of = |document: &Document| {
         let losses: Vec<u32> = document.reference().iter().map(|loss| loss.to_bits()).collect();
         format!(
-            "{} {} {:?} {losses:?} {:?}",
+            "{} {} {:?} {losses:?} {:?} {:?}",
             document.id(),
             document.source(),
             document.tokens(),
+            document.attribute(),
             document.context()
         )
     };

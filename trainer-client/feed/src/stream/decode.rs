@@ -4,12 +4,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::record::{Bos, ContextPolicy, Losses, RecordError, ScoredDocument, TokenizedDocument};
+use sluice_schemas::record::{
+    AttributedDocument, Bos, ContextPolicy, Losses, RecordError, ScoredDocument, ScoredRecord,
+    TokenizedDocument,
+};
 
 use super::error::{Origin, StreamError};
 use super::kind::TopicKind;
 use crate::cut::has_equal_contexts;
 use crate::document::Document;
+use crate::select::Needs;
 
 /// Most windows that a token of a long document may be in. Each is read, and held in memory, by itself.
 const REREADS_MAX: u64 = 64;
@@ -20,7 +24,7 @@ pub struct Decoder {
     kind: TopicKind,
     tokenizer: Fingerprint,
     vocabulary: u32,
-    needs_entropies: bool,
+    needs: Needs,
     allowed: Arc<[Fingerprint]>,
     /// Tokens of a sequence that documents must fit under the contexts of their reference losses.
     sequence: Option<usize>,
@@ -29,7 +33,7 @@ pub struct Decoder {
 impl Decoder {
     /// A decoder that refuses documents of another tokenizer and ids of `vocabulary` and beyond.
     pub fn new(kind: TopicKind, tokenizer: Fingerprint, vocabulary: u32) -> Self {
-        Self { kind, tokenizer, vocabulary, needs_entropies: false, allowed: Arc::new([]), sequence: None }
+        Self { kind, tokenizer, vocabulary, needs: Needs::default(), allowed: Arc::new([]), sequence: None }
     }
 
     /// Fingerprint of the tokenizer whose documents it takes.
@@ -42,11 +46,11 @@ impl Decoder {
         self.vocabulary
     }
 
-    /// The same decoder, which refuses scored documents without reference entropies if they are needed.
+    /// The same decoder, which refuses scored documents without what is needed of the reference: losses, entropies, or the
+    /// attribute of a token classifier.
     #[must_use]
-    pub fn needing_entropies(mut self, needs_entropies: bool) -> Self {
-        self.needs_entropies = needs_entropies;
-        self
+    pub fn needing(self, needs: Needs) -> Self {
+        Self { needs, ..self }
     }
 
     /// The same decoder, which takes records of these reference models and no others; of an empty list, those of the
@@ -96,27 +100,59 @@ impl Decoder {
                 Ok((Document::plain(record.id, record.source, tokens), None))
             }
             TopicKind::Scored => {
-                let record = ScoredDocument::decode(payload).map_err(refused)?;
-                self.check(&record.document).map_err(refused)?;
-                let (found, context) = (record.reference_model, record.context);
+                let record = ScoredRecord::decode(payload).map_err(refused)?;
+                self.check(record.document()).map_err(refused)?;
+                let found = record.reference_model();
                 if !self.allowed.is_empty() && !self.allowed.contains(&found) {
                     return Err(StreamError::NotAllowed { origin: origin(), found });
                 }
-                self.check_context(context, record.document.tokens.len(), &origin)?;
-                let entropies = record.reference_entropies.as_ref().map(Losses::to_vec);
-                if self.needs_entropies && entropies.is_none() {
-                    return Err(StreamError::NoEntropies { origin: origin() });
-                }
-                let (tokens, losses) = (record.document.tokens.to_vec(), record.reference_losses.to_vec());
-                Document::scored(record.document.id, record.document.source, tokens, losses)
-                    .and_then(|document| match entropies {
-                        Some(entropies) => document.with_entropies(entropies),
-                        None => Ok(document),
-                    })
-                    .map(|document| (document.with_context(context), Some(found)))
-                    .map_err(|error| StreamError::Losses { origin: origin(), error })
+                let document = match record {
+                    ScoredRecord::Losses(record) => self.of_losses(record, origin)?,
+                    ScoredRecord::Attributes(record) => self.of_attribute(record, origin)?,
+                };
+                Ok((document, Some(found)))
             }
         }
+    }
+
+    fn of_losses(
+        &self,
+        record: ScoredDocument,
+        origin: impl Fn() -> Origin,
+    ) -> Result<Document, StreamError> {
+        let context = record.context;
+        self.check_context(context, record.document.tokens.len(), &origin)?;
+        if self.needs.attribute {
+            return Err(StreamError::NoAttribute { origin: origin() });
+        }
+        let entropies = record.reference_entropies.as_ref().map(Losses::to_vec);
+        if self.needs.reference_entropy && entropies.is_none() {
+            return Err(StreamError::NoEntropies { origin: origin() });
+        }
+        let (tokens, losses) = (record.document.tokens.to_vec(), record.reference_losses.to_vec());
+        Document::scored(record.document.id, record.document.source, tokens, losses)
+            .and_then(|document| match entropies {
+                Some(entropies) => document.with_entropies(entropies),
+                None => Ok(document),
+            })
+            .map(|document| document.with_context(context))
+            .map_err(|error| StreamError::Losses { origin: origin(), error })
+    }
+
+    fn of_attribute(
+        &self,
+        record: AttributedDocument,
+        origin: impl Fn() -> Origin,
+    ) -> Result<Document, StreamError> {
+        if self.needs.reference_loss || self.needs.reference_entropy {
+            let class = record.attribute.class_name().to_owned();
+            return Err(StreamError::NoLosses { origin: origin(), class });
+        }
+        let (tokens, values) = (record.document.tokens.to_vec(), record.attribute.to_vec());
+        Document::plain(record.document.id, record.document.source, tokens)
+            .with_attribute(values)
+            .map(|document| document.with_context(record.context))
+            .map_err(|error| StreamError::Losses { origin: origin(), error })
     }
 
     fn check_context(

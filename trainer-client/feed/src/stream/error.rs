@@ -8,6 +8,7 @@ use sluice_schemas::record::{ContextPolicy, RecordError};
 use super::kind::TopicKind;
 use super::place::ShardError;
 use crate::document::LengthMismatch;
+use crate::plan::PlanError;
 
 /// Why a stream could not be opened or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +108,26 @@ pub enum StreamError {
         /// Where it was read.
         origin: Origin,
     },
+    /// A document that a token classifier has scored, where losses are asked for.
+    #[error(
+        "record at {origin} carries the probability of {class:?} by a token classifier and no reference losses, which the score \
+         looks at; score the topic with a causal language model, or choose by the score attribute"
+    )]
+    NoLosses {
+        /// Where it was read.
+        origin: Origin,
+        /// The classifier's class.
+        class: String,
+    },
+    /// A document that a language model has scored, where the attribute of a token classifier is asked for.
+    #[error(
+        "record at {origin} carries reference losses and no attribute, which the score looks at; score the topic with a token \
+         classifier, or choose by another score"
+    )]
+    NoAttribute {
+        /// Where it was read.
+        origin: Origin,
+    },
     /// Losses of two reference models cannot be compared with one another.
     #[error(
         "record at {origin} was scored by reference model {found}, but this run began with {expected}; train on a \
@@ -162,6 +183,9 @@ pub enum StreamError {
         /// Its ids, before and after.
         made_anew: MadeAnew,
     },
+    /// The plan asks for more than any memory holds.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     /// The topic's partitions cannot be dealt to the ranks.
     #[error("topic {topic:?}: {error}")]
     Shard {
@@ -272,11 +296,13 @@ pub enum StreamError {
 
 impl StreamError {
     /// Every reason that [`Self::rejection`] may give.
-    pub const REJECTIONS: [&'static str; 11] = [
+    pub const REJECTIONS: [&'static str; 13] = [
         "record",
         "kind",
         "losses",
         "no_entropies",
+        "no_losses",
+        "no_attribute",
         "foreign_reference_model",
         "reference_model_not_allowed",
         "foreign_context",
@@ -293,6 +319,8 @@ impl StreamError {
             Self::Kind { .. } => Some("kind"),
             Self::Losses { .. } => Some("losses"),
             Self::NoEntropies { .. } => Some("no_entropies"),
+            Self::NoLosses { .. } => Some("no_losses"),
+            Self::NoAttribute { .. } => Some("no_attribute"),
             Self::ForeignReference { .. } => Some("foreign_reference_model"),
             Self::NotAllowed { .. } => Some("reference_model_not_allowed"),
             Self::ForeignContext { .. } => Some("foreign_context"),

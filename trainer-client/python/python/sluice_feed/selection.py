@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sluice_feed._core import ConfigurationError, Selection
 
 Signals = Mapping[str, NDArray[np.float32]]
-NAMES = ("loss", "reference_loss", "entropy", "history_loss", "reference_entropy")
+NAMES = ("loss", "reference_loss", "entropy", "history_loss", "reference_entropy", "attribute")
 
 
 def select(
@@ -23,8 +23,9 @@ def select(
 
     Args:
         signals: for each micro-batch (or for the only one) arrays `[rows, length]` in nats by name: `loss` (of the model in
-            training), `reference_loss`, and what the score needs of `entropy`, `history_loss` and `reference_entropy`. NaN
-            where there is none; a token without a loss or without what the score needs is never kept.
+            training), `reference_loss`, and what the score needs of `entropy`, `history_loss`, `reference_entropy` and
+            `attribute` (in its own unit). NaN where there is none; a token without a loss or without what the score needs is
+            never kept.
         selection: how tokens are chosen.
         step: the step of the run, from 1, which schedules and draws depend on.
         micro_batch: number within the step of the first micro-batch given.

@@ -48,6 +48,8 @@ class ScoredStream:
             value of NAME from a file.
         reference_models: fingerprints of reference models whose losses are accepted; by default the first record's alone.
         needs_entropies: refuse records without reference entropies.
+        needs_attribute: the topic is one that a token classifier has scored, for the score "attribute": refuse records of
+            losses. Without it records that carry no losses are refused.
         unequal_contexts: where a row is shorter than the reference's window: "mask" the tokens that have less context than
             the reference had, "refuse" such documents, or "allow" them.
         attend_across_documents: positions run on over a whole row, and tokens look at the documents before theirs.
@@ -77,6 +79,7 @@ class ScoredStream:
         properties: Mapping[str, str] | None = None,
         reference_models: Iterable[str] = (),
         needs_entropies: bool = False,
+        needs_attribute: bool = False,
         unequal_contexts: str = "mask",
         attend_across_documents: bool = False,
         first_token: str = "skip",
@@ -85,6 +88,11 @@ class ScoredStream:
         self.rank, self.world_size = rank_and_world_size(rank, world_size)
         if isinstance(reference_models, str):
             raise ConfigurationError("reference_models is a list of fingerprints, not one text")
+        if needs_entropies and needs_attribute:
+            raise ConfigurationError(
+                "needs_entropies and needs_attribute: a record is of a language model, which gives losses and entropies, or"
+                " of a token classifier, which gives an attribute; ask for one of them"
+            )
         self._group = group
         self._digests = digests
         self._feed: _core.Feed | None = None
@@ -119,6 +127,7 @@ class ScoredStream:
             "first_token": first_token,
             "unequal_contexts": unequal_contexts,
             "needs_entropies": needs_entropies,
+            "needs_attribute": needs_attribute,
             "reference_models": list(reference_models),
         }
 

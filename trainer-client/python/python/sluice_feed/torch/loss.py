@@ -114,6 +114,7 @@ def selective_loss(
     step: int = 1,
     reference_entropy: Tensor | None = None,
     history_loss: Tensor | None = None,
+    attribute: Tensor | None = None,
     kept: Tensor | None = None,
     divisor: Count | None = None,
     number: int | None = None,
@@ -161,6 +162,7 @@ def selective_loss(
         step: Step of the run, from 1.
         reference_entropy: Entropy of the reference's prediction, for the scores that ask for it.
         history_loss: Loss of an earlier state of the model, for score ``improvement``.
+        attribute: What a token classifier says of each label, for score ``attribute``; shape of the labels.
         kept: In the place of both: the tokens to learn from, decided before. Those without a label are left out.
         divisor: What to divide by, in the place of the tokens that all ranks keep in this call: those of the whole
             step, with gradient accumulation.
@@ -200,6 +202,7 @@ def selective_loss(
             "history_loss": history_loss,
             "reference_loss": reference_loss,
             "reference_entropy": reference_entropy,
+            "attribute": attribute,
         }
         numbers = [ranks.rank if number is None else number]
         length = row_len or (labels.shape[-1] if labels.numel() > 0 else 1)

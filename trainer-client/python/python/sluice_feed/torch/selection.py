@@ -20,8 +20,9 @@ from sluice_feed.torch.running import add_lowest, running_choice
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: One micro-batch: ``loss``, ``entropy``, ``history_loss``, ``reference_loss``, ``reference_entropy`` in nats, tensors
-#: of one shape on one device, NaN where there is none. What the score does not look at may be absent or ``None``.
+#: One micro-batch: ``loss``, ``entropy``, ``history_loss``, ``reference_loss``, ``reference_entropy`` in nats, and
+#: ``attribute``, tensors of one shape on one device, NaN where there is none. What the score does not look at may be
+#: absent or ``None``.
 Signals = Mapping[str, Optional[Tensor]]
 
 #: Scores that rank twice, by reference loss and by reference entropy.
@@ -76,7 +77,8 @@ def select(
         raise ConfigurationError(f"row_len must be at least 1 position, not {row_len}")
     ranks = Ranks(group)
     numbers = _checked_numbers(numbers, len(signals), ranks)
-    scores = [_scores(given, selection.score, index) for index, given in enumerate(signals)]
+    is_below = selection.attribute_keep == "below"
+    scores = [_scores(given, selection.score, index, is_below) for index, given in enumerate(signals)]
     for own, number in zip(scores, numbers):
         if number is None:
             own.fill_(torch.nan)
@@ -86,7 +88,8 @@ def select(
 
     def rank(scores: list[Tensor], keep: float | None, ranking: int) -> list[Tensor]:
         if selection.threshold is not None and keep is None:
-            return [own >= selection.threshold for own in scores]
+            threshold = -selection.threshold if is_below else selection.threshold
+            return [own >= threshold for own in scores]
         eligible = [~own.isnan() for own in scores]
         if keep is not None and keep >= 1.0:
             return eligible
@@ -104,8 +107,8 @@ def select(
         highest = [_highest_of_each(own, is_one, share, length) for own, is_one, length in zip(keys, eligible, lengths)]
         if selection.scope != "running-quantile":
             return highest
-        threshold = selection.running_thresholds[ranking]
-        chosen = [running_choice(own, mask, threshold) for own, mask in zip(scores, highest)]
+        running = selection.running_thresholds[ranking]
+        chosen = [running_choice(own, mask, running) for own, mask in zip(scores, highest)]
         lowest.append([low for _, low in chosen])
         return [mask for mask, _ in chosen]
 
@@ -141,10 +144,11 @@ def _loss(signals: Signals, index: int) -> Tensor:
     return loss
 
 
-def _scores(signals: Signals, score: str, index: int) -> Tensor:
-    """The score of each position in nats, higher first, ``[positions]`` in float32; NaN where it cannot be chosen.
+def _scores(signals: Signals, score: str, index: int, is_below: bool = False) -> Tensor:
+    """The score of each position, higher first, ``[positions]`` in float32; NaN where it cannot be chosen.
 
-    Where two rankings decide, that of the reference loss; for draws the excess loss, whose positions they share.
+    In nats, but for an attribute, of which the lowest come first with ``is_below``. Where two rankings decide, that of the
+    reference loss; for draws the excess loss, whose positions they share, or the loss where there is an attribute alone.
     """
     loss = _loss(signals, index)
 
@@ -165,14 +169,21 @@ def _scores(signals: Signals, score: str, index: int) -> Tensor:
         return values.detach().to(loss.device, torch.float32).reshape(-1)
 
     current = signal("loss")
-    if score in ("excess", "random"):
+    if score == "excess":
         return current - signal("reference_loss")
+    if score == "random":
+        excess = current - signal("reference_loss")
+        if signals.get("attribute") is None:
+            return excess
+        return torch.where(excess.isnan() & ~signal("attribute").isnan(), current, excess)
     if score == "improvement":
         return signal("history_loss") - current
     if score in TWO_RANKINGS:
         values = _only_where(signal("reference_entropy"), -signal("reference_loss"))
     elif score in ("reference-loss", "reference-entropy"):
         values = -signal(score.replace("-", "_"))
+    elif is_below:
+        values = -signal(score)
     else:
         values = signal(score)
     return _only_where(current, values)

@@ -11,7 +11,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 import sluice_feed
 from sluice_feed import Batch, ConfigurationError, merge_state_dicts
 
-_ARRAYS = ("input_ids", "labels", "position_ids", "segment_ids", "cu_seqlens", "reference_loss", "reference_entropy")
+_ARRAYS = (
+    "input_ids",
+    "labels",
+    "position_ids",
+    "segment_ids",
+    "cu_seqlens",
+    "reference_loss",
+    "reference_entropy",
+    "attribute",
+)
 _REST = ("max_seqlen", "document_ids", "sources", "document_starts", "step", "number", "lane", "digest")
 
 

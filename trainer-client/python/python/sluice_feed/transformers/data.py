@@ -45,7 +45,8 @@ def collate_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     Args:
         rows: each a dictionary of lists or one-dimensional tensors of one length: `input_ids`, `labels` (already SHIFTED:
             `labels[i]` is the token that position `i` predicts, -100 none), `reference_loss` (nats; NaN or None where there
-            is none), and what there may be of `position_ids`, `attention_mask`, `reference_entropy` and `history_loss`.
+            is none), and what there may be of `position_ids`, `attention_mask`, `reference_entropy`, `history_loss` and
+            `attribute`.
 
     Raises:
         ConfigurationError: rows do not have the same columns, or the columns of a row not the same length.

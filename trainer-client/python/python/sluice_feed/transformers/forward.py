@@ -144,6 +144,7 @@ def _loss(model: Any, batch: MicroBatch, backbone: nn.Module, head: nn.Linear) -
         batch.signals.get("reference_loss"),
         reference_entropy=batch.signals.get("reference_entropy"),
         history_loss=batch.signals.get("history_loss"),
+        attribute=batch.signals.get("attribute"),
         selection=None if is_chosen else batch.selection,
         kept=batch.kept,
         divisor=batch.divisor,

@@ -11,8 +11,8 @@ from torch import Tensor
 from sluice_feed._core import ConfigurationError, Selection
 
 IGNORE_INDEX = -100
-#: Signals that a selection may look at, beside the loss; nats, shape of the labels.
-SIGNALS = ("reference_loss", "reference_entropy", "history_loss")
+#: Signals that a selection may look at, beside the loss; nats (but the attribute), shape of the labels.
+SIGNALS = ("reference_loss", "reference_entropy", "history_loss", "attribute")
 
 
 class MicroBatch:
