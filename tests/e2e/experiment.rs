@@ -90,7 +90,7 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
     assert!(said.contains("runs to go, about ") && said.contains(" left"), "{said}");
     let after = marks(&out);
     assert!(before.iter().all(|mark| after.contains(mark)), "what was done is not done again");
-    assert_eq!(students(&out), 38, "eleven kinds in the paper's setting and four in two others, two seeds");
+    assert_eq!(students(&out), 36, "ten kinds in the paper's setting and four in two others, two seeds");
 
     let table = String::from_utf8_lossy(&output.stdout);
     for part in [
@@ -121,7 +121,7 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
             plot.matches("<polyline").count()
         };
         let is_papers = group["setting"] == "continual";
-        assert_eq!(lines("loss"), if is_papers { 7 } else { 4 }, "a line for each rule");
+        assert_eq!(lines("loss"), if is_papers { 6 } else { 4 }, "a line for each rule");
         let rule = usize::from(!group["chosen"]["by_tokens"].is_null());
         let controls = if is_papers { 6 } else { 2 };
         assert_eq!(lines("controls"), controls + rule, "plain, the chosen rule, the controls, the reference");
@@ -223,7 +223,7 @@ fn check_controls(results: &Value) {
         let run = array(&group["runs"]).iter().find(|run| run["kind"] == kind).unwrap();
         run["effort"]["flops"].as_f64().unwrap()
     };
-    assert!(flops("slm-60-kept") < 0.9 * flops("slm-60"));
+    assert!(flops("slm-30-kept") < 0.7 * flops("slm-60"));
 }
 
 #[test]

@@ -39,7 +39,7 @@ struct Cli {
     /// The larger model of 10M parameters too: hours
     #[arg(long, env = "SLUICE_EXPERIMENT_LARGER")]
     larger: bool,
-    /// Shares of 80 and 40 % too
+    /// Shares of 80 and 40 % too, and 60 % with kept gradients
     #[arg(long, env = "SLUICE_EXPERIMENT_SWEEP")]
     sweep: bool,
     /// Train every kind of student at each of these learning rates, and report its best; as many times the time

@@ -194,15 +194,11 @@ impl Plan {
                 seeds: if size == SMALL { (1..=5).collect() } else { (1..=3).collect() },
             }
         };
-        let controls = [
-            Adaptive(Backward::Kept),
-            slm_kept(KEEP),
-            slm_kept(0.3),
-            Curated,
-            StreamAndCurated,
-            Documents(KEEP),
-            Oracle,
-        ];
+        let mut controls =
+            vec![Adaptive(Backward::Kept), slm_kept(0.3), Curated, StreamAndCurated, Documents(KEEP), Oracle];
+        if options.has_sweep {
+            controls.push(slm_kept(KEEP));
+        }
         let mut groups = vec![
             group(Setting::Continual, SMALL, &[0.3, 0.1], &[0.8, 0.4], &controls, (200, 10)),
             group(Setting::ContinualMixed, SMALL, &[0.3], &[], &[], (200, 10)),

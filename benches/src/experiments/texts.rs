@@ -216,9 +216,9 @@ mod tests {
             .collect();
         let curated = [("x", "gsm_symbolic", 5, 1.0), ("y", "gsm_symbolic", 5, 1.0)];
         let paths = [
-            file(folder, "scored", &scored),
-            file(folder, "by-base", &by_base),
-            file(folder, "curated", &curated),
+            file(folder, "scored.jsonl", &scored),
+            file(folder, "by-base.jsonl", &by_base),
+            file(folder, "curated.jsonl", &curated),
         ];
         let kinds = [Kind::Plain, Kind::Curated, Kind::StreamAndCurated, Kind::Documents(0.45), Kind::Oracle];
         let paths = [paths[0].as_path(), &paths[1], &paths[2]];
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(both, ["a", "b", "c", "d", "e", "x", "y"]);
 
         // Scores of other documents are refused.
-        let other = file(folder, "other", &scored[1..]);
+        let other = file(folder, "other.jsonl", &scored[1..]);
         assert!(write(folder, &[Kind::Documents(0.5)], [paths[0], &other, paths[2]], 3).is_err());
     }
 }
