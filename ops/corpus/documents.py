@@ -173,6 +173,14 @@ def held_out_mathematics(wheels: Path, count: int) -> Iterator[Document]:
         yield Document(f"eval-math-{index:06}", text, "gsm_symbolic")
 
 
+def held_out_problems(wheels: Path, per_template: int) -> Iterator[Document]:
+    """Single problems of held-out templates, as many of each; the source names the template."""
+    for template in mathematics.HELD_OUT:
+        problems = mathematics.Problems(wheels, [template], "held out problems")
+        for index in range(per_template):
+            yield Document(f"eval-problems-{template:02}-{index:03}", problems.next(), f"gsm_symbolic/{template:02}")
+
+
 def held_out_answers(wheels: Path, count: int) -> Iterator[dict[str, str]]:
     """Single problems of held-out templates, the answer apart from the question and the worked solution before it."""
     problems = mathematics.Problems(wheels, mathematics.HELD_OUT, "held out answers")

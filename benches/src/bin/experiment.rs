@@ -36,7 +36,17 @@ struct Cli {
     /// Only this setting (scratch, continual, continual-mixed); repeatable, in the environment separated by commas
     #[arg(long = "setting", env = "SLUICE_EXPERIMENT_SETTING", value_name = "NAME", value_delimiter = ',')]
     settings: Vec<String>,
-    /// Folder of the runs; one that was interrupted goes on [default: target/experiment-1, with the names of settings and "quick" behind it]
+    /// The larger model of 10M parameters too: hours
+    #[arg(long, env = "SLUICE_EXPERIMENT_LARGER")]
+    larger: bool,
+    /// Shares of 80 and 40 % too, and 60 % with kept gradients
+    #[arg(long, env = "SLUICE_EXPERIMENT_SWEEP")]
+    sweep: bool,
+    /// Train every kind of student at each of these learning rates, and report its best; as many times the time
+    /// [default: one, 1e-3 from the base model and 2e-3 from fresh weights]
+    #[arg(long, env = "SLUICE_EXPERIMENT_LEARNING_RATES", value_name = "RATE,...", value_delimiter = ',')]
+    learning_rates: Vec<f64>,
+    /// Folder of the runs; one that was interrupted goes on [default: target/experiment-1, with the names of settings and flags behind it]
     #[arg(long, env = "SLUICE_EXPERIMENT_OUT", value_name = "FOLDER")]
     out: Option<PathBuf>,
     /// Folder for data, table and plots [default: benches/results/experiment-1, with --quick results in --out]
@@ -93,25 +103,42 @@ fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn experiment(cli: Cli) -> anyhow::Result<()> {
     let Experiment::First = cli.experiment;
     let stop = stop_on_signals()?;
-    let quick = cli.quick.then_some("quick");
-    let parts = ["experiment-1"].into_iter().chain(cli.settings.iter().map(String::as_str)).chain(quick);
+    let further = [
+        (cli.larger, "larger"),
+        (cli.sweep, "sweep"),
+        (!cli.learning_rates.is_empty(), "rates"),
+        (cli.quick, "quick"),
+    ];
+    let further = further.into_iter().filter_map(|(is_given, name)| is_given.then_some(name));
+    let parts = ["experiment-1"].into_iter().chain(cli.settings.iter().map(String::as_str)).chain(further);
     let name = parts.collect::<Vec<_>>().join("-");
     let out = cli.out.unwrap_or_else(|| format!("target/{name}").into());
     let results = cli.results.unwrap_or_else(|| {
         if cli.quick { out.join("results") } else { format!("benches/results/{name}").into() }
     });
     let mut command = "experiment 1".to_owned();
-    for (flag, is_given) in [("--quick", cli.quick), ("--gsm8k FOLDER", cli.gsm8k.is_some())] {
-        if is_given {
-            command = format!("{command} {flag}");
-        }
+    let flags = [
+        ("--quick", cli.quick),
+        ("--gsm8k FOLDER", cli.gsm8k.is_some()),
+        ("--larger", cli.larger),
+        ("--sweep", cli.sweep),
+    ];
+    for (flag, _) in flags.into_iter().filter(|(_, is_given)| *is_given) {
+        command = format!("{command} {flag}");
     }
     for setting in &cli.settings {
         command = format!("{command} --setting {setting}");
     }
+    if !cli.learning_rates.is_empty() {
+        let rates: Vec<String> = cli.learning_rates.iter().map(f64::to_string).collect();
+        command = format!("{command} --learning-rates {}", rates.join(","));
+    }
     let options = Options {
         is_quick: cli.quick,
         settings: cli.settings,
+        has_larger: cli.larger,
+        has_sweep: cli.sweep,
+        learning_rates: cli.learning_rates,
         out,
         results,
         sources: cli.sources,

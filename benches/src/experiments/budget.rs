@@ -17,7 +17,7 @@ use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, Size, Student};
 const TIMED_STEPS: usize = 3;
 /// Start of a program, reading the topic, and the checkpoints.
 const RUN_SECONDS: f64 = 3.0;
-/// What corpus, tokenizer, scoring and results take beside the models, for the two settings together.
+/// What corpus, tokenizer, scoring, the controls' texts and results take beside the models, for all settings together.
 const REST_SECONDS: f64 = 150.0;
 
 /// Seconds of a step and of an evaluation, by size.
@@ -58,8 +58,10 @@ impl Budget {
         }
         let students: f64 = todo.iter().map(|student| self.of(student)).sum();
         // The references see the curated text, of at most as many steps as the base model.
+        let evaluated =
+            plan.settings().into_iter().map(|setting| plan.eval_every(setting)).min().unwrap_or(1);
         let models = self.seconds(plan.reference, plan.base_steps, plan.base_steps)
-            + 2.0 * self.seconds(plan.reference, plan.base_steps, plan.base_steps);
+            + 2.0 * self.seconds(plan.reference, plan.base_steps, evaluated);
         let rest = if todo.len() == plan.students().len() { models + REST_SECONDS } else { REST_SECONDS };
         super::stages::say(&format!("{} runs to go, about {} in all", todo.len(), minutes(students + rest)));
     }

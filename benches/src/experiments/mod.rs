@@ -2,16 +2,23 @@
 //! from text to table and plot, through the real programs. Every part has a folder of its own and a mark once it is done, so
 //! that an experiment that was interrupted goes on.
 
+mod arms;
+mod bootstrap;
 mod budget;
 mod gsm8k;
+mod kind;
 mod options;
 mod parts;
 mod plan;
 mod plot;
+mod preparation;
 mod programs;
 mod results;
+mod rows;
 mod stages;
 mod table;
+mod templates;
+mod texts;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -33,8 +40,7 @@ use stages::Stages;
 
 /// Runs whatever of the experiment is not done yet, and writes its results. Returns the table.
 pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> {
-    let plan =
-        if options.is_quick { Plan::quick() } else { Plan::full() }.only(&options.settings).or_usage()?;
+    let plan = Plan::of(options).or_usage()?;
     let programs = Programs::find(options, Arc::clone(stop))?;
     if let Some(folder) = &options.gsm8k {
         gsm8k::check(folder)?;
@@ -48,6 +54,7 @@ pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> 
     budget.say_start(&plan, &todo);
     for setting in plan.settings() {
         stages.reference(setting)?;
+        stages.texts(setting)?;
     }
     for (done, student) in todo.iter().enumerate() {
         stages.say(&format!(
@@ -117,7 +124,8 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
             .map(|student| {
                 let run = RecordedRun::read(&options.out.join(student.folder()))?;
                 // All of one seed, which the title names.
-                Ok(RecordedRun { name: student.kind.name(), ..run })
+                let rate = student.learning_rate.map_or(String::new(), |rate| format!(", rate {rate}"));
+                Ok(RecordedRun { name: student.kind.name() + &rate, ..run })
             })
             .collect::<anyhow::Result<_>>()?;
         let name = format!("{}-{}", group.setting.name(), group.size.name);

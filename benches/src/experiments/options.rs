@@ -9,6 +9,12 @@ pub struct Options {
     pub is_quick: bool,
     /// Settings to run, by name; all of them where none is named.
     pub settings: Vec<String>,
+    /// Whether the larger model is trained too.
+    pub has_larger: bool,
+    /// Whether all shares are tried.
+    pub has_sweep: bool,
+    /// Learning rates of each arm, of which its best is reported; the setting's own where none is given.
+    pub learning_rates: Vec<f64>,
     /// Folder of the runs.
     pub out: PathBuf,
     /// Folder of the results.

@@ -28,6 +28,16 @@ pub(super) fn model_folder(setting: Setting) -> PathBuf {
     PathBuf::from(format!("models/reference-{}", reference_name(setting)))
 }
 
+/// The base model, as whole documents are scored with it.
+pub(super) fn base_model_folder() -> PathBuf {
+    PathBuf::from("models/base")
+}
+
+/// The texts of a setting's controls.
+pub(super) fn texts_folder(setting: Setting) -> PathBuf {
+    PathBuf::from(format!("texts/{}", setting.name()))
+}
+
 /// What scoring the corpus of a setting took.
 pub(super) fn scoring_file(setting: Setting) -> String {
     format!("scoring-{}.json", setting.name())

@@ -5,7 +5,10 @@ use std::path::Path;
 
 use anyhow::bail;
 use serde::Serialize;
-use sluice_trainer::model::{ModelConfig, Variant};
+use sluice_trainer::model::{Backward, ModelConfig, Variant};
+
+use super::kind::Kind;
+use super::options::Options;
 
 /// Tokens in a sequence, for every model of the experiment.
 pub const SEQUENCE_LENGTH: usize = 256;
@@ -91,52 +94,6 @@ impl Setting {
     }
 }
 
-/// What a student learns from.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// Every token.
-    Plain,
-    /// A share of the tokens, drawn at random.
-    Random(f64),
-    /// The share of the tokens with the highest excess loss.
-    Slm(f64),
-    /// Every token that the reference predicts better than the student does (`--keep adaptive`).
-    Adaptive,
-}
-
-impl Kind {
-    /// Its name, as in folders and tables.
-    pub fn name(self) -> String {
-        match self {
-            Self::Plain => "plain".to_owned(),
-            Self::Random(keep) => format!("random-{:.0}", 100.0 * keep),
-            Self::Slm(keep) => format!("slm-{:.0}", 100.0 * keep),
-            Self::Adaptive => "adaptive".to_owned(),
-        }
-    }
-
-    /// Whether it looks at scores, so that scoring is a cost of it.
-    pub fn is_scored(self) -> bool {
-        matches!(self, Self::Slm(_) | Self::Adaptive)
-    }
-
-    /// Flags of `sluice-train run`.
-    pub fn flags(self) -> Vec<String> {
-        let (objective, keep) = match self {
-            Self::Plain => ("clm", None),
-            Self::Random(keep) => ("random", Some(keep.to_string())),
-            Self::Slm(keep) => ("slm", Some(keep.to_string())),
-            Self::Adaptive => ("slm", Some("adaptive".to_owned())),
-        };
-        let mut flags = vec!["--objective".to_owned(), objective.to_owned()];
-        if let Some(keep) = keep {
-            flags.extend(["--keep".to_owned(), keep]);
-        }
-        flags
-    }
-}
-
 /// Students of one size on one stream: each kind with each seed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Group {
@@ -161,6 +118,8 @@ pub struct Student {
     pub group: Group,
     /// What it learns from.
     pub kind: Kind,
+    /// Its learning rate, where several are tried.
+    pub learning_rate: Option<f64>,
     /// Its seed.
     pub seed: u64,
 }
@@ -169,7 +128,8 @@ impl Student {
     /// Its folder below that of the experiment.
     pub fn folder(&self) -> std::path::PathBuf {
         let Group { setting, size, .. } = &self.group;
-        let run = format!("{}-seed-{}", self.kind.name(), self.seed);
+        let rate = self.learning_rate.map_or(String::new(), |rate| format!("-rate-{rate}"));
+        let run = format!("{}{rate}-seed-{}", self.kind.name(), self.seed);
         Path::new("runs").join(format!("{}-{}", setting.name(), size.name)).join(run)
     }
 }
@@ -191,6 +151,8 @@ pub struct Plan {
     pub learning_rate: f64,
     /// Highest learning rate of models that go on from others.
     pub learning_rate_continual: f64,
+    /// Learning rates of each kind of student, of which its best is reported; where there is none, those above.
+    pub learning_rates: Vec<f64>,
     /// The students.
     pub groups: Vec<Group>,
     /// Whether all is small, to see that it works and no more.
@@ -201,22 +163,50 @@ const SMALL: Size = Size { name: "2M", hidden: 128, layers: 4, heads: 4 };
 const LARGE: Size = Size { name: "10M", hidden: 320, layers: 6, heads: 5 };
 
 impl Plan {
-    /// All of it: hours on two cores, which are estimated before the first run.
-    pub fn full() -> Self {
-        use Kind::{Adaptive, Plain, Random, Slm};
-        let group = |setting, size, kinds: &[Kind], steps, eval_every| Group {
-            setting,
-            size,
-            kinds: kinds.to_vec(),
-            steps,
-            eval_every,
-            // A run of the small size takes a quarter of a minute.
-            seeds: if size == SMALL { (1..=5).collect() } else { (1..=3).collect() },
+    /// What is asked for.
+    pub fn of(options: &Options) -> anyhow::Result<Self> {
+        for (index, rate) in options.learning_rates.iter().enumerate() {
+            if !(rate.is_finite() && *rate > 0.0) || options.learning_rates[..index].contains(rate) {
+                bail!("--learning-rates {rate}: give numbers above 0, each once, such as 5e-4,1e-3");
+            }
+        }
+        let plan = if options.is_quick { Self::quick(options) } else { Self::full(options) };
+        let plan = Self { learning_rates: options.learning_rates.clone(), ..plan };
+        plan.only(&options.settings)
+    }
+
+    /// All of it; the time that it takes is estimated before the first run.
+    fn full(options: &Options) -> Self {
+        use Kind::{Adaptive, Curated, Documents, Oracle, Plain, Random, StreamAndCurated};
+        let slm = |keep| Kind::Slm(keep, Backward::Exact);
+        let slm_kept = |keep| Kind::Slm(keep, Backward::Kept);
+        let group = |setting, size, shares: &[f64], swept: &[f64], further: &[Kind], (steps, eval_every)| {
+            let swept = if options.has_sweep { swept } else { &[] };
+            let common = [Plain, Random(KEEP), slm(KEEP), Adaptive(Backward::Exact)];
+            let shares = shares.iter().chain(swept).map(|&keep| slm(keep));
+            Group {
+                setting,
+                size,
+                kinds: common.into_iter().chain(shares).chain(further.iter().copied()).collect(),
+                steps,
+                eval_every,
+                // A run of the small size takes a quarter of a minute.
+                seeds: if size == SMALL { (1..=5).collect() } else { (1..=3).collect() },
+            }
         };
-        let controls = [Plain, Random(KEEP), Slm(KEEP), Adaptive];
-        let sweep = |further: &[f64]| -> Vec<Kind> {
-            controls.iter().copied().chain(further.iter().map(|&keep| Slm(keep))).collect()
-        };
+        let mut controls =
+            vec![Adaptive(Backward::Kept), slm_kept(0.3), Curated, StreamAndCurated, Documents(KEEP), Oracle];
+        if options.has_sweep {
+            controls.push(slm_kept(KEEP));
+        }
+        let mut groups = vec![
+            group(Setting::Continual, SMALL, &[0.3, 0.1], &[0.8, 0.4], &controls, (200, 10)),
+            group(Setting::ContinualMixed, SMALL, &[0.3], &[], &[], (200, 10)),
+            group(Setting::Scratch, SMALL, &[0.3], &[0.8, 0.4], &[], (320, 16)),
+        ];
+        if options.has_larger {
+            groups.push(group(Setting::Scratch, LARGE, &[0.3], &[], &[], (320, 16)));
+        }
         Self {
             vocabulary: 4096,
             partitions: 16,
@@ -225,24 +215,23 @@ impl Plan {
             reference_epochs: 3,
             learning_rate: 2e-3,
             learning_rate_continual: 1e-3,
-            groups: vec![
-                group(Setting::Continual, SMALL, &sweep(&[0.8, 0.4, 0.3, 0.1]), 200, 10),
-                group(Setting::ContinualMixed, SMALL, &sweep(&[0.3]), 200, 10),
-                group(Setting::Scratch, SMALL, &sweep(&[0.8, 0.4, 0.3]), 320, 16),
-                group(Setting::Scratch, LARGE, &sweep(&[0.3]), 320, 16),
-            ],
+            learning_rates: vec![],
+            groups,
             is_quick: false,
         }
     }
 
     /// All of it in a few minutes, with models that learn next to nothing.
-    pub fn quick() -> Self {
+    fn quick(options: &Options) -> Self {
         let tiny = |name, hidden, layers| Size { name, hidden, layers, heads: 2 };
         let (small, large) = (tiny("tiny", 32, 2), tiny("small", 64, 2));
-        let full = Self::full();
+        let full = Self::full(options);
+        let is_further_share = |kind: &Kind| {
+            matches!(kind, Kind::Slm(_, Backward::Exact)) && *kind != Kind::Slm(KEEP, Backward::Exact)
+        };
         let groups = full.groups.iter().map(|group| Group {
             size: if group.size == SMALL { small } else { large },
-            kinds: group.kinds.iter().copied().filter(|kind| *kind != Kind::Slm(0.4)).take(4).collect(),
+            kinds: group.kinds.iter().copied().filter(|kind| !is_further_share(kind)).collect(),
             steps: 12,
             eval_every: 4,
             seeds: vec![1, 2],
@@ -260,7 +249,7 @@ impl Plan {
     }
 
     /// The same plan with the groups of these settings alone; all of them where none is named.
-    pub fn only(mut self, settings: &[String]) -> anyhow::Result<Self> {
+    fn only(mut self, settings: &[String]) -> anyhow::Result<Self> {
         let known: BTreeSet<&str> = self.groups.iter().map(|group| group.setting.name()).collect();
         if let Some(unknown) = settings.iter().find(|name| !known.contains(name.as_str())) {
             let known: Vec<&str> = known.into_iter().collect();
@@ -283,11 +272,42 @@ impl Plan {
         for seed in self.seeds() {
             for group in self.groups.iter().filter(|group| group.seeds.contains(&seed)) {
                 for &kind in &group.kinds {
-                    students.push(Student { group: group.clone(), kind, seed });
+                    students.extend(self.rates().into_iter().map(|learning_rate| Student {
+                        group: group.clone(),
+                        kind,
+                        learning_rate,
+                        seed,
+                    }));
                 }
             }
         }
         students
+    }
+
+    /// Learning rates of each kind of student; `None` is that of its setting.
+    pub fn rates(&self) -> Vec<Option<f64>> {
+        if self.learning_rates.is_empty() {
+            vec![None]
+        } else {
+            self.learning_rates.iter().copied().map(Some).collect()
+        }
+    }
+
+    /// The learning rate of a setting where no other is asked for.
+    pub fn learning_rate_of(&self, setting: Setting) -> f64 {
+        if setting.has_base() { self.learning_rate_continual } else { self.learning_rate }
+    }
+
+    /// Steps between the evaluations of a setting's students, and of its reference.
+    pub fn eval_every(&self, setting: Setting) -> u64 {
+        let own = self.groups.iter().filter(|group| group.setting == setting);
+        own.map(|group| group.eval_every).min().unwrap_or(1)
+    }
+
+    /// Whether a setting has students that read a text of their own.
+    pub fn has_own_texts(&self, setting: Setting) -> bool {
+        let own = self.groups.iter().filter(|group| group.setting == setting);
+        own.flat_map(|group| &group.kinds).any(|kind| kind.has_own_text())
     }
 
     /// Every size that is trained.

@@ -2,30 +2,30 @@
 
 use sluice_trainer::report::line_chart::{Frame, LineChart, Series};
 
-use super::results::{GroupResults, Results, stat};
+use super::results::{GroupResults, Results};
+use super::rows::{Row, stat};
 use super::stages::TARGET;
 
-/// File names and SVG texts: for each group the loss over tokens, and for all together the tokens that are needed over k.
+/// File names and SVG texts: for each group the loss over tokens, of the rules and of the controls, and for all together the
+/// tokens that are needed over k.
 pub(super) fn all(results: &Results) -> Vec<(String, String)> {
     let mut plots = Vec::new();
     for group in &results.groups {
         let name = format!("{}-{}", group.setting.name(), group.size);
-        let chart = LineChart {
-            title: &format!("Loss on held-out mathematics over tokens seen, {name}"),
-            x_label: "tokens seen",
-            y_label: "loss, nats per token, mean over seeds",
-            series: curves(group),
-            has_markers: true,
-            frame: Frame::Settled,
-            label_decimals: Some(3),
-            level: None,
-        };
-        plots.extend(chart.standalone().map(|svg| (format!("loss-{name}.svg"), svg)));
+        // More lines than a picture bears would hide each other; plain training and the best rule are in both.
+        let is_common = |row: &Row| row.kind == "plain" || Some(&row.kind) == group.chosen.by_tokens.as_ref();
+        let rules = |row: &Row| !row.has_own_text;
+        let controls = |row: &Row| row.has_own_text || is_common(row);
+        let has_controls = group.rows.iter().any(|row| row.has_own_text);
+        plots.extend(loss(group, &name, "loss", &rules));
+        if has_controls {
+            plots.extend(loss(group, &name, "controls", &controls));
+        }
     }
     let chart = LineChart {
         title: "Tokens to plain training's final loss, over the share kept",
         x_label: "share of the tokens kept, %",
-        y_label: "tokens over plain's, mean over seeds",
+        y_label: "tokens over plain's, reporting half",
         series: ratios(results),
         has_markers: true,
         frame: Frame::Whole,
@@ -36,14 +36,34 @@ pub(super) fn all(results: &Results) -> Vec<(String, String)> {
     plots
 }
 
-/// A line for each kind of student, the mean over its seeds.
-fn curves(group: &GroupResults) -> Vec<Series> {
+/// The loss over tokens of some rows.
+fn loss(
+    group: &GroupResults,
+    name: &str,
+    file: &str,
+    is_shown: &dyn Fn(&Row) -> bool,
+) -> Option<(String, String)> {
+    let chart = LineChart {
+        title: &format!("Loss on held-out mathematics over tokens seen, {name}"),
+        x_label: "tokens seen",
+        y_label: "loss, nats per token, mean over seeds",
+        series: curves(group, is_shown),
+        has_markers: true,
+        frame: Frame::Settled,
+        label_decimals: Some(3),
+        level: None,
+    };
+    chart.standalone().map(|svg| (format!("{file}-{name}.svg"), svg))
+}
+
+/// A line for each kind of student that is shown, at the learning rate that it is reported at, the mean over its seeds.
+fn curves(group: &GroupResults, is_shown: &dyn Fn(&Row) -> bool) -> Vec<Series> {
     let mut series = Vec::new();
-    for (style, row) in group.rows.iter().enumerate() {
+    for (style, row) in group.rows.iter().filter(|row| is_shown(row)).enumerate() {
         let runs: Vec<Vec<(f64, f64)>> = group
             .runs
             .iter()
-            .filter(|run| run.kind == row.kind)
+            .filter(|run| run.kind == row.kind && run.learning_rate.to_bits() == row.learning_rate.to_bits())
             .map(|run| {
                 let evals = run.curve.iter().filter(|eval| eval.set == TARGET);
                 evals.map(|eval| (eval.tokens as f64, eval.loss)).collect()
@@ -63,7 +83,7 @@ fn ratios(results: &Results) -> Vec<Series> {
         let mut points: Vec<(f64, f64)> = group
             .rows
             .iter()
-            .filter_map(|row| Some((100.0 * row.slm_keep?, row.tokens_ratio?.mean)))
+            .filter_map(|row| Some((100.0 * row.slm_keep?, row.reporting.tokens.value?)))
             .collect();
         points.sort_by(|left, right| left.0.total_cmp(&right.0));
         Series { label: format!("{}-{}", group.setting.name(), group.size), style, points }

@@ -13,6 +13,7 @@ use anyhow::{Context, anyhow, bail};
 use sluice_trainer::failure::Classify;
 
 use super::options::Options;
+use crate::process::cpu_seconds;
 
 /// How often a program that runs is looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -74,25 +75,54 @@ impl Programs {
 
     /// Runs a command of the trainer's, to its end.
     pub fn train(&self, arguments: &[impl AsRef<OsStr>]) -> anyhow::Result<()> {
-        self.run(command(&self.trainer).args(arguments))
+        self.run(command(&self.trainer).args(arguments).stdout(Stdio::null())).map(drop)
     }
 
     /// Runs a command of the daemon's, to its end.
     pub fn daemon(&self, arguments: &[impl AsRef<OsStr>]) -> anyhow::Result<()> {
-        self.run(command(&self.daemon).args(arguments))
+        self.run(command(&self.daemon).args(arguments).stdout(Stdio::null())).map(drop)
     }
 
-    fn run(&self, command: &mut Command) -> anyhow::Result<()> {
-        let mut child = Running::start(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
+    /// Scores a file of documents with a model in windows of so many tokens, `stride` apart, and writes what `sluiced model
+    /// score` prints to another file; seconds of wall and of CPU time. CPU time is looked at every tenth of a second.
+    pub fn score(
+        &self,
+        (model, library): (&Path, &str),
+        (window, stride): (usize, usize),
+        documents: &Path,
+        to: &Path,
+    ) -> anyhow::Result<(f64, f64)> {
+        let partial = to.with_extension("partial");
+        let file = std::fs::File::create(&partial)
+            .with_context(|| format!("cannot create {}", partial.display()))?;
+        let mut command = command(&self.daemon);
+        command.args(["model", "score"]).arg(documents);
+        command.env("ORT_DYLIB_PATH", library).env("SLUICED_MODEL_PATH", model);
+        command.env("SLUICED_SCORE_WINDOW_TOKENS", window.to_string());
+        command.env("SLUICED_SCORE_STRIDE_TOKENS", stride.to_string());
+        let started = Instant::now();
+        let cpu = self.run(command.stdout(file))?;
+        let seconds = started.elapsed().as_secs_f64();
+        std::fs::rename(&partial, to)
+            .with_context(|| format!("cannot rename {} into place", partial.display()))?;
+        Ok((seconds, cpu))
+    }
+
+    /// Runs a command to its end; seconds of CPU time, as they were last seen.
+    fn run(&self, command: &mut Command) -> anyhow::Result<f64> {
+        let mut child = Running::start(command.stdin(Stdio::null()))?;
+        let mut cpu = 0.0;
         loop {
             let ended = child.0.try_wait().context("cannot wait for a program")?;
             // A run that was interrupted ends well, but it is not done.
             self.check()?;
             match ended {
-                Some(status) if status.success() => return Ok(()),
+                Some(status) if status.success() => return Ok(cpu),
                 Some(status) => bail!("`{command:?}` failed ({status}); see its message above"),
                 None => std::thread::sleep(POLL),
             }
+            // One that has ended meanwhile has none any more.
+            cpu = cpu_seconds(child.0.id()).map_or(cpu, |seconds| seconds.max(cpu));
         }
     }
 

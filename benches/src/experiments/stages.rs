@@ -1,4 +1,4 @@
-//! The parts of the experiment, each done once.
+//! The parts of the experiment, each done once: the students, and what all parts share.
 
 use std::cell::OnceCell;
 use std::collections::BTreeSet;
@@ -14,20 +14,24 @@ use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::{Bounds, TextTokenizer};
 use sluice_trainer::training::evaluate::{EvalFile, EvalSet, read_sets};
 
-use super::gsm8k;
-use super::parts::{DONE_FILE, base_folder, model_folder, reference_folder, scoring_file};
+use super::parts::{DONE_FILE, base_folder, model_folder, scoring_file, texts_folder};
 use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, SHUFFLE_BUFFER, Setting, Size, Student};
 use super::programs::{Programs, Running};
+use super::templates::Templates;
+use super::texts::{self, Prepared};
 use crate::process::cpu_seconds;
 
 /// Steps between checkpoints: what an interruption costs at most.
-const CHECKPOINT_EVERY: u64 = 100;
+pub(super) const CHECKPOINT_EVERY: u64 = 100;
 /// Name of the first evaluation set, which decides.
 pub(super) const TARGET: &str = "math";
 /// Tokens between the starts of two windows of a long document: a quarter of a window is read twice, as context.
-const STRIDE: usize = SEQUENCE_LENGTH / 4 * 3;
-const CURATED_TOPIC: &str = "curated";
-const GENERAL_TOPIC: &str = "general";
+pub(super) const STRIDE: usize = SEQUENCE_LENGTH / 4 * 3;
+/// The same set, the templates that choose alone.
+pub(super) const CHOOSING: &str = "math-choosing";
+const TOKENIZER: &str = "tokenizer.json";
+pub(super) const CURATED_TOPIC: &str = "curated";
+pub(super) const GENERAL_TOPIC: &str = "general";
 
 /// What scoring a setting's corpus took.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -44,9 +48,9 @@ pub(super) struct Scoring {
 
 /// Does the parts that are not done.
 pub(super) struct Stages<'a> {
-    programs: &'a Programs,
-    plan: &'a Plan,
-    out: PathBuf,
+    pub(super) programs: &'a Programs,
+    pub(super) plan: &'a Plan,
+    pub(super) out: PathBuf,
     broker: OnceCell<(Running, String)>,
     /// Topics that hold what they should.
     filled: BTreeSet<String>,
@@ -82,36 +86,6 @@ impl<'a> Stages<'a> {
         self.out.join(part).join(DONE_FILE).is_file()
     }
 
-    /// Text and tokenizer.
-    pub fn prepare(&self, gsm8k: Option<&Path>) -> Result<()> {
-        let text = self.text();
-        if !self.is_done(Path::new("text")) {
-            self.say("text");
-            let mut flags = vec!["--experiment"];
-            flags.extend(self.plan.is_quick.then_some("--quick"));
-            let text_shown = text.to_string_lossy().into_owned();
-            flags.extend(["--out", &text_shown]);
-            self.programs.script("ops/corpus/build", &flags)?;
-            if let Some(folder) = gsm8k {
-                gsm8k::write(folder, &text.join("eval-gsm8k.jsonl"))?;
-            }
-            self.done(Path::new("text"), &json!({}))?;
-        }
-        if !self.tokenizer().is_file() {
-            self.say("tokenizer");
-            let partial = self.out.join("tokenizer.partial.json");
-            let mut words = words(["tokenizer", "train", "--vocab-size"]);
-            words.extend([self.plan.vocabulary.to_string().into(), "--out".into(), partial.clone().into()]);
-            for file in ["general.jsonl", "mixed.jsonl", "noisy.jsonl", "curated.jsonl"] {
-                words.push(text.join(file).into());
-            }
-            self.programs.daemon(&words)?;
-            std::fs::rename(&partial, self.tokenizer())
-                .with_context(|| format!("cannot rename {} into place", partial.display()))?;
-        }
-        Ok(())
-    }
-
     /// Tokens that an evaluation on all sets predicts.
     pub fn predictions_of_evaluation(&self) -> Result<u64> {
         let tokenizer = TextTokenizer::read(&self.tokenizer())?;
@@ -123,88 +97,15 @@ impl<'a> Stages<'a> {
             .sum())
     }
 
-    /// The reference of a setting, after the base model that it begins with.
-    pub fn reference(&mut self, setting: Setting) -> Result<()> {
-        let folder = reference_folder(setting);
-        let steps = self.plan.base_steps.to_string();
-        let epochs = self.plan.reference_epochs.to_string();
-        let rate = self.plan.learning_rate.to_string();
-        let rate_continual = self.plan.learning_rate_continual.to_string();
-        let shape = model_flags(self.plan.reference);
-        if setting.has_base() {
-            // At a constant rate, like the students that go on from it.
-            self.train_reference(
-                &base_folder(),
-                GENERAL_TOPIC,
-                &shape,
-                &[
-                    ("--epochs", "1"),
-                    ("--steps", &steps),
-                    ("--learning-rate", &rate),
-                    ("--schedule", "constant"),
-                ],
-            )?;
-            let init = ["--init".into(), self.base_checkpoint()?.into()];
-            self.train_reference(
-                &folder,
-                CURATED_TOPIC,
-                &init,
-                &[("--epochs", &epochs), ("--learning-rate", &rate_continual)],
-            )?;
-        } else {
-            self.train_reference(
-                &folder,
-                CURATED_TOPIC,
-                &shape,
-                &[("--epochs", &epochs), ("--learning-rate", &rate)],
-            )?;
-        }
-        let model = model_folder(setting);
-        if !self.is_done(&model) {
-            let mut export = words(["export", "--run"]);
-            export.extend([self.out.join(&folder).into(), "--out".into(), self.out.join(&model).into()]);
-            // As the committed results were made, whose loss of the reference is that of its end.
-            export.extend(words(["--which", "last"]));
-            self.programs.train(&export)?;
-            self.done(&model, &json!({}))?;
-        }
-        Ok(())
-    }
-
-    fn train_reference(
-        &mut self,
-        folder: &Path,
-        topic: &str,
-        model: &[OsString],
-        flags: &[(&str, &str)],
-    ) -> Result<()> {
-        if self.is_done(folder) {
-            return Ok(());
-        }
-        self.say(&folder.display().to_string());
-        self.ingest(topic, &format!("{topic}.jsonl"))?;
-        let mut arguments = words(["reference", "--topic", topic]);
-        arguments.extend(model.iter().cloned());
-        for (flag, value) in flags {
-            arguments.extend(words([*flag, *value]));
-        }
-        arguments.extend(self.common_flags(folder, 1, CHECKPOINT_EVERY)?);
-        self.programs.train(&arguments)?;
-        self.programs.check()?;
-        self.done(folder, &json!({}))
-    }
-
     /// One student, resumed where it was interrupted.
     pub fn student(&mut self, student: &Student) -> Result<()> {
         let group = &student.group;
         let (setting, folder) = (group.setting, student.folder());
-        self.score(setting)?;
-        let (_, scored) = setting.topics();
-        let rate =
-            if setting.has_base() { self.plan.learning_rate_continual } else { self.plan.learning_rate };
-        let mut arguments = words(["run", "--topic", &scored, "--until-end", "--schedule", "constant"]);
+        let rate = student.learning_rate.unwrap_or_else(|| self.plan.learning_rate_of(setting));
+        let mut arguments = words(["run", "--schedule", "constant"]);
+        arguments.extend(self.stream_flags(student)?);
         arguments.extend(words(["--steps", &group.steps.to_string(), "--learning-rate", &rate.to_string()]));
-        arguments.extend(words(["--shuffle-buffer", &SHUFFLE_BUFFER.to_string(), "--token-losses", TARGET]));
+        arguments.extend(words(["--shuffle-buffer", &SHUFFLE_BUFFER.to_string()]));
         arguments.extend(student.kind.flags().into_iter().map(OsString::from));
         if setting.has_base() {
             arguments.extend(["--init".into(), self.base_checkpoint()?.into()]);
@@ -217,6 +118,37 @@ impl<'a> Stages<'a> {
         self.programs.check()?;
         self.check_steps(&folder, group.steps)?;
         self.done(&folder, &json!({}))
+    }
+
+    /// ONNX Runtime's library, for the daemon.
+    pub(super) fn library(&self) -> Result<String> {
+        match std::env::var("ORT_DYLIB_PATH") {
+            Ok(path) => Ok(path),
+            Err(_) => self.programs.script("ops/setup-onnxruntime", &[]),
+        }
+    }
+
+    /// What a student reads: the scored topic once, or the files of its own text as often as its steps take.
+    fn stream_flags(&mut self, student: &Student) -> Result<Vec<OsString>> {
+        let setting = student.group.setting;
+        if !student.kind.has_own_text() {
+            self.score(setting)?;
+            let (_, scored) = setting.topics();
+            return Ok(words(["--topic", &scored, "--until-end"]));
+        }
+        let name = student.kind.name();
+        let folder = self.out.join(texts_folder(setting));
+        let prepared: Prepared = read_json(&folder.join(DONE_FILE))?;
+        let text = prepared
+            .texts
+            .get(&name)
+            .with_context(|| format!("{} holds no text of {name}; remove the folder", folder.display()))?;
+        // Twice what is needed, for parts are of different lengths; the steps end it.
+        let cells = student.group.steps * (BATCH_SIZE * SEQUENCE_LENGTH) as u64;
+        let passes = 2 * cells / text.tokens.max(1) + 2;
+        let mut flags = words(["--epochs", &passes.to_string(), "--files"]);
+        flags.extend(texts::files(&folder, &name, text.parts).into_iter().map(OsString::from));
+        Ok(flags)
     }
 
     /// A stream that ends early would leave runs that cannot be compared.
@@ -238,10 +170,7 @@ impl<'a> Stages<'a> {
         }
         self.say(&format!("scoring the documents of {}", setting.name()));
         let count = self.ingest(&documents, setting.corpus())?;
-        let library = match std::env::var("ORT_DYLIB_PATH") {
-            Ok(path) => path,
-            Err(_) => self.programs.script("ops/setup-onnxruntime", &[])?,
-        };
+        let library = self.library()?;
         let servers = self.servers()?;
         let group = format!("{documents}-scorers");
         let mut arguments =
@@ -288,7 +217,7 @@ impl<'a> Stages<'a> {
     }
 
     /// Publishes a file of documents, and counts them.
-    fn ingest(&mut self, topic: &str, file: &str) -> Result<u64> {
+    pub(super) fn ingest(&mut self, topic: &str, file: &str) -> Result<u64> {
         let path = self.text().join(file);
         let text =
             std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -324,13 +253,14 @@ impl<'a> Stages<'a> {
     }
 
     /// Flags of every run.
-    fn common_flags(&self, folder: &Path, seed: u64, eval_every: u64) -> Result<Vec<OsString>> {
+    pub(super) fn common_flags(&self, folder: &Path, seed: u64, eval_every: u64) -> Result<Vec<OsString>> {
         let mut flags = words(["--bootstrap-servers", &self.servers()?, "--resume", "--tokenizer"]);
         flags.extend([self.tokenizer().into(), "--out".into(), self.out.join(folder).into()]);
         flags.extend(words(["--seed", &seed.to_string(), "--eval-every", &eval_every.to_string()]));
         flags.extend(words(["--batch-size", &BATCH_SIZE.to_string()]));
         flags.extend(words(["--sequence-length", &SEQUENCE_LENGTH.to_string()]));
         flags.extend(words(["--checkpoint-every", &CHECKPOINT_EVERY.to_string(), "--checkpoints-keep", "1"]));
+        flags.extend(words(["--token-losses", TARGET]));
         for (name, path) in self.evaluation_files() {
             let mut value = OsString::from(format!("{name}="));
             value.push(path);
@@ -340,28 +270,55 @@ impl<'a> Stages<'a> {
     }
 
     fn evaluation_files(&self) -> Vec<(String, PathBuf)> {
-        let names = [TARGET, "rest", "answers", "gsm8k"];
-        let files = names.map(|name| (name.to_owned(), self.text().join(format!("eval-{name}.jsonl"))));
-        files.into_iter().filter(|(_, path)| path.is_file()).collect()
+        let files = [
+            (TARGET, "eval-problems.jsonl"),
+            ("rest", "eval-rest.jsonl"),
+            ("answers", "eval-answers.jsonl"),
+            ("gsm8k", "eval-gsm8k.jsonl"),
+        ];
+        files
+            .into_iter()
+            .map(|(name, file)| (name.to_owned(), self.text().join(file)))
+            .filter(|(_, path)| path.is_file())
+            .collect()
     }
 
-    fn base_checkpoint(&self) -> Result<PathBuf> {
+    pub(super) fn base_checkpoint(&self) -> Result<PathBuf> {
         let base = self.out.join(base_folder());
         sluice_trainer::run::checkpoints::latest_checkpoint(&base)?
             .with_context(|| format!("{} holds no checkpoint", base.display()))
     }
 
-    fn done(&self, part: &Path, what: &serde_json::Value) -> Result<()> {
+    pub(super) fn done(&self, part: &Path, what: &serde_json::Value) -> Result<()> {
         write_json(&self.out.join(part).join(DONE_FILE), what)
     }
 
-    fn text(&self) -> PathBuf {
+    pub(super) fn choosing_file(&self) -> PathBuf {
+        self.text().join("eval-problems-choosing.jsonl")
+    }
+
+    pub(super) fn text(&self) -> PathBuf {
         self.out.join("text")
     }
 
-    fn tokenizer(&self) -> PathBuf {
-        self.out.join("tokenizer.json")
+    pub(super) fn tokenizer(&self) -> PathBuf {
+        self.out.join(TOKENIZER)
     }
+}
+
+/// The held-out problems.
+pub(super) fn target_file(out: &Path) -> PathBuf {
+    out.join("text/eval-problems.jsonl")
+}
+
+/// The templates of the held-out problems.
+pub(super) fn read_templates(out: &Path) -> Result<Templates> {
+    Templates::read(&target_file(out), &TextTokenizer::read(&out.join(TOKENIZER))?)
+}
+
+/// What the texts of a setting's controls are.
+pub(super) fn read_prepared(out: &Path, setting: Setting) -> Result<Prepared> {
+    read_json(&out.join(texts_folder(setting)).join(DONE_FILE))
 }
 
 /// What scoring a setting took, if that is known.
@@ -369,12 +326,12 @@ pub(super) fn read_scoring(out: &Path, setting: Setting) -> Result<Scoring> {
     read_json(&out.join(scoring_file(setting)))
 }
 
-fn model_flags(size: Size) -> Vec<OsString> {
+pub(super) fn model_flags(size: Size) -> Vec<OsString> {
     let numbers = [size.hidden, size.layers, size.heads].map(|number| number.to_string());
     let [hidden, layers, heads] = &numbers;
     words(["--hidden-size", hidden, "--layers", layers, "--heads", heads])
 }
 
-fn words<'a>(words: impl IntoIterator<Item = &'a str>) -> Vec<OsString> {
+pub(super) fn words<'a>(words: impl IntoIterator<Item = &'a str>) -> Vec<OsString> {
     words.into_iter().map(OsString::from).collect()
 }

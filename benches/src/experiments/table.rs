@@ -4,12 +4,15 @@ use std::fmt::Write;
 
 use sluice_trainer::run::learning_curve::AVERAGED;
 
-use super::plan::Setting;
-use super::results::{GroupResults, Results, Row, SettingResults, Stat};
+use super::bootstrap::{Estimate, Estimates};
+use super::plan::{BATCH_SIZE, KEEP, SEQUENCE_LENGTH, Setting};
+use super::results::{GroupResults, Results, SettingResults};
+use super::rows::{Row, Stat};
 use super::stages::TARGET;
+use super::templates::Half;
 
-/// Share of the tokens that is the goal.
-const GOAL: f64 = 0.5;
+/// Goals of the project's issue: tokens and FLOPs to plain training's end, and how much lower the loss is to be, nats.
+const GOALS: (f64, f64, f64) = (0.25, 0.30, 0.5);
 
 /// The whole page.
 pub(super) fn markdown(results: &Results) -> String {
@@ -32,33 +35,81 @@ fn write_page(page: &mut String, results: &Results) -> std::fmt::Result {
     writeln!(
         page,
         "\n{} seeds, {} cores. Losses in nats per token on held-out text, mean ± standard deviation over seeds. “To plain” is \
-         what a run took until its loss on held-out mathematics came down to the end of the plain run of its seed, over what the \
-         plain run took; learning rates are constant, so a run that is cut there is a whole run. A loss there is the mean of {} \
-         evaluations in a row, for one by itself is noisy. The line “null” is plain training against the end of another seed's \
-         plain run: a ratio that lies within it says nothing. “With scoring” adds the reference's forward pass over as many \
-         tokens. The text is a stand-in: word problems from templates in prose, see \
-         [ops/corpus](../../../ops/corpus/README.md).",
+         what a kind of run took until its loss on held-out mathematics came down to the end of plain training, over what plain \
+         training took; students' learning rates are constant, so a run that is cut there is a whole run. A curve is the mean \
+         over seeds, and a loss on it the mean of {AVERAGED} evaluations in a row, for one by itself is noisy. “Less plain” is \
+         the loss after as many tokens as plain training took to its end, less plain training's. “Reached” counts the seeds \
+         whose own curve came down to the end of plain training with the same seed. “With scoring” adds the reference's forward \
+         pass over as many tokens. FLOPs, CPU and wall time are summed step by step, with what each step kept. The text is a \
+         stand-in: word problems from templates in prose, see [ops/corpus](../../../ops/corpus/README.md).",
         results.plan.seeds().len(),
         results.cores,
-        AVERAGED
     )?;
+    write_estimator(page, results)?;
     for group in &results.groups {
-        write_group(page, group, &results.settings[group.setting.name()])?;
+        write_group(
+            page,
+            group,
+            &results.settings[group.setting.name()],
+            !results.plan.learning_rates.is_empty(),
+        )?;
     }
     if results.has_findings {
         writeln!(page, "\nWhat this says, and why: [findings](findings.md).")?;
     }
     writeln!(page, "\n## Shares\n\n![Tokens to plain's final loss over the share kept](tokens-over-k.svg)")?;
+    write_preparation(page, results)?;
+    writeln!(
+        page,
+        "\nFLOPs follow PaLM's appendix B (arXiv 2204.02311), with the backward pass of the head for kept tokens alone, and \
+         with `--backward kept` that of the layers too; the reference's forward pass over windows that overlap counts every \
+         window. Training the reference is in no ratio above: it is paid once and serves every run on its corpus. `answers` is \
+         the loss of the final answer's tokens after question and worked solution; an answer is sure where each of its tokens \
+         has a probability above one half, so that greedy decoding writes it there. Whole solutions are not generated: models of \
+         this size write none."
+    )
+}
+
+/// How the intervals come about, and which half of the templates is for what.
+fn write_estimator(page: &mut String, results: &Results) -> std::fmt::Result {
+    let names = |half| {
+        let of_half = results.templates.iter().filter(|template| template.half == half);
+        let names: Vec<&str> =
+            of_half.map(|one| one.name.rsplit('/').next().unwrap_or(one.name.as_str())).collect();
+        (names.len(), names.join(", "))
+    };
+    let ((choosing, choosing_names), (reporting, reporting_names)) =
+        (names(Half::Choosing), names(Half::Reporting));
+    writeln!(
+        page,
+        "\n**One half chooses, the other reports.** Of the {} held-out templates, {choosing} choose ({choosing_names}): the \
+         checkpoint of the reference, the best rule, and, where several were tried, the learning rate of each kind. The other \
+         {reporting} report ({reporting_names}): every ratio, difference, interval and count below is theirs, but for the column \
+         “choosing half”. The losses in the columns `{TARGET}`, `rest` and `answers` are of whole sets.\n\n\
+         **Intervals** are 95 % percentiles of a bootstrap: {} draws (generator SplitMix64, seed {}) of seeds and of reporting \
+         templates with replacement, the same for a kind and for plain training, so that differences stay paired; one that ends \
+         in “never” holds draws that did not come down to plain's end. The line “null” is plain training against itself with \
+         other seeds drawn, on the same templates: an interval that lies within it says nothing. With few seeds the bootstrap's \
+         intervals are somewhat too narrow.",
+        results.templates.len(),
+        results.bootstrap.draws,
+        results.bootstrap.seed,
+    )
+}
+
+fn write_preparation(page: &mut String, results: &Results) -> std::fmt::Result {
     writeln!(page, "\n## Before the students\n")?;
     writeln!(page, "| setting | what | tokens | TFLOP | wall s | CPU s | loss on held-out mathematics |")?;
     writeln!(page, "|---|---|---|---|---|---|---|")?;
     let mut references = vec![];
     for (name, setting) in &results.settings {
         let mut parts = vec![("scoring", Some(setting.scoring), "-".to_owned())];
+        parts.push(("scoring by reference and base model", setting.document_scoring, "-".to_owned()));
         // Two settings may share one, which was paid once.
         if !references.contains(&setting.reference) {
             references.push(setting.reference);
-            parts.insert(0, ("reference", Some(setting.reference), format!("{:.3}", setting.reference_loss)));
+            let loss = format!("{:.3} after step {}", setting.reference_loss, setting.reference_step);
+            parts.insert(0, ("reference", Some(setting.reference), loss));
             parts.insert(0, ("base model", setting.base, "-".to_owned()));
         }
         for (what, effort, loss) in parts {
@@ -73,17 +124,15 @@ fn write_page(page: &mut String, results: &Results) -> std::fmt::Result {
             )?;
         }
     }
-    writeln!(
-        page,
-        "\nFLOPs follow PaLM's appendix B (arXiv 2204.02311), with the backward pass of the head for kept tokens alone; the \
-         reference's forward pass over windows that overlap counts every window. Training the reference is in no ratio above: \
-         it is paid once and serves every run on its corpus. `answers` is the loss of the final answer's tokens after question \
-         and worked solution; an answer is sure where each of its tokens has a probability above one half, so that greedy \
-         decoding writes it there. Whole solutions are not generated: models of this size write none."
-    )
+    Ok(())
 }
 
-fn write_group(page: &mut String, group: &GroupResults, setting: &SettingResults) -> std::fmt::Result {
+fn write_group(
+    page: &mut String,
+    group: &GroupResults,
+    setting: &SettingResults,
+    has_rates: bool,
+) -> std::fmt::Result {
     let what = match group.setting {
         Setting::Scratch => "from fresh weights, a fifth of the stream is mathematics",
         Setting::Continual => "a base model of general text goes on with noisy mathematics, as in the paper",
@@ -92,12 +141,7 @@ fn write_group(page: &mut String, group: &GroupResults, setting: &SettingResults
     let name = format!("{}-{}", group.setting.name(), group.size);
     writeln!(page, "\n## {name}: {what}\n")?;
     let sets: Vec<&String> =
-        group.rows.iter().flat_map(|row| row.losses.keys()).fold(vec![], |mut sets, set| {
-            if !sets.contains(&set) {
-                sets.push(set);
-            }
-            sets
-        });
+        group.rows.iter().filter(|row| row.kind == "plain").flat_map(|row| row.losses.keys()).collect();
     let (tokens, steps) = group
         .runs
         .first()
@@ -116,88 +160,178 @@ fn write_group(page: &mut String, group: &GroupResults, setting: &SettingResults
     writeln!(
         page,
         "{} seeds; {} parameters, {tokens} tokens in {steps} steps; the reference's loss on held-out mathematics is {:.3}.\n",
-        group.runs.iter().filter(|run| run.kind == "plain").count(),
+        plain.map_or(0, |row| row.runs),
         group.parameters,
         setting.reference_loss
     )?;
-    write!(page, "| run | kept | tokens to plain | reached | math less plain |")?;
+    let rate = |text: String| if has_rates { format!(" {text} |") } else { String::new() };
+    write!(
+        page,
+        "| run |{} kept | tokens to plain | reached | choosing half | {TARGET} less plain |",
+        rate("rate".to_owned())
+    )?;
     for set in &sets {
         write!(page, " {set} |")?;
     }
     writeln!(page, " sure answers | unselected, training |")?;
-    writeln!(page, "|---|---|---|---|---|{}---|---|", "---|".repeat(sets.len()))?;
     writeln!(
         page,
-        "| null | – | {} | {} of {} | – |{} – | – |",
-        shown(group.null.tokens_ratio, 2),
-        group.null.tokens_ratio.map_or(0, |stat| stat.values),
-        group.null.pairs,
+        "|---|{}---|---|---|---|---|{}---|---|",
+        rate("---".to_owned()),
+        "---|".repeat(sets.len())
+    )?;
+    writeln!(
+        page,
+        "| null |{} – | {} | – | – | {} |{} – | – |",
+        rate("–".to_owned()),
+        ratio(group.null.tokens),
+        difference(group.null.difference),
         " – |".repeat(sets.len())
     )?;
     for row in &group.rows {
-        let reached = row.tokens_ratio.map_or(0, |stat| stat.values);
         write!(
             page,
-            "| {} | {} | {} | {reached} of {} | {} |",
+            "| {} |{} {} | {} | {} of {} | {} | {} |",
             row.kind,
+            rate(row.learning_rate.to_string()),
             shown(row.kept, 2),
-            shown(row.tokens_ratio, 2),
-            row.runs,
-            shown(row.difference, 3)
+            ratio(row.reporting.tokens),
+            row.reached,
+            plain.map_or(0, |row| row.runs),
+            row.choosing.tokens.value.map_or("never".to_owned(), |value| format!("{value:.2}")),
+            difference(row.reporting.difference)
         )?;
         for set in &sets {
             write!(page, " {} |", shown(row.losses.get(*set).copied(), 3))?;
         }
         writeln!(page, " {} | {} |", shown(row.sure, 2), shown(row.unselected_loss, 3))?;
     }
+    write_costs(page, group)?;
+    write_texts(page, group, setting, steps)?;
+    write_goals(page, group)?;
+    writeln!(page, "\n![Loss on held-out mathematics over tokens](loss-{name}.svg)")?;
+    if group.rows.iter().any(|row| row.has_own_text) {
+        writeln!(page, "\n![The same of the controls](controls-{name}.svg)")?;
+    }
+    Ok(())
+}
+
+fn write_costs(page: &mut String, group: &GroupResults) -> std::fmt::Result {
     writeln!(
         page,
         "\n| run | FLOPs to plain | with scoring | CPU time to plain | with scoring | wall time to plain | with scoring |"
     )?;
     writeln!(page, "|---|---|---|---|---|---|---|")?;
-    for row in &group.rows {
-        let ratios = [
-            row.flops_ratio,
-            row.flops_ratio_with_scoring,
-            row.cpu_ratio,
-            row.cpu_ratio_with_scoring,
-            row.wall_ratio,
-            row.wall_ratio_with_scoring,
-        ];
-        let cells = ratios.map(|ratio| shown(ratio, 2)).join(" | ");
-        writeln!(page, "| {} | {cells} |", row.kind)?;
-    }
-    write_goals(page, group)?;
-    writeln!(page, "\n![Loss on held-out mathematics over tokens](loss-{name}.svg)")
-}
-
-/// Whether the goal is met at the paper's share, and at the best.
-fn write_goals(page: &mut String, group: &GroupResults) -> std::fmt::Result {
-    // A mean over the seeds that got there says nothing of those that did not.
-    let whole = |row: &&Row| row.tokens_ratio.is_some_and(|stat| stat.values == row.runs);
-    let mean = |row: &Row| row.tokens_ratio.map_or(f64::INFINITY, |stat| stat.mean);
-    let slm = || group.rows.iter().filter(|row| row.is_scored).filter(whole);
-    let paper = slm().find(|row| row.slm_keep == Some(super::plan::KEEP));
-    let best = slm().min_by(|left, right| mean(left).total_cmp(&mean(right)));
-    writeln!(page)?;
-    for (what, row) in [("at k = 60 %", paper), ("by the best rule", best)] {
-        match row {
-            Some(row) => {
-                let verdict = if mean(row) <= GOAL { "met" } else { "missed" };
-                writeln!(
-                    page,
-                    "- Tokens {what} ({}): {}; goal {GOAL}: {verdict}.",
-                    row.kind,
-                    shown(row.tokens_ratio, 2)
-                )?;
-            }
-            None => writeln!(
-                page,
-                "- Tokens {what}: none reached plain's final loss with every seed; goal {GOAL}: missed."
-            )?,
-        }
+    let null = std::iter::once(("null", &group.null));
+    let rows = group.rows.iter().map(|row| (row.kind.as_str(), &row.reporting));
+    for (kind, estimates) in null.chain(rows) {
+        let Estimates { flops, flops_with_scoring, cpu, cpu_with_scoring, wall, wall_with_scoring, .. } =
+            *estimates;
+        let cells = [flops, flops_with_scoring, cpu, cpu_with_scoring, wall, wall_with_scoring];
+        writeln!(page, "| {kind} | {} |", cells.map(ratio).join(" | "))?;
     }
     Ok(())
+}
+
+/// What the controls read, and what their numbers count.
+fn write_texts(
+    page: &mut String,
+    group: &GroupResults,
+    setting: &SettingResults,
+    steps: u64,
+) -> std::fmt::Result {
+    let controls: Vec<&Row> = group.rows.iter().filter(|row| row.has_own_text).collect();
+    if setting.texts.is_empty() || controls.is_empty() {
+        return Ok(());
+    }
+    writeln!(
+        page,
+        "\nControls learn from every token of a text of their own: `curated` from the reference's curated text alone; \
+         `stream-and-curated` from both, shuffled; `documents-N` from whole documents, the N % of the stream's tokens whose \
+         documents have the highest mean excess loss of the base model over the reference; `oracle` from those documents of the \
+         stream that hold mathematics, by their source, with the noise inside them. Their tokens are those that they learnt \
+         from, again in each pass, not those that were left out; for `documents-N`, “with scoring” is the forward passes of both models \
+         over all of the stream that had to be looked at. `reference` is the run that made the reference, one seed, at a falling \
+         learning rate, to its end; what scores the stream is its best checkpoint on the choosing half.\n"
+    )?;
+    writeln!(
+        page,
+        "| text | documents | tokens | in documents with mathematics | lowest mean excess, nats | passes in {steps} steps |"
+    )?;
+    writeln!(page, "|---|---|---|---|---|---|")?;
+    for row in controls {
+        let Some(text) = setting.texts.get(&row.kind) else { continue };
+        let seen: Vec<u64> =
+            group.runs.iter().filter(|run| run.kind == row.kind).map(|run| run.effort.tokens).collect();
+        let mean = seen.iter().sum::<u64>() as f64 / seen.len().max(1) as f64;
+        writeln!(
+            page,
+            "| {} | {} | {} | {:.0} % | {} | {:.2} |",
+            row.kind,
+            text.documents,
+            text.tokens,
+            100.0 * text.target_tokens as f64 / text.tokens.max(1) as f64,
+            text.excess.map_or("–".to_owned(), |excess| format!("{excess:.3}")),
+            mean / text.tokens.max(1) as f64
+        )?;
+    }
+    writeln!(
+        page,
+        "\nA step holds {} positions; how many of them predict differs with how a text's documents fill the rows.",
+        BATCH_SIZE * SEQUENCE_LENGTH
+    )
+}
+
+/// Whether the goals are met by the rules that the choosing half chose, and by the paper's share.
+fn write_goals(page: &mut String, group: &GroupResults) -> std::fmt::Result {
+    let (tokens, flops, lower) = GOALS;
+    let row = |kind: Option<&String>| group.rows.iter().find(|row| Some(&row.kind) == kind);
+    let by_tokens = row(group.chosen.by_tokens.as_ref());
+    let by_flops = row(group.chosen.by_flops.as_ref());
+    let paper = group.rows.iter().find(|row| row.slm_keep == Some(KEEP));
+    let lines = [
+        ("Tokens to plain at k = 60 %", paper, tokens, Measure::Tokens),
+        ("Tokens to plain by the rule that the choosing half chose", by_tokens, tokens, Measure::Tokens),
+        ("FLOPs to plain, scoring counted, by the rule that it chose", by_flops, flops, Measure::Flops),
+        ("Loss less plain's by the rule chosen by tokens", by_tokens, -lower, Measure::Difference),
+    ];
+    writeln!(page)?;
+    for (what, row, goal, measure) in lines {
+        let Some(row) = row else {
+            writeln!(page, "- {what}: none came down to plain's end; goal {goal}: missed.")?;
+            continue;
+        };
+        let (found, text) = match measure {
+            Measure::Tokens => (row.reporting.tokens, ratio(row.reporting.tokens)),
+            Measure::Flops => (row.reporting.flops_with_scoring, ratio(row.reporting.flops_with_scoring)),
+            Measure::Difference => (row.reporting.difference, difference(row.reporting.difference)),
+        };
+        let verdict = if found.value.is_some_and(|value| value <= goal) { "met" } else { "missed" };
+        writeln!(page, "- {what} ({}): {text}; goal {goal}: {verdict}.", row.kind)?;
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum Measure {
+    Tokens,
+    Flops,
+    Difference,
+}
+
+/// A ratio with its interval.
+fn ratio(estimate: Estimate) -> String {
+    let text = |value: Option<f64>| value.map_or("never".to_owned(), |value| format!("{value:.2}"));
+    match estimate {
+        Estimate { value: None, low: None, high: None } => "never".to_owned(),
+        Estimate { value, low, high } => format!("{} [{}, {}]", text(value), text(low), text(high)),
+    }
+}
+
+/// A difference of losses with its interval.
+fn difference(estimate: Estimate) -> String {
+    let text = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:+.3}"));
+    format!("{} [{}, {}]", text(estimate.value), text(estimate.low), text(estimate.high))
 }
 
 fn shown(stat: Option<Stat>, decimals: usize) -> String {
@@ -207,5 +341,19 @@ fn shown(stat: Option<Stat>, decimals: usize) -> String {
             format!("{mean:.decimals$} ± {deviation:.decimals$}")
         }
         Some(Stat { mean, .. }) => format!("{mean:.decimals$}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Estimate, difference, ratio};
+
+    #[test]
+    fn what_never_happened_is_said_so() {
+        let estimate = |value, low, high| Estimate { value, low, high };
+        assert_eq!(ratio(estimate(Some(0.414), Some(0.3), Some(0.5))), "0.41 [0.30, 0.50]");
+        assert_eq!(ratio(estimate(Some(0.9), Some(0.75), None)), "0.90 [0.75, never]");
+        assert_eq!(ratio(Estimate::default()), "never");
+        assert_eq!(difference(estimate(Some(-0.2), Some(-0.25), Some(0.01))), "-0.200 [-0.250, +0.010]");
     }
 }

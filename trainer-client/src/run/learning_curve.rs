@@ -26,15 +26,19 @@ pub struct LearningCurve {
 impl LearningCurve {
     /// The curve through evaluations on one set, which are in order. Of fewer than [`AVERAGED`] there is one point.
     pub fn of<'a>(evals: impl IntoIterator<Item = &'a EvalMetric>) -> Self {
-        let evals: Vec<&EvalMetric> = evals.into_iter().collect();
-        let mean = |window: &[&EvalMetric]| {
-            let of = |value: fn(&EvalMetric) -> f64| {
-                window.iter().map(|eval| value(eval)).sum::<f64>() / window.len() as f64
-            };
-            Point { tokens: of(|eval| eval.tokens as f64), loss: of(|eval| eval.loss) }
+        let point = |eval: &EvalMetric| Point { tokens: eval.tokens as f64, loss: eval.loss };
+        Self::through(evals.into_iter().map(point))
+    }
+
+    /// The same of evaluations that come from elsewhere, such as means over several runs.
+    pub fn through(evaluations: impl IntoIterator<Item = Point>) -> Self {
+        let evaluations: Vec<Point> = evaluations.into_iter().collect();
+        let mean = |window: &[Point]| {
+            let of = |value: fn(&Point) -> f64| window.iter().map(value).sum::<f64>() / window.len() as f64;
+            Point { tokens: of(|point| point.tokens), loss: of(|point| point.loss) }
         };
-        let width = AVERAGED.min(evals.len()).max(1);
-        Self { points: evals.windows(width).map(mean).collect() }
+        let width = AVERAGED.min(evaluations.len()).max(1);
+        Self { points: evaluations.windows(width).map(mean).collect() }
     }
 
     /// Where the run ended.
@@ -51,6 +55,19 @@ impl LearningCurve {
         };
         let share = (before.loss - goal) / (before.loss - after.loss);
         Some(before.tokens + share * (after.tokens - before.tokens))
+    }
+
+    /// Loss after so many tokens, on a straight line between points; before the first and after the last point that point's.
+    pub fn loss_at(&self, tokens: f64) -> Option<f64> {
+        let Some(next) = self.points.iter().position(|point| point.tokens >= tokens) else {
+            return self.end().map(|end| end.loss);
+        };
+        let after = self.points[next];
+        let Some(before) = next.checked_sub(1).map(|index| self.points[index]) else {
+            return Some(after.loss);
+        };
+        let share = (tokens - before.tokens) / (after.tokens - before.tokens);
+        Some(before.loss + share * (after.loss - before.loss))
     }
 
     /// Tokens to the end of `other`, over the tokens that `other` took to it; 1 for the run itself, unless it was there before.
@@ -86,6 +103,17 @@ mod tests {
         assert!((end.loss - 11.0 / 3.0).abs() < 1e-12);
         assert_eq!(curve(&[]).end(), None);
         assert_eq!(curve(&[5.0, 4.0]).end(), Some(Point { tokens: 50.0, loss: 4.5 }));
+    }
+
+    #[test]
+    fn a_loss_lies_between_points_and_stays_at_the_ends() {
+        // Points are 5 at 100 tokens and 3 at 200.
+        let curve = curve(&[6.0, 5.0, 4.0, 0.0]);
+        let expected = [(50.0, 5.0), (100.0, 5.0), (150.0, 4.0), (200.0, 3.0), (900.0, 3.0)];
+        for (tokens, loss) in expected {
+            assert_eq!(curve.loss_at(tokens), Some(loss), "after {tokens} tokens");
+        }
+        assert_eq!(LearningCurve::through([]).loss_at(1.0), None);
     }
 
     #[test]

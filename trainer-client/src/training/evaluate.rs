@@ -166,8 +166,13 @@ impl EvalSet {
 
     /// Tokens that are predicted where no BOS stands before a document: all but each document's first, and its context.
     pub fn predictions(&self) -> u64 {
+        self.predictions_by_document().map(|count| count as u64).sum()
+    }
+
+    /// The same by document, in the order of the file: how many of the values of [`Self::token_losses`] are each one's.
+    pub fn predictions_by_document(&self) -> impl Iterator<Item = usize> {
         let policy = ContextPolicy { window: 2, stride: 1, bos: Bos::None };
-        self.documents.iter().map(|document| document.predictions(policy) as u64).sum()
+        self.documents.iter().map(move |document| document.predictions(policy))
     }
 
     /// The batches that all documents are read in. A document with a context has rows of its own, and loses its left end
