@@ -133,7 +133,7 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
     check_controls(&results);
     // What the caller has exported is in no run.
     let run = out.join("runs/scratch-tiny/slm-60-seed-1/run.json");
-    let run: serde_json::Value = serde_json::from_slice(&std::fs::read(run).unwrap()).unwrap();
+    let run: Value = serde_json::from_slice(&std::fs::read(run).unwrap()).unwrap();
     assert_eq!(run["objective"]["scope"], "batch");
     assert_eq!(run["settings"]["optimizer"]["weight_decay"], AdamWConfig::default().weight_decay);
     // Nothing is left to chance: what is done is read once more, and comes to the same.

@@ -19,6 +19,7 @@ mod stages;
 mod table;
 mod templates;
 mod texts;
+mod tried;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;

@@ -10,6 +10,8 @@ use sluice_trainer::model::{Backward, ModelConfig, Variant};
 use super::kind::Kind;
 use super::options::Options;
 
+/// Name of the first evaluation set, which decides.
+pub(super) const TARGET: &str = "math";
 /// Tokens in a sequence, for every model of the experiment.
 pub const SEQUENCE_LENGTH: usize = 256;
 /// Sequences in a step.

@@ -2,9 +2,9 @@
 
 use sluice_trainer::report::line_chart::{Frame, LineChart, Series};
 
+use super::plan::TARGET;
 use super::results::{GroupResults, Results};
 use super::rows::{Row, stat};
-use super::stages::TARGET;
 
 /// File names and SVG texts: for each group the loss over tokens, of the rules and of the controls, and for all together the
 /// tokens that are needed over k.

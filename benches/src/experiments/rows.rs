@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::arms::Sample;
 use super::bootstrap::{self, Estimates};
 use super::kind::Kind;
-use super::results::{RunResults, Tried};
+use super::tried::{RunResults, Tried};
 
 /// A mean over seeds, and the standard deviation of a sample; absent without a value.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

@@ -15,7 +15,7 @@ use sluice_trainer::text::{Bounds, TextTokenizer};
 use sluice_trainer::training::evaluate::{EvalFile, EvalSet, read_sets};
 
 use super::parts::{DONE_FILE, base_folder, model_folder, scoring_file, texts_folder};
-use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, SHUFFLE_BUFFER, Setting, Size, Student};
+use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, SHUFFLE_BUFFER, Setting, Size, Student, TARGET};
 use super::programs::{Programs, Running};
 use super::templates::Templates;
 use super::texts::{self, Prepared};
@@ -23,11 +23,9 @@ use crate::process::cpu_seconds;
 
 /// Steps between checkpoints: what an interruption costs at most.
 pub(super) const CHECKPOINT_EVERY: u64 = 100;
-/// Name of the first evaluation set, which decides.
-pub(super) const TARGET: &str = "math";
 /// Tokens between the starts of two windows of a long document: a quarter of a window is read twice, as context.
 pub(super) const STRIDE: usize = SEQUENCE_LENGTH / 4 * 3;
-/// The same set, the templates that choose alone.
+/// The first evaluation set ([`TARGET`]), the templates that choose alone.
 pub(super) const CHOOSING: &str = "math-choosing";
 const TOKENIZER: &str = "tokenizer.json";
 pub(super) const CURATED_TOPIC: &str = "curated";

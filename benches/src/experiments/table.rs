@@ -5,10 +5,9 @@ use std::fmt::Write;
 use sluice_trainer::run::learning_curve::AVERAGED;
 
 use super::bootstrap::{Estimate, Estimates};
-use super::plan::{BATCH_SIZE, KEEP, SEQUENCE_LENGTH, Setting};
+use super::plan::{BATCH_SIZE, KEEP, SEQUENCE_LENGTH, Setting, TARGET};
 use super::results::{GroupResults, Results, SettingResults};
 use super::rows::{Row, Stat};
-use super::stages::TARGET;
 use super::templates::Half;
 
 /// Goals of the project's issue: tokens and FLOPs to plain training's end, and how much lower the loss is to be, nats.

@@ -11,8 +11,7 @@ use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::{Bounds, TextTokenizer};
 use sluice_trainer::training::evaluate::{EvalFile, EvalSet};
 
-use super::plan::BATCH_SIZE;
-use super::stages::TARGET;
+use super::plan::{BATCH_SIZE, TARGET};
 
 /// What a template's problems are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -127,7 +126,7 @@ pub(super) fn write_half(file: &Path, half: Half, to: &Path) -> Result<()> {
         let index = names.binary_search(source).unwrap_or_default();
         half_of(index) == half
     });
-    let text: String = lines.map(|(line, _)| format!("{line}\n")).collect();
+    let text: String = lines.flat_map(|(line, _)| [line, "\n"]).collect();
     write_whole(to, text.as_bytes())
 }
 

@@ -135,7 +135,7 @@ fn write_text(
     std::fs::create_dir_all(&own).with_context(|| format!("cannot create {}", own.display()))?;
     for (part, path) in files(folder, name, parts).iter().enumerate() {
         let of_part = lines.iter().skip(part).step_by(parts);
-        let text: String = of_part.map(|line| format!("{}\n", line.text)).collect();
+        let text: String = of_part.flat_map(|line| [line.text.as_str(), "\n"]).collect();
         write_whole(path, text.as_bytes())?;
     }
     let target: Vec<Line> = lines.iter().filter(|line| line.is_target()).cloned().collect();
