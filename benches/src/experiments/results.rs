@@ -9,7 +9,7 @@ use sluice_trainer::model::cost::Cost;
 use sluice_trainer::run::checkpoints::Best;
 use sluice_trainer::run::recorded::RecordedRun;
 
-use super::arms::{Effort, Sample};
+use super::arms::{Effort, Ratios, Sample};
 use super::bootstrap::{self, Estimates};
 use super::kind::Kind;
 use super::parts::{base_folder, reference_folder};
