@@ -140,6 +140,17 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
     let data = std::fs::read(out.join("results/results.json")).unwrap();
     assert!(experiment(&out).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
     assert!(data == std::fs::read(out.join("results/results.json")).unwrap(), "the intervals have moved");
+    // Seeds can be left out and added again, and nothing that is done is done anew.
+    let output = experiment(&out).args(["--seeds", "1"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let fewer: Value =
+        serde_json::from_slice(&std::fs::read(out.join("results/results.json")).unwrap()).unwrap();
+    for run in array(&fewer["groups"]).iter().flat_map(|group| array(&group["runs"])) {
+        assert_eq!(run["seed"], 1);
+    }
+    assert!(experiment(&out).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
+    assert!(data == std::fs::read(out.join("results/results.json")).unwrap(), "a seed is missing");
+    assert_eq!(marks(&out), after);
 
     // Another plan does not mix with this one, and a folder of somebody else's is left alone.
     let other = experiment(&out).args(["--gsm8k", "/nowhere"]).status().unwrap();

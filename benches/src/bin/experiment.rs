@@ -46,6 +46,9 @@ struct Cli {
     /// [default: one, 1e-3 from the base model and 2e-3 from fresh weights]
     #[arg(long, env = "SLUICE_EXPERIMENT_LEARNING_RATES", value_name = "RATE,...", value_delimiter = ',')]
     learning_rates: Vec<f64>,
+    /// So many seeds of each kind; more can be added to what is finished [default: 5 of the small size, 3 of the larger one]
+    #[arg(long, env = "SLUICE_EXPERIMENT_SEEDS", value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..=100))]
+    seeds: Option<u64>,
     /// Folder of the runs; one that was interrupted goes on [default: target/experiment-1, with the names of settings and flags behind it]
     #[arg(long, env = "SLUICE_EXPERIMENT_OUT", value_name = "FOLDER")]
     out: Option<PathBuf>,
@@ -133,7 +136,11 @@ fn experiment(cli: Cli) -> anyhow::Result<()> {
         let rates: Vec<String> = cli.learning_rates.iter().map(f64::to_string).collect();
         command = format!("{command} --learning-rates {}", rates.join(","));
     }
+    if let Some(seeds) = cli.seeds {
+        command = format!("{command} --seeds {seeds}");
+    }
     let options = Options {
+        seeds: cli.seeds,
         is_quick: cli.quick,
         settings: cli.settings,
         has_larger: cli.larger,

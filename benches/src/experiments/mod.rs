@@ -76,6 +76,14 @@ pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> 
     write(options, &plan, &results)
 }
 
+/// What of a plan decides its runs, but for how many there are of each kind.
+fn without_seeds(mut plan: Value) -> Value {
+    for group in plan["groups"].as_array_mut().into_iter().flatten() {
+        group["seeds"] = Value::Null;
+    }
+    plan
+}
+
 /// Makes the folder of a new experiment, or sees that what is there is this one.
 fn begin(options: &Options, plan: &Plan) -> anyhow::Result<()> {
     std::fs::create_dir_all(&options.out)
@@ -86,12 +94,16 @@ fn begin(options: &Options, plan: &Plan) -> anyhow::Result<()> {
     let path = options.out.join("plan.json");
     if path.exists() {
         let before: Value = read_json(&path).or_data()?;
-        if before != asked {
+        if without_seeds(before.clone()) != without_seeds(asked.clone()) {
             let error = anyhow!(
                 "{} holds an experiment with another plan (plan.json); remove it or give another --out",
                 options.out.display()
             );
             return Err(error).or_usage();
+        }
+        // Seeds can be added, and left out; the runs that are there stay as they are.
+        if before != asked {
+            write_json(&path, &asked)?;
         }
         return Ok(());
     }

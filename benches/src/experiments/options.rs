@@ -15,6 +15,8 @@ pub struct Options {
     pub has_sweep: bool,
     /// Learning rates of each arm, of which its best is reported; the setting's own where none is given.
     pub learning_rates: Vec<f64>,
+    /// Seeds of each group; as many as the plan has where none is given.
+    pub seeds: Option<u64>,
     /// Folder of the runs.
     pub out: PathBuf,
     /// Folder of the results.

@@ -173,7 +173,12 @@ impl Plan {
             }
         }
         let plan = if options.is_quick { Self::quick(options) } else { Self::full(options) };
-        let plan = Self { learning_rates: options.learning_rates.clone(), ..plan };
+        let mut plan = Self { learning_rates: options.learning_rates.clone(), ..plan };
+        if let Some(seeds) = options.seeds {
+            for group in &mut plan.groups {
+                group.seeds = (1..=seeds).collect();
+            }
+        }
         plan.only(&options.settings)
     }
 
