@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::anyhow;
+use anyhow::{anyhow, bail};
 use serde::Serialize;
 use sluice_daemon::batch::Ladder;
 use sluice_daemon::config::Config;
@@ -65,7 +65,7 @@ pub struct Setup<'a> {
     pub ladder: Ladder,
     /// Documents that are waited for.
     pub documents: usize,
-    /// Longest time to wait for them.
+    /// Longest time to wait for the first of them to be read, and from there on for all of them.
     pub time_max: Duration,
     /// Process of the broker, where its time counts.
     pub broker: Option<u32>,
@@ -94,37 +94,47 @@ pub struct Run {
 pub fn run(setup: &Setup<'_>) -> anyhow::Result<Run> {
     let metrics = Metrics::new()?;
     let health = Health::default();
-    let broker = |setup: &Setup<'_>| setup.broker.map_or(Ok(0.0), cpu_seconds);
-    forget_peak()?;
-    let this = std::process::id();
-    let memory = resident_bytes(this)?;
     std::thread::scope(|scope| {
         let Setup { config, model, scorer, policy, ladder, .. } = *setup;
         let (metrics, health) = (&metrics, &health);
         let daemon = scope
             .spawn(move || pipeline::run(config, (model, None), scorer, (policy, ladder), metrics, health));
-        while metrics.documents_read.get() == 0 && !daemon.is_finished() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let (started, own, others) = (Instant::now(), cpu_seconds(this)?, broker(setup)?);
-        let (busy, starved) = (metrics.batch_seconds.get_sample_sum(), metrics.model_starved_seconds.get());
-        while (metrics.documents_scored.get() as usize) < setup.documents
-            && !daemon.is_finished()
-            && started.elapsed() < setup.time_max
-        {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        let run = Run {
-            tokens: metrics.tokens_scored.get() as f64,
-            seconds: started.elapsed().as_secs_f64(),
-            cpu_seconds: cpu_seconds(this)? - own,
-            broker_cpu_seconds: broker(setup)? - others,
-            busy_seconds: metrics.batch_seconds.get_sample_sum() - busy,
-            starved_seconds: metrics.model_starved_seconds.get() - starved,
-            peak_memory_bytes: peak_bytes(this)? as f64 - memory as f64,
-        };
+        let measured = watch(setup, metrics, || daemon.is_finished());
+        // Whatever became of it, the pipeline is not left to run.
         health.stop();
         daemon.join().map_err(|_| anyhow!("the pipeline panicked"))??;
-        Ok(run)
+        measured
+    })
+}
+
+/// Waits for the documents, and says what that took.
+fn watch(setup: &Setup<'_>, metrics: &Metrics, is_finished: impl Fn() -> bool) -> anyhow::Result<Run> {
+    let this = std::process::id();
+    let broker = || setup.broker.map_or(Ok(0.0), cpu_seconds);
+    forget_peak()?;
+    let memory = resident_bytes(this)?;
+    let asked = Instant::now();
+    while metrics.documents_read.get() == 0 && !is_finished() {
+        if asked.elapsed() >= setup.time_max {
+            bail!("the daemon has read nothing in {:?}", setup.time_max);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (started, own, others) = (Instant::now(), cpu_seconds(this)?, broker()?);
+    let (busy, starved) = (metrics.batch_seconds.get_sample_sum(), metrics.model_starved_seconds.get());
+    while (metrics.documents_scored.get() as usize) < setup.documents
+        && !is_finished()
+        && started.elapsed() < setup.time_max
+    {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(Run {
+        tokens: metrics.tokens_scored.get() as f64,
+        seconds: started.elapsed().as_secs_f64(),
+        cpu_seconds: cpu_seconds(this)? - own,
+        broker_cpu_seconds: broker()? - others,
+        busy_seconds: metrics.batch_seconds.get_sample_sum() - busy,
+        starved_seconds: metrics.model_starved_seconds.get() - starved,
+        peak_memory_bytes: peak_bytes(this)? as f64 - memory as f64,
     })
 }

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn, Optional
 
-EX_USAGE, EX_UNAVAILABLE = 64, 69
+EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE = 64, 69, 70
 
 
 def say(message: str) -> None:

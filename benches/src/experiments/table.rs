@@ -84,12 +84,13 @@ fn write_estimator(page: &mut String, results: &Results) -> std::fmt::Result {
         "\n**One half chooses, the other reports.** Of the {} held-out templates, {choosing} choose ({choosing_names}): the \
          checkpoint of the reference, the best rule, and, where several were tried, the learning rate of each kind. The other \
          {reporting} report ({reporting_names}): every ratio, difference, interval and count below is theirs, but for the column \
-         “choosing half”. The losses in the columns `{TARGET}`, `rest` and `answers` are of whole sets.\n\n\
+         “choosing half”. The seeds are the same in both halves: a rule that is best by the luck of its seeds is so in both. The losses in the columns `{TARGET}`, `rest` and `answers` are of whole sets.\n\n\
          **Intervals** are 95 % percentiles of a bootstrap: {} draws (generator SplitMix64, seed {}) of seeds and of reporting \
          templates with replacement, the same for a kind and for plain training, so that differences stay paired; one that ends \
          in “never” holds draws that did not come down to plain's end. The line “null” is plain training against itself with \
-         other seeds drawn, on the same templates: an interval that lies within it says nothing. With few seeds the bootstrap's \
-         intervals are somewhat too narrow.",
+         other seeds drawn, on the same templates: what seeds alone do to figures that are not paired. An interval \
+         that holds 1 (of a ratio) or 0 (of a difference) says nothing. With few seeds the bootstrap's intervals are somewhat too \
+         narrow.",
         results.templates.len(),
         results.bootstrap.draws,
         results.bootstrap.seed,
@@ -249,8 +250,8 @@ fn write_texts(
          `stream-and-curated` from both, shuffled; `documents-N` from whole documents, the N % of the stream's tokens whose \
          documents have the highest mean excess loss of the base model over the reference; `oracle` from those documents of the \
          stream that hold mathematics, by their source, with the noise inside them. Their tokens are those that they learnt \
-         from, again in each pass, not those that were left out; for `documents-N`, “with scoring” is the forward passes of both models \
-         over all of the stream that had to be looked at. `reference` is the run that made the reference, one seed, at a falling \
+         from, again in each pass, not those that were left out; for `documents-N`, “with scoring” adds the forward passes of both models \
+         over the stream, those left out too, in proportion to what was read of its text, as if a long stream were chosen from part by part. `reference` is the run that made the reference, one seed, at a falling \
          learning rate, to its end; what scores the stream is its best checkpoint on the choosing half.\n"
     )?;
     writeln!(

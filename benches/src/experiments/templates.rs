@@ -1,5 +1,6 @@
 //! Held-out problems by the template they were made from. One half of the templates chooses, the other half reports, so that
-//! what is reported of a choice was not what it was made by.
+//! what is reported of a choice owes nothing to the luck of the templates that it was made by. Of the luck of seeds, which are the
+//! same in both halves, it may.
 
 use std::path::Path;
 

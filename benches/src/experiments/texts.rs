@@ -84,8 +84,9 @@ pub(super) fn write(
                 (both, None)
             }
             Kind::Documents(keep) => highest(&stream, &base, *keep)?,
-            // Of all others is nothing kept here: they read the topic.
-            _ => (stream.iter().filter(|line| line.is_target()).cloned().collect(), None),
+            Kind::Oracle => (stream.iter().filter(|line| line.is_target()).cloned().collect(), None),
+            // Those have no text of their own.
+            Kind::Plain | Kind::Random(_) | Kind::Slm(..) | Kind::Adaptive(_) => continue,
         };
         let name = kind.name();
         texts.insert(name.clone(), write_text(folder, &name, &lines, excess, partitions)?);

@@ -65,7 +65,7 @@ impl Plan {
         .find_map(|(name, is_same)| (!is_same).then_some(name))
     }
 
-    /// Fails where memory could not hold what is asked for.
+    /// Refuses sizes that are mistakes: a step or a micro-batch that no memory holds.
     pub fn check(&self) -> Result<(), PlanError> {
         let BatchShape { rows, len } = self.shape;
         if self.micro_batches > MICRO_BATCHES_MAX {
