@@ -135,7 +135,7 @@ fn describe(model: &Model) -> Vec<(&'static str, Value)> {
         model.findings.iter().map(|finding| json!({"code": finding.code(), "text": finding.to_string()}));
     let or_none = |value: Option<Value>| value.unwrap_or_else(|| json!("none"));
     vec![
-        ("fingerprint", json!(model.identity.fingerprint.to_string())),
+        ("fingerprint", json!(fingerprint(model))),
         ("tokenizer", json!(model.identity.tokenizer.to_string())),
         ("kind", kind(model)),
         ("opset", json!(report.opset)),
@@ -156,6 +156,14 @@ fn describe(model: &Model) -> Vec<(&'static str, Value)> {
         ("bos_token", or_none(model.bos_token.map(|token| json!(token)))),
         ("findings", findings.collect()),
     ]
+}
+
+/// The fingerprint that records carry. Until a classifier's class is chosen there is none.
+fn fingerprint(model: &Model) -> String {
+    if matches!(model.kind, ModelKind::TokenClassifier { .. }) && model.class.is_none() {
+        return "depends on the class; give one of the classes below as --model-class".to_owned();
+    }
+    model.identity.fingerprint.to_string()
 }
 
 /// What a model says of a token; of a classifier, a line for each class, the one that is asked for marked.

@@ -143,8 +143,8 @@ fn load_model(config: &Config) -> anyhow::Result<(Model, Device)> {
 /// Finds out whether a token classifier sees what follows a token, which decides in which window a token is given its value.
 fn look_both_ways(model: &mut Model, scorer: &mut ModelThread, ladder: Ladder) -> anyhow::Result<()> {
     let Some(class) = model.class.as_mut() else { return Ok(()) };
-    class.both_sides =
-        sees_both_sides(scorer, model.identity.vocabulary, class.index, ladder).exit_code(DATA)?;
+    let (vocabulary, class_targets) = (model.identity.vocabulary, model.kind.class_targets());
+    class.both_sides = sees_both_sides(scorer, vocabulary, class_targets, ladder).exit_code(DATA)?;
     tracing::info!(
         class = class.name,
         index = class.index,

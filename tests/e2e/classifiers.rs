@@ -11,16 +11,20 @@ use prost::Message as _;
 use sluice_daemon::batch::Ladder;
 use sluice_daemon::score::Scorer;
 use sluice_daemon::score::documents::classify_documents;
+use sluice_daemon::score::kind::ModelKind;
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_daemon::score::self_test::{sees_both_sides, self_test};
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_schemas::graph::{Dim, GraphBuilder, int_attribute, tensor_info};
+use sluice_schemas::onnx::tensor_proto::DataType;
 use sluice_schemas::onnx::{ModelProto, NodeProto};
 use sluice_schemas::record::{
     Bos, ContextPolicy, LossFormat, Losses, Precision, ScoredDocument, ScoredRecord, TokenIds,
     TokenizedDocument,
 };
 use sluice_tests::{Daemon, Kafka, binary, golden, onnxruntime, produce, read_all};
+use sluice_trainer::run::picture::TokenPicture;
 
 const CLOSE: f64 = 1e-5;
 const USAGE: i32 = 64;
@@ -83,7 +87,7 @@ fn probabilities_are_those_of_transformers() {
             let mut scorer = Scorer::new(&model, &options(), false).unwrap();
             let ladder = Ladder::new(golden.policy.window as usize, 16);
             let mut class = model.class.clone().unwrap();
-            class.both_sides = sees_both_sides(&mut scorer, 512, class.index, ladder).unwrap();
+            class.both_sides = sees_both_sides(&mut scorer, 512, model.kind.class_targets(), ladder).unwrap();
             assert_eq!((class.name.as_str(), class.both_sides), ("toxic", golden.both_sides), "{name}");
             self_test(&mut scorer, (512, Precision::F32), Some(&class), ladder, 1024).unwrap();
 
@@ -135,7 +139,7 @@ fn without_its_mask(folder: &Path) {
         ..NodeProto::default()
     };
     let mut cast = node("Cast", "test/same", "attention_mask");
-    cast.attribute.push(sluice_schemas::graph::int_attribute("to", 7));
+    cast.attribute.push(int_attribute("to", 7));
     graph.node.splice(0..0, [node("Equal", "input_ids", "test/same"), cast]);
     std::fs::write(folder.join("model.onnx"), model.encode_to_vec()).unwrap();
 }
@@ -158,6 +162,48 @@ fn a_classifier_that_sees_its_padding_is_refused() {
     let error =
         self_test(&mut scorer, (512, Precision::F32), model.class.as_ref(), Ladder::new(64, 16), 1024);
     assert!(error.unwrap_err().to_string().contains("sees its padding"));
+}
+
+#[test]
+fn a_classifier_of_whole_texts_is_refused() {
+    // The head sees the first token's hidden state alone, as of a sequence classifier, and nothing says what it is.
+    let copied = copy("tiny-bert");
+    let bytes = std::fs::read(copied.path().join("model.onnx")).unwrap();
+    let mut model = ModelProto::decode(bytes.as_slice()).unwrap();
+    let graph = model.graph.as_mut().unwrap();
+    let is_product = |node: &NodeProto| matches!(node.op_type(), "MatMul" | "Gemm");
+    let head = graph.node.iter().rposition(is_product).unwrap();
+    let hidden = std::mem::replace(&mut graph.node[head].input[0], "test/first".to_owned());
+    let mut builder = GraphBuilder::new("test/");
+    let first = builder.int(0);
+    builder.node_to("Gather", &[&hidden, &first], vec![int_attribute("axis", 1)], "test/first");
+    let (nodes, constants) = builder.finish();
+    graph.node.splice(head..head, nodes);
+    graph.initializer.extend(constants);
+    graph.output = vec![tensor_info("logits", DataType::Float, &[Dim::Named("batch"), Dim::Fixed(3)])];
+    std::fs::write(copied.path().join("model.onnx"), model.encode_to_vec()).unwrap();
+    for architectures in [None, Some(serde_json::json!(["BertForSequenceClassification"]))] {
+        let path = copied.path().join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        config["architectures"] = architectures.into();
+        std::fs::write(&path, config.to_string()).unwrap();
+        let error = format!("{:#}", Model::load(copied.path(), Device::Cpu, false).unwrap_err());
+        assert!(error.contains("[batch, 3]") && error.contains("a whole text"), "{error}");
+    }
+}
+
+#[test]
+fn a_language_model_needs_no_keys_of_classifiers() {
+    let copied = tempfile::tempdir().unwrap();
+    for file in ["model.onnx", "config.json", "tokenizer.json"] {
+        std::fs::copy(golden("tiny-llama").join(file), copied.path().join(file)).unwrap();
+    }
+    let path = copied.path().join("config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["id2label"] = serde_json::json!(["a list", 2]);
+    config["architectures"] = serde_json::json!("LlamaForCausalLM");
+    std::fs::write(&path, config.to_string()).unwrap();
+    assert_eq!(Model::load(copied.path(), Device::Cpu, false).unwrap().kind, ModelKind::CausalLm);
 }
 
 fn sluiced(arguments: &[&str], variable: Option<(&str, &str)>) -> Output {
@@ -205,9 +251,12 @@ fn a_model_is_inspected_and_scores_text_without_kafka() {
         serde_json::json!(["token classifier", "class 0: O", "class 1: toxic", "class 2: code"])
     );
     assert!(found["inputs"].to_string().contains("token_type_ids"));
+    assert!(found["fingerprint"].as_str().unwrap().contains("--model-class"), "{}", found["fingerprint"]);
     let chosen = inspect(&["--model-class", "toxic"]);
     assert_eq!(chosen["kind"][2], "class 1: toxic, whose probability is recorded");
-    assert_ne!(chosen["fingerprint"], found["fingerprint"]);
+    let mut model = Model::load(&bert, Device::Cpu, false).unwrap();
+    model.choose_class("toxic", false).unwrap();
+    assert_eq!(chosen["fingerprint"], model.identity.fingerprint.to_string(), "that of its records");
 
     let text = tempfile::NamedTempFile::with_suffix(".txt").unwrap();
     std::fs::write(text.path(), "Two words").unwrap();
@@ -253,6 +302,41 @@ fn document(id: &str, tokens: &[u32], tokenizer: Fingerprint) -> TokenizedDocume
     }
 }
 
+fn picture(run: &Path) -> TokenPicture {
+    serde_json::from_slice(&std::fs::read(run.join("tokens.json")).unwrap()).unwrap()
+}
+
+/// The picture of a run with a threshold marks the tokens whose attribute lies on its side, by what its last step kept.
+fn check_picture(run: &Path, side: &str, attributes: &BTreeMap<String, Vec<f32>>) {
+    let picture = picture(run);
+    let threshold = picture.threshold.expect("the last step kept something");
+    let mut kept = 0;
+    for document in &picture.documents {
+        let values = &attributes[&document.id];
+        // A score is negative where the lowest are kept. A document's first token is not predicted.
+        let score = |at: usize| if side == "below" { -values[at] } else { values[at] };
+        for (at, token) in document.tokens.iter().enumerate() {
+            assert_eq!(token.kept, at > 0 && score(at) >= threshold, "{side}: {} {at}", document.id);
+            kept += usize::from(token.kept);
+        }
+    }
+    assert!(kept > 0, "{side}: {} documents", picture.documents.len());
+}
+
+/// Every step of a run kept `share` of its tokens, rounded as `floor(share * tokens + 0.5)`.
+fn check_share(run: &Path, share: f64) {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let metrics = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let steps: Vec<_> = metrics.filter(|metric| metric["type"] == "step").collect();
+    let number = |step: &serde_json::Value, key: &str| step[key].as_u64().unwrap();
+    let all: u64 = steps.iter().map(|step| number(step, "scored")).sum();
+    assert!(all > 200, "{all} tokens");
+    for step in steps {
+        let wanted = (share * number(&step, "scored") as f64 + 0.5).floor() as u64;
+        assert_eq!(number(&step, "kept"), wanted, "{step}");
+    }
+}
+
 #[test]
 fn a_class_travels_from_the_daemon_to_a_trainer() {
     let golden = classified("tiny-bert");
@@ -280,6 +364,7 @@ fn a_class_travels_from_the_daemon_to_a_trainer() {
     let published = read_all(servers, "sluice.scored");
     assert_eq!(published.len(), documents.len(), "a document of a single token has a value too");
     let mut predicted: Vec<f32> = Vec::new();
+    let mut attributes = BTreeMap::new();
     for record in published {
         let payload = record.payload.unwrap();
         let error = ScoredDocument::decode(payload.clone()).unwrap_err();
@@ -290,6 +375,7 @@ fn a_class_travels_from_the_daemon_to_a_trainer() {
             assert!((f64::from(ours) - wanted).abs() < CLOSE, "{}: {ours} {wanted}", read.document.id);
         }
         predicted.extend(read.attribute.iter().skip(1));
+        attributes.insert(read.document.id, read.attribute.to_vec());
     }
 
     // Every token at or below the threshold is learnt from, and no other: as many as the records say.
@@ -308,12 +394,15 @@ fn a_class_travels_from_the_daemon_to_a_trainer() {
             "{wanted} of {} tokens: {said}",
             predicted.len()
         );
+        check_picture(out, side, &attributes);
     }
-    let keep = ["--keep", "0.5", "--score", "attribute"];
-    let output = train(servers, &runs.path().join("share"), &keep);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let output = train(servers, &runs.path().join("control"), &["--objective", "random"]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for (name, rule) in [("share", ["--score", "attribute"]), ("control", ["--objective", "random"])] {
+        let out = runs.path().join(name);
+        let output = train(servers, &out, &[&["--keep", "0.5"], &rule[..]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        check_share(&out, 0.5);
+        assert!(picture(&out).documents.iter().flat_map(|document| &document.tokens).any(|token| token.kept));
+    }
 
     // A topic that lacks what a score looks at is refused by what it lacks, either way.
     let scored = scored_document("losses-0", &golden.documents[4].tokens, tokenizer);

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use sluice_feed::select::{KeepRatio, Objective, Score};
+use sluice_feed::select::{KeepRatio, Objective, Score, Side};
 use sluice_schemas::fingerprint::Fingerprint;
 use sluice_trainer::model::cost::Cost;
 use sluice_trainer::model::{Backward, ModelConfig};
@@ -200,8 +200,15 @@ fn scores_and_categories_have_their_pictures_and_shares() {
     let at =
         |step, losses: [f32; 4]| TokenLosses { step, set: "math & co".to_owned(), losses: losses.to_vec() };
     slm.token_losses = vec![at(0, [9.0; 4]), at(20, [3.0, 1.0, 0.5, 4.0]), at(40, [2.0, 2.0, 0.5, 4.0])];
-    let page = report::page("runs", &[slm], None);
+    let mut classified =
+        run("classified", Objective::slm(Score::Attribute { keep: Side::Below }, keep(0.6)), 3.0, None);
+    classified
+        .metrics
+        .extend(slm.metrics.iter().filter(|metric| matches!(metric, Metric::Scores(_))).cloned());
+    let page = report::page("runs", &[slm, classified], None);
     assert!(page.contains("slm, step 1<") && page.contains(&format!("slm, step {STEPS}<")));
+    // Probabilities all lie in a few of the bins.
+    assert!(page.contains("classified chose by an attribute") && !page.contains("classified, step 1<"));
     assert_eq!(page.matches("<td>25 %</td>").count(), 4, "a quarter of each kind");
     for (kind, last) in [("H→H", "4.00"), ("L→H", "2.00"), ("H→L", "2.00"), ("L→L", "0.50")] {
         let label = format!("{kind} <tspan class=\"value\">{last}</tspan>");

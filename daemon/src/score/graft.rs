@@ -33,6 +33,8 @@ pub struct GraftReport {
     pub soft_cap: Option<f32>,
     /// Number of logits for each token, where the graph says so.
     pub vocabulary: Option<u32>,
+    /// Columns of the head's weight, where it can be found.
+    pub columns: Option<u32>,
     /// Inputs of the graph that are constants now, with what stands for them.
     pub settled_inputs: Vec<(String, &'static str)>,
 }
@@ -78,6 +80,7 @@ pub fn graft(model: &mut ModelProto, device: Device, entropies: bool) -> Result<
         after_head: found.tail.iter().map(|&node| graph.node[node].op_type().to_owned()).collect(),
         soft_cap: soft_cap(graph, &found),
         vocabulary: vocabulary.or(columns),
+        columns,
         settled_inputs: Vec::new(),
     };
     head::replace(graph, &found, entropies, (device, vocabulary.or(columns)));

@@ -14,6 +14,7 @@ mod inputs;
 pub mod kind;
 mod limits;
 pub mod model;
+mod model_config;
 pub mod model_thread;
 pub mod names;
 pub mod placement;
@@ -52,9 +53,10 @@ pub struct Scores {
     pub entropies: Vec<f32>,
 }
 
-/// The probability that a loss in nats is of: `p = exp(-loss)`.
+/// The probability that a loss in nats is of: `p = exp(-loss)`, within 0 to 1; NaN stays NaN.
 pub fn probability(loss: f32) -> f32 {
-    (-loss).exp()
+    // The loss of a class that is nearly certain may be rounded to just below 0.
+    (-loss).exp().clamp(0.0, 1.0)
 }
 
 /// What turns batches into losses: the reference model, or something that stands in for it in a measurement.
@@ -214,5 +216,18 @@ impl<'a> Integers<'a> {
         } else {
             Self::Long(values)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::probability;
+
+    #[test]
+    fn a_probability_lies_between_0_and_1() {
+        let bits = [f32::INFINITY, 0.0, -0.0, -1e-6].map(|loss| probability(loss).to_bits());
+        assert_eq!(bits, [0.0_f32, 1.0, 1.0, 1.0].map(f32::to_bits));
+        assert!((probability(2.0_f32.ln()) - 0.5).abs() < 1e-6);
+        assert!(probability(f32::NAN).is_nan());
     }
 }

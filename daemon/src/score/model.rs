@@ -20,8 +20,9 @@ use super::findings::{self, Finding};
 use super::graft::{GraftReport, graft};
 use super::identity::ModelIdentity;
 use super::inputs;
-use super::kind::{KindConfig, ModelKind};
+use super::kind::{KindConfig, LogitsShape, ModelKind};
 use super::limits::length_limits;
+use super::model_config::ModelConfig;
 use super::names::{ROWS_INPUT, TARGETS_INPUT};
 use super::precision::precision;
 use super::rotation::rotations;
@@ -68,46 +69,6 @@ pub struct Model {
     pub bos_token: Option<u32>,
 }
 
-/// The keys of `config.json` that scoring needs.
-#[derive(Debug)]
-struct ModelConfig {
-    vocab_size: Option<u32>,
-    max_position_embeddings: Option<u32>,
-    final_logit_softcapping: Option<f32>,
-    /// One id, or a list; of several none is the one.
-    bos_token_id: serde_json::Value,
-}
-
-impl ModelConfig {
-    /// Takes the keys out of a configuration; null stands for one that is not there. Errors name the key.
-    fn new(config: &serde_json::Value) -> anyhow::Result<Self> {
-        fn key<T: serde::de::DeserializeOwned>(
-            config: &serde_json::Value,
-            name: &str,
-        ) -> anyhow::Result<Option<T>> {
-            serde_json::from_value(config[name].clone()).with_context(|| format!("`{name}`"))
-        }
-        if !config.is_object() {
-            bail!("it holds no JSON object");
-        }
-        Ok(Self {
-            vocab_size: key(config, "vocab_size")?,
-            max_position_embeddings: key(config, "max_position_embeddings")?,
-            final_logit_softcapping: key(config, "final_logit_softcapping")?,
-            bos_token_id: config["bos_token_id"].clone(),
-        })
-    }
-
-    fn bos_token(&self) -> Option<u32> {
-        let id = match self.bos_token_id.as_array().map(Vec::as_slice) {
-            Some([only]) => only.as_u64(),
-            Some(_) => None,
-            None => self.bos_token_id.as_u64(),
-        };
-        id.and_then(|id| u32::try_from(id).ok())
-    }
-}
-
 impl Model {
     /// Reads the model in `folder`, grafts a loss head onto it, and fits it to what `device` can compute.
     pub fn load(folder: &Path, device: Device, entropies: bool) -> anyhow::Result<Self> {
@@ -140,24 +101,21 @@ impl Model {
         let mut parts = vec![("model.onnx".to_owned(), graph_digest)];
         let data_folder = resolve_external_data(&mut model, folder, &mut parts)?;
         let config_path = folder.join("config.json");
-        let config: serde_json::Value = if config_path.exists() {
-            let bytes = std::fs::read(&config_path)
-                .with_context(|| format!("cannot read {}", config_path.display()))?;
-            json::from_slice(&bytes).with_context(|| config_path.display().to_string()).exit_code(DATA)?
-        } else {
-            serde_json::json!({})
-        };
-        let claims = Claims::new(config);
+        let claims = Claims::new(read_config(&config_path)?);
         let config = ModelConfig::new(claims.config())
             .with_context(|| config_path.display().to_string())
             .exit_code(DATA)?;
-        let kind_config: KindConfig = serde_json::from_value(claims.config().clone())
-            .with_context(|| config_path.display().to_string())
-            .exit_code(DATA)?;
+        let kind_config = KindConfig::new(claims.config());
         // Before anything in it is moved or widened.
         let arithmetic = model.graph.as_ref().map_or(Precision::F32, precision);
         let data_files = parts[1..].iter().map(|(name, _)| name.clone()).collect();
-        let is_classifier = model.graph.as_ref().is_some_and(|graph| kind_config.is_classifier(graph));
+        // Before the loss head takes the logits' place.
+        let logits = model.graph.as_ref().map(LogitsShape::of).unwrap_or_default();
+        kind_config
+            .refuse_text_classifier(&logits)
+            .with_context(|| folder.display().to_string())
+            .exit_code(DATA)?;
+        let is_classifier = kind_config.is_classifier(&logits);
         let segments = model.graph.as_mut().filter(|_| is_classifier).and_then(inputs::settle_token_types);
         let Rewritten { mut report, mut findings, inputs, widened } =
             rewrite(&mut model, data_folder.as_deref(), device, entropies)
@@ -171,7 +129,10 @@ impl Model {
             let rotations = rotations(graph, data_folder.as_deref()).exit_code(DATA)?;
             findings.extend(claims.rotation(&rotations, !length_limits(graph).is_empty()));
         }
-        let kind = model_kind(is_classifier, &kind_config, &report, &config_path)?;
+        let kind = kind_config
+            .kind(&logits, &report)
+            .with_context(|| folder.display().to_string())
+            .exit_code(DATA)?;
         // A classifier's logits say nothing of the vocabulary.
         let logits = report.vocabulary.filter(|_| !is_classifier);
         // Some models pad their head beyond the ids that their embedding knows; the smaller bound is safe.
@@ -214,27 +175,13 @@ impl Model {
     }
 }
 
-fn model_kind(
-    is_classifier: bool,
-    config: &KindConfig,
-    report: &GraftReport,
-    path: &Path,
-) -> anyhow::Result<ModelKind> {
-    if !is_classifier {
-        return Ok(ModelKind::CausalLm);
+/// What `config.json` holds; nothing where there is none.
+fn read_config(path: &Path) -> anyhow::Result<serde_json::Value> {
+    if !path.exists() {
+        return Ok(serde_json::json!({}));
     }
-    let classes = report.vocabulary.filter(|&classes| classes > 0);
-    let classes = classes
-        .with_context(|| {
-            format!(
-                "{} says that the model is a token classifier, and its graph does not say how many classes it has; export it \
-                 with logits of [batch, length, classes] or [batch, length]",
-                path.display()
-            )
-        })
-        .exit_code(DATA)?;
-    let labels = config.labels(classes).with_context(|| path.display().to_string()).exit_code(DATA)?;
-    Ok(ModelKind::TokenClassifier { labels })
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    json::from_slice(&bytes).with_context(|| path.display().to_string()).exit_code(DATA)
 }
 
 impl Model {

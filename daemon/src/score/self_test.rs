@@ -14,6 +14,11 @@ const TOKENS_MIN: usize = 8;
 /// about ten. What a model sees that it should not changes losses by far more.
 const NATS_F32: f32 = 0.02;
 const NATS_16_BITS: f32 = 0.25;
+/// Pairs of rows by which a token classifier is tried.
+const TRIALS: u32 = 8;
+/// By how much more than this, in nats and as a share of it, a loss differs that is not the same: rounding is less.
+const SAME_NATS: f32 = 1e-6;
+const SAME_SHARE: f32 = 1e-5;
 
 /// Refuses a model whose loss of a token changes with what follows that token, with what shares its batch, or with its
 /// padding.
@@ -71,27 +76,49 @@ pub fn self_test(
     Ok(())
 }
 
-/// Whether a token classifier sees what follows a token. One that does not computes the same bits of the tokens before a change.
+/// Whether a token classifier sees what follows a token: with other tokens after them, the losses of some class change at those
+/// before. Every class is asked for (`class_targets` of them, see [`super::kind::ModelKind::class_targets`]) and several rows are
+/// tried, for a class that is certain has the same loss whatever it sees.
 pub fn sees_both_sides(
     scorer: &mut dyn Score,
     vocabulary: u32,
-    class: u32,
+    class_targets: u32,
     ladder: Ladder,
 ) -> anyhow::Result<bool> {
     // Of a model that reads one token at a time either is true.
     let Some(short) = short_length(&ladder.lengths()).filter(|&short| short > 1) else { return Ok(true) };
-    let row = |seed: usize| row(short, seed, vocabulary, Some(class));
-    let alone = Batch::new(vec![row(0)], ladder);
     let seen = short / 2;
-    let later = with_another_end(&alone, seen, &row(1));
-    let (one, other) = (scorer.score(&alone)?.losses, scorer.score(&later)?.losses);
-    Ok(one.iter().zip(&other).take(seen).any(|(one, other)| one.to_bits() != other.to_bits()))
+    for trial in 0..TRIALS {
+        let window = |number: u32| spread_window(short, number, vocabulary);
+        let mut alone = Batch::new(vec![window(2 * trial)], ladder);
+        let asked =
+            (0..seen as i64).flat_map(|at| (0..i64::from(class_targets)).map(move |class| (at, class)));
+        (alone.target_rows, alone.targets) = asked.unzip();
+        let later = with_another_end(&alone, seen, &window(2 * trial + 1));
+        let (one, other) = (scorer.score(&alone)?.losses, scorer.score(&later)?.losses);
+        let differs = |(one, other): (&f32, &f32)| (one - other).abs() > SAME_NATS + SAME_SHARE * one.abs();
+        if one.iter().zip(&other).any(differs) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Length of the row that is looked at.
 fn short_length(lengths: &[usize]) -> Option<usize> {
     let enough = TOKENS_MIN.min(lengths.last().copied().unwrap_or(0));
     lengths.iter().copied().find(|&len| len >= enough)
+}
+
+/// A row of ids from all over the vocabulary, others for each number: a model's classes may say the same of tokens that were never
+/// used in training, and special tokens stand at either end.
+fn spread_window(len: usize, number: u32, vocabulary: u32) -> Window {
+    // Knuth's multiplicative hashing (The Art of Computer Programming, volume 3, section 6.4): multiples of the golden ratio.
+    let id = |at: u32| {
+        let hash = (number * len as u32 + at + 1).wrapping_mul(0x9e37_79b9);
+        ((u64::from(hash) * u64::from(vocabulary)) >> 32) as u32
+    };
+    Window::whole(0, (0..len as u32).map(id).collect(), Some(0))
 }
 
 fn row(len: usize, seed: usize, vocabulary: u32, class: Option<u32>) -> Window {
@@ -107,4 +134,54 @@ fn with_another_end(batch: &Batch, from: usize, other: &Window) -> Batch {
         *slot = i64::from(id);
     }
     later
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
+    use super::*;
+    use crate::score::Scores;
+
+    /// A classifier of two classes, of which the first is certain of every token, and what the second says depends on all ids
+    /// of the row, by the weight that a position gives another.
+    struct Saturated<F>(F);
+
+    impl<F: Fn(usize, usize) -> f32 + Send> Score for Saturated<F> {
+        fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
+            let loss = |(&row, &class): (&i64, &i64)| {
+                let (row, weight) = (row as usize, &self.0);
+                let (start, at) = (row - row % batch.padded_len, row % batch.padded_len);
+                let seen =
+                    (0..batch.padded_len).map(|other| weight(at, other) * batch.tokens[start + other] as f32);
+                if class == 0 { 0.0 } else { 20.0 + seen.sum::<f32>() }
+            };
+            let losses = batch.target_rows.iter().zip(&batch.targets).map(loss).collect();
+            Ok(Scores { losses, entropies: vec![] })
+        }
+    }
+
+    #[test]
+    fn a_class_that_is_certain_hides_no_side() {
+        let sees = |weight: fn(usize, usize) -> f32, class_targets: u32| {
+            sees_both_sides(&mut Saturated(weight), 512, class_targets, Ladder::new(64, 16)).unwrap()
+        };
+        assert!(sees(|_, _| 0.01, 2), "all tokens of the row");
+        assert!(!sees(|at, other| if other <= at { 0.01 } else { 0.0 }, 2), "those before it");
+        assert!(!sees(|at, other| if other <= at { 0.01 } else { 1e-9 }, 2), "and noise of those behind");
+        assert!(!sees(|_, _| 0.01, 1), "of the certain class alone nothing shows");
+    }
+
+    #[test]
+    fn rows_to_try_have_ids_of_the_whole_vocabulary() {
+        for vocabulary in [1, 2, 512, 128_256] {
+            let ids: Vec<u32> = (0..2 * TRIALS)
+                .flat_map(|number| spread_window(8, number, vocabulary).ids().collect::<Vec<_>>())
+                .collect();
+            assert!(ids.iter().all(|&id| id < vocabulary));
+            let quarters = ids.iter().map(|&id| u64::from(id) * 4 / u64::from(vocabulary));
+            let tried: std::collections::BTreeSet<u64> = quarters.collect();
+            assert_eq!(tried.len() as u32, vocabulary.min(4), "{vocabulary}: {ids:?}");
+        }
+    }
 }

@@ -336,3 +336,28 @@ def test_a_mask_and_a_divisor() -> None:
 def test_what_does_not_fit_is_refused_in_words(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         selective_loss(**{**drawn(torch.float32), **change})
+
+
+@pytest.mark.parametrize("side", ["above", "below"])
+def test_the_loss_of_tokens_on_one_side_of_an_attribute(side: str) -> None:
+    given = drawn()
+    # Of its own making: every third token has 0.25, the next 0.5, the next 0.75, and one has none.
+    attribute = (torch.arange(POSITIONS) % 3 + 1).float() / 4
+    attribute[1] = torch.nan
+    labelled = given["labels"] != -100
+    is_kept = attribute >= 0.5 if side == "above" else attribute <= 0.5
+    wanted = labelled & is_kept
+    assert 0 < int(wanted.sum()) < int(labelled.sum())
+    selection = Selection(score="attribute", attribute_keep=side, threshold=0.5)
+    found = selective_loss(**given, attribute=attribute, selection=selection, block_logits=BLOCK)
+    found.loss.backward()
+    gradients = [given["hidden"].grad.clone(), given["head_weight"].grad.clone()]
+    assert found.kept.tolist() == wanted.tolist()
+    assert int(found.kept_count) == int(wanted.sum())
+
+    plain = drawn()
+    expected = plain_losses(plain["hidden"], plain["head_weight"], plain["labels"])[wanted].mean()
+    expected.backward()
+    torch.testing.assert_close(found.loss, expected, rtol=1e-8, atol=1e-8)
+    for gradient, name in zip(gradients, ("hidden", "head_weight")):
+        torch.testing.assert_close(gradient, plain[name].grad, rtol=1e-8, atol=1e-8)

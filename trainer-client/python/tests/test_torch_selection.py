@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sluice_feed
 import torch
 from sluice_feed._core import ConfigurationError, Selection
 from sluice_feed.torch import end_step, select
@@ -131,6 +132,26 @@ def test_either_side_of_an_attribute_is_kept_as_by_the_rust_function(side: str, 
                 assert [mask.tolist() for mask in found] == [mask.tolist() for mask in reach]
     with pytest.raises(ConfigurationError, match="attribute_keep is the side of attribute"):
         Selection(attribute_keep="below")
+
+
+@pytest.mark.parametrize("rule", [{"keep": 0.5}, {"threshold": 0.5}, {"keep": 0.5, "scope": "running-quantile"}])
+def test_a_topic_without_attributes_is_refused_in_words(rule: dict[str, Any]) -> None:
+    nan = float("nan")
+    # As a stream of losses gives them: the last position predicts nothing.
+    losses = {"loss": torch.tensor([[1.0, 2.0, nan]]), "attribute": torch.full((1, 3), nan)}
+    selection = Selection(score="attribute", **rule)
+    words = "no token of these micro-batches has an attribute.*needs_attribute=True"
+    with pytest.raises(ConfigurationError, match=words):
+        select([losses, losses], selection, row_len=3, step=1)
+    with pytest.raises(ConfigurationError, match=words):
+        sluice_feed.select({name: values.numpy() for name, values in losses.items()}, selection)
+    # One that predicts nothing has nothing to lack, and no more has one that only fills up a rank's share.
+    empty = {"loss": torch.full((1, 3), nan), "attribute": torch.full((1, 3), nan)}
+    assert not any(mask.any() for mask in select([empty], selection, row_len=3, step=1))
+    assert not any(mask.any() for mask in select([losses], selection, row_len=3, step=1, numbers=[None]))
+    found = {**losses, "attribute": torch.tensor([[nan, 0.75, nan]])}
+    masks = select([losses, found], selection, row_len=3, step=1)
+    assert [mask.tolist() for mask in masks] == [[[False] * 3], [[False, True, False]]]
 
 
 def test_masks_have_the_shape_of_the_losses_and_ties_go_by_number() -> None:

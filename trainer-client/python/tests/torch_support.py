@@ -45,6 +45,10 @@ def drawn_signals(generator: np.random.Generator, size: int, coarse: bool) -> di
             values[is_odd] = generator.choice(odd, int(is_odd.sum()))
         values[generator.random(size) < 0.2] = np.nan
         given[name] = values
+    labelled = ~np.isnan(given["loss"])
+    if labelled.any() and np.isnan(given["attribute"][labelled]).all():
+        # A micro-batch whose tokens all lack an attribute is refused.
+        given["attribute"][labelled] = np.float32(0.5)
     return given
 
 

@@ -1,7 +1,9 @@
 //! How the scores of a step lie, among the tokens that were kept and among those left out.
 
+use sluice_feed::select::{Objective, Score};
+
 use super::curves::figure;
-use super::html::Html;
+use super::html::{Html, escape};
 use super::line_chart::{Frame, LineChart, Series};
 use super::summary::Comparison;
 use crate::run::histogram::{BINS, LOWEST, ScoreHistogram, WIDTH};
@@ -18,8 +20,17 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
          left out. For slm by excess loss, further right is further behind the reference. The outermost bins hold what lies \
          beyond them.",
     );
+    let (by_attribute, by_loss): (Vec<_>, Vec<_>) =
+        comparison.selecting().partition(|(_, run)| chooses_by_attribute(&run.run.record.objective));
+    for (_, run) in by_attribute.iter().filter(|(_, run)| !run.scores.is_empty()) {
+        html.push(&format!(
+            "<p class=\"how\">{} chose by an attribute, a probability, which bins of a quarter show nothing of; it has no \
+             chart here.</p>",
+            escape(run.name())
+        ));
+    }
     html.push("<div class=\"charts\">");
-    for (index, run) in comparison.selecting() {
+    for (index, run) in by_loss {
         let ends = [run.scores.first(), run.scores.last().filter(|_| run.scores.len() > 1)];
         for (place, scores) in ends.into_iter().flatten().enumerate() {
             let caption = format!("{}, step {}", run.name(), scores.step);
@@ -37,6 +48,10 @@ pub(super) fn section(html: &mut Html, comparison: &Comparison<'_>) {
         }
     }
     html.push("</div></section>");
+}
+
+fn chooses_by_attribute(objective: &Objective) -> bool {
+    objective.selection().is_some_and(|selection| matches!(selection.score, Score::Attribute { .. }))
 }
 
 fn series(scores: &ScoresMetric) -> Vec<Series> {

@@ -72,25 +72,34 @@ struct ChosenDocument {
     tokens: Vec<u32>,
     /// Bits of the reference losses: JSON has no NaN, and decimals need not come back as the same numbers.
     reference_bits: Vec<u32>,
+    /// Bits of what a token classifier says; absent where none has scored the document.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    attribute_bits: Option<Vec<u32>>,
 }
 
 impl ChosenDocument {
     fn of(document: &Document) -> Self {
         let tokens = document.tokens().len().min(TOKENS_MAX);
+        let bits = |values: &[f32]| values[..tokens].iter().map(|value| value.to_bits()).collect();
         Self {
             id: document.id().to_owned(),
             source: document.source().to_owned(),
             tokens: document.tokens()[..tokens].to_vec(),
-            reference_bits: document.reference()[..tokens].iter().map(|loss| loss.to_bits()).collect(),
+            reference_bits: bits(document.reference()),
+            attribute_bits: document.attribute().map(bits),
         }
     }
 
     fn document(&self) -> Document {
-        let losses = self.reference_bits.iter().map(|&bits| f32::from_bits(bits)).collect();
-        let Self { id, source, tokens, .. } = self.clone();
-        // Only a damaged file has fewer losses than tokens, and a picture can do without.
-        Document::scored(id.clone(), source.clone(), tokens.clone(), losses)
-            .unwrap_or_else(|_| Document::plain(id, source, tokens))
+        let values = |bits: &[u32]| bits.iter().map(|&bits| f32::from_bits(bits)).collect();
+        let Self { id, source, tokens, reference_bits, attribute_bits } = self.clone();
+        let scored = Document::scored(id.clone(), source.clone(), tokens.clone(), values(&reference_bits));
+        let scored = match attribute_bits {
+            Some(bits) => scored.and_then(|document| document.with_attribute(values(&bits))),
+            None => scored,
+        };
+        // Only a damaged file has fewer values than tokens, and a picture can do without.
+        scored.unwrap_or_else(|_| Document::plain(id, source, tokens))
     }
 }
 

@@ -10,6 +10,12 @@ from numpy.typing import NDArray
 from sluice_feed._core import ConfigurationError, Selection
 
 Signals = Mapping[str, NDArray[np.float32]]
+#: Why a batch of another topic is refused.
+NO_ATTRIBUTE = (
+    "score 'attribute' keeps tokens by what a token classifier says of them, and no token of these micro-batches has an"
+    " attribute (all are NaN), so nothing would ever be kept; read a topic that a token classifier has scored, with"
+    " ScoredStream(..., needs_attribute=True), or choose another score"
+)
 NAMES = ("loss", "reference_loss", "entropy", "history_loss", "reference_entropy", "attribute")
 
 
@@ -34,7 +40,8 @@ def select(
         For each micro-batch a bool array `[rows, length]`: True where a token is kept.
 
     Raises:
-        ConfigurationError: arrays do not fit one another, or are not those that the score needs.
+        ConfigurationError: arrays do not fit one another, or are not those that the score needs; the score is "attribute"
+            and no token with a loss has one.
     """
     batches = [signals] if isinstance(signals, Mapping) else list(signals)
     if not batches:
@@ -50,5 +57,10 @@ def select(
         {name: np.ascontiguousarray(batch[name], dtype=np.float32).reshape(-1) for name in NAMES if name in batch}
         for batch in batches
     ]
+    if selection.score == "attribute" and all("attribute" in batch for batch in flat):
+        has_loss = [~np.isnan(batch["loss"]) for batch in flat]
+        can_be_kept = [own & ~np.isnan(batch["attribute"]) for own, batch in zip(has_loss, flat)]
+        if any(own.any() for own in has_loss) and not any(own.any() for own in can_be_kept):
+            raise ConfigurationError(NO_ATTRIBUTE)
     masks = selection.select(flat, shapes[0][1], step, micro_batch)
     return [mask.reshape(shape) for mask, shape in zip(masks, shapes)]

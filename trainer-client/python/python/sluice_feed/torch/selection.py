@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sluice_feed._core import ConfigurationError, Selection
+from sluice_feed.selection import NO_ATTRIBUTE
 from sluice_feed.torch.distributed import Ranks
 from sluice_feed.torch.running import add_lowest, running_choice
 
@@ -69,7 +70,8 @@ def select(
         group: The ranks. ``None``: all of them if ``torch.distributed`` is initialised, else this process.
 
     Raises:
-        ConfigurationError: A list that the score looks at is missing or of another shape; numbers do not fit.
+        ConfigurationError: A list that the score looks at is missing or of another shape; numbers do not fit; the score is
+            ``attribute`` and no token with a loss has one.
     """
     if step < 1:
         raise ConfigurationError("steps are counted from 1: give enumerate(stream, start=1)")
@@ -79,6 +81,8 @@ def select(
     numbers = _checked_numbers(numbers, len(signals), ranks)
     is_below = selection.attribute_keep == "below"
     scores = [_scores(given, selection.score, index, is_below) for index, given in enumerate(signals)]
+    if selection.score == "attribute":
+        _check_attributes(signals, scores, numbers)
     for own, number in zip(scores, numbers):
         if number is None:
             own.fill_(torch.nan)
@@ -135,6 +139,21 @@ def _checked_numbers(numbers: Sequence[int | None] | None, micro_batches: int, r
     if any(number < 0 for number in given) or len(set(given)) < len(given):
         raise ConfigurationError(f"micro-batches are numbered from 0, each by a number of its own, not {list(numbers)}")
     return numbers
+
+
+def _check_attributes(signals: Sequence[Signals], scores: Sequence[Tensor], numbers: Sequence[int | None]) -> None:
+    """Refuses micro-batches whose tokens all lack an attribute: nothing would be kept, step after step."""
+    pairs = [
+        (score, _loss(given, index).reshape(-1))
+        for index, (score, given, number) in enumerate(zip(scores, signals, numbers))
+        if number is not None
+    ]
+    if not pairs:
+        return
+    has_loss = torch.stack([(~loss.isnan()).any() for _, loss in pairs]).any()
+    has_score = torch.stack([(~score.isnan()).any() for score, _ in pairs]).any()
+    if bool(has_loss & ~has_score):
+        raise ConfigurationError(NO_ATTRIBUTE)
 
 
 def _loss(signals: Signals, index: int) -> Tensor:
