@@ -124,10 +124,16 @@ fn a_model_that_predicts_nothing_is_refused() {
 fn sizes_out_of_all_proportion_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (tokenizer, out) = (text(&write_tokenizer(folder.path())), text(&folder.path().join("run")));
-    for flag in ["--sequence-length", "--hidden-size", "--layers"] {
+    for (flag, expected) in [
+        ("--sequence-length", "must be a whole number from 2 to 67108864"),
+        ("--batch-size", "must be a whole number from 1 to 67108864"),
+        ("--accumulate", "must be a whole number from 1 to 65536"),
+        ("--hidden-size", "must be between 1 and"),
+        ("--layers", "must be between 1 and"),
+    ] {
         let mut command = sluice_train(&["run", "--steps", "1", "--tokenizer", &tokenizer, "--out", &out]);
         command.args([flag, "10000000000000000000"]);
-        ends(command, 64, "must be between 1 and");
+        ends(command, 64, expected);
     }
 }
 
@@ -200,7 +206,7 @@ fn selections_that_contradict_themselves_are_refused() {
         (vec!["--keep-warmup-steps", "10"], "nothing would ever be left out"),
         (vec!["--keep", "steps:0.8,11=0.6"], "after the last of the --steps"),
         (vec!["--keep", "steps:0.8,9=0.6,5=0.7"], "ascending steps"),
-        (vec!["--accumulate", "0"], "at least 1"),
+        (vec!["--accumulate", "0"], "from 1 to 65536"),
         (vec!["--first-token", "predict"], "nothing to predict from"),
         (vec!["--decay-steps", "5"], "part of --schedule wsd"),
         (vec!["--schedule", "wsd", "--warmup-steps", "8", "--decay-steps", "5"], "more than the 10 steps"),
