@@ -1,5 +1,6 @@
 """Cuts prose into documents, gathers problems into documents, and mixes the two."""
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -49,6 +50,12 @@ class Mix(NamedTuple):
 MIXED = Mix("mixed", 0.20, 0.76, 1 / 3)
 # Mathematics is rarer, and none of it is clean: nearer to what a model is trained on further in Rho-1.
 NOISY = Mix("noisy", 0.05, 0.925, 1.0)
+
+
+# What stands inside the documents of mathematics of the map's streams beside mathematics.
+NOISES = ("none", "unrelated", "corrupted-10", "corrupted-30")
+# Tokens of a hundred in documents of mathematics, of the map's streams.
+RARITIES = (1, 5, 20, 50)
 
 
 class Document(NamedTuple):
@@ -136,6 +143,55 @@ def mixed(wheels: Path, tokens: int, mix: Mix = MIXED, streams: "Streams | None"
             label = f"gsm_symbolic+{source.name}"
         documents.append(Document(f"{mix.name}-mathematics-{index:06}", text, label))
     return in_one_order([*documents, *prose_documents(streams, mix.name, mix.prose_share * tokens)])
+
+
+def cell_of_map(wheels: Path, tokens: int, rarity: int, noise: str, prose_texts: "dict[Source, list[str]]") -> list[Document]:
+    """A stream of which `rarity` tokens of a hundred are in documents of mathematics, with this noise inside each of them."""
+    name = f"map-{rarity:02}-{noise}"
+    random = Random(f"noise of {name}")
+    streams = {source: iter(texts) for source, texts in prose_texts.items()}
+    # The same problems in every stream of one rarity, so that the noise alone tells them apart.
+    purpose = f"map-{rarity:02}"
+    problems = mathematics.Problems(wheels, mathematics.TRAINING, purpose)
+    share = rarity / 100
+    texts = up_to(mathematics_texts(problems, purpose), share * tokens * MATHEMATICS_CHARACTERS_PER_TOKEN)
+    documents = []
+    for index, text in enumerate(texts):
+        label = "gsm_symbolic"
+        if noise == "unrelated":
+            source = random.choice(SOURCES)
+            text = with_noise(text, next(streams[source]), random)
+            label = f"gsm_symbolic+{source.name}"
+        elif noise.startswith("corrupted-"):
+            text = corrupted(text, int(noise.rpartition("-")[2]) / 100, random)
+            label = f"gsm_symbolic+{noise}"
+        documents.append(Document(f"{name}-mathematics-{index:06}", text, label))
+    return in_one_order([*documents, *prose_documents(streams, name, (1 - share) * tokens)])
+
+
+def corrupted(text: str, share: float, random: Random) -> str:
+    """The same with this share of its words wrong: other digits in a number, two letters swapped or one changed in a word."""
+    return "".join(
+        corrupted_word(part, random) if part.strip() and random.random() < share else part
+        for part in re.split(r"(\s+)", text)
+    )
+
+
+def corrupted_word(word: str, random: Random) -> str:
+    if any(character.isdigit() for character in word):
+        return "".join(random.choice("0123456789") if character.isdigit() else character for character in word)
+    at = random.randrange(len(word))
+    if at + 1 < len(word) and word[at] != word[at + 1]:
+        return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return word[:at] + random.choice("abcdefghijklmnopqrstuvwxyz".replace(word[at], "")) + word[at + 1 :]
+
+
+def mismatched(streams: Streams, tokens: int) -> Iterator[Document]:
+    """Curated text of another domain than mathematics: what the streams have left of the documentation of web services."""
+    (source,) = (source for source in SOURCES if source.name == "botocore")
+    characters = tokens * source.characters_per_token
+    for index, text in enumerate(up_to(streams[source], characters)):
+        yield Document(f"mismatched-{index:06}", text, source.name)
 
 
 def general(streams: Streams, tokens: int) -> list[Document]:

@@ -1,4 +1,4 @@
-//! `experiment 1 --quick` of the benches: from text to table and plot, interrupted once.
+//! The experiments of the benches with `--quick`: from text to table and plot, interrupted once, and side by side.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::path::Path;
@@ -21,8 +21,12 @@ const EXPORTED: [(&str, &str); 4] = [
 const CHOOSERS: [&str; 3] = ["random", "slm", "adaptive"];
 
 fn experiment(out: &Path) -> Command {
+    named("1", out)
+}
+
+fn named(name: &str, out: &Path) -> Command {
     let mut command = Command::new(binary("experiment"));
-    command.args(["1", "--quick", "--out"]).arg(out).current_dir(root());
+    command.args([name, "--quick", "--out"]).arg(out).current_dir(root());
     command.envs(EXPORTED);
     command.env("ORT_DYLIB_PATH", onnxruntime()).stdin(Stdio::null());
     command
@@ -47,8 +51,11 @@ fn marks(out: &Path) -> Vec<(String, std::time::SystemTime)> {
     found
 }
 
-fn results(out: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(out.join("results/results.json")).unwrap()).unwrap()
+/// Where an experiment with `--quick` leaves its results, and what it left.
+const RESULTS: &str = "results/experiment-1";
+
+fn results(out: &Path, folder: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(out.join(folder).join("results.json")).unwrap()).unwrap()
 }
 
 fn array(value: &Value) -> &[Value] {
@@ -107,17 +114,20 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
     ] {
         assert!(table.contains(part), "{part} is missing:\n{table}");
     }
-    assert_eq!(std::fs::read_to_string(out.join("results/README.md")).unwrap().trim_end(), table.trim_end());
-    let results = results(&out);
-    let templates = array(&results["templates"]);
+    assert_eq!(
+        std::fs::read_to_string(out.join(RESULTS).join("README.md")).unwrap().trim_end(),
+        table.trim_end()
+    );
+    let found = results(&out, RESULTS);
+    let templates = array(&found["templates"]);
     let of_half = |half: &str| templates.iter().filter(|template| template["half"] == half).count();
     assert_eq!((of_half("choosing"), of_half("reporting")), (10, 11));
-    for group in array(&results["groups"]) {
+    for group in array(&found["groups"]) {
         check_runs(group, templates);
         check_rows(group);
         let name = format!("{}-{}", group["setting"].as_str().unwrap(), group["size"].as_str().unwrap());
         let lines = |file: &str| {
-            let plot = std::fs::read_to_string(out.join(format!("results/{file}-{name}.svg"))).unwrap();
+            let plot = std::fs::read_to_string(out.join(RESULTS).join(format!("{file}-{name}.svg"))).unwrap();
             plot.matches("<polyline").count()
         };
         let is_papers = group["setting"] == "continual";
@@ -125,31 +135,30 @@ fn an_interrupted_experiment_goes_on_and_ends_with_data_table_and_plots() {
         let rule = usize::from(!group["chosen"]["by_tokens"].is_null());
         let controls = if is_papers { 6 } else { 2 };
         assert_eq!(lines("controls"), controls + rule, "plain, the chosen rule, the controls, the reference");
-        let page = std::fs::read_to_string(out.join(format!("report-{name}.html"))).unwrap();
+        let page = std::fs::read_to_string(out.join(format!("report-1-{name}.html"))).unwrap();
         for part in ["Four kinds of tokens", "Scores", "k over time", "Settings"] {
             assert!(page.contains(part), "{part} is not in the report");
         }
     }
-    check_controls(&results);
+    check_controls(&found);
     // What the caller has exported is in no run.
     let run = out.join("runs/scratch-tiny/slm-60-seed-1/run.json");
     let run: Value = serde_json::from_slice(&std::fs::read(run).unwrap()).unwrap();
     assert_eq!(run["objective"]["scope"], "batch");
     assert_eq!(run["settings"]["optimizer"]["weight_decay"], AdamWConfig::default().weight_decay);
     // Nothing is left to chance: what is done is read once more, and comes to the same.
-    let data = std::fs::read(out.join("results/results.json")).unwrap();
+    let data = || std::fs::read(out.join(RESULTS).join("results.json")).unwrap();
+    let before = data();
     assert!(experiment(&out).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
-    assert!(data == std::fs::read(out.join("results/results.json")).unwrap(), "the intervals have moved");
+    assert!(before == data(), "the intervals have moved");
     // Seeds can be left out and added again, and nothing that is done is done anew.
     let output = experiment(&out).args(["--seeds", "1"]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let fewer: Value =
-        serde_json::from_slice(&std::fs::read(out.join("results/results.json")).unwrap()).unwrap();
-    for run in array(&fewer["groups"]).iter().flat_map(|group| array(&group["runs"])) {
+    for run in array(&results(&out, RESULTS)["groups"]).iter().flat_map(|group| array(&group["runs"])) {
         assert_eq!(run["seed"], 1);
     }
     assert!(experiment(&out).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
-    assert!(data == std::fs::read(out.join("results/results.json")).unwrap(), "a seed is missing");
+    assert!(before == data(), "a seed is missing");
     assert_eq!(marks(&out), after);
 
     // Another plan does not mix with this one, and a folder of somebody else's is left alone.
@@ -215,7 +224,7 @@ fn check_rows(group: &Value) {
 
 fn check_controls(results: &Value) {
     let group = array(&results["groups"]).iter().find(|group| group["setting"] == "continual").unwrap();
-    let setting = &results["settings"]["continual"];
+    let setting = &results["streams"]["continual"];
     let text = |name: &str, key: &str| setting["texts"][name][key].as_f64().unwrap();
     for name in ["oracle", "curated"] {
         assert_eq!(setting["texts"][name]["target_tokens"], setting["texts"][name]["tokens"], "{name}");
@@ -249,9 +258,9 @@ fn each_kind_is_reported_at_the_learning_rate_that_the_choosing_half_chooses() {
     };
     assert_eq!(with("1e-3,0").code(), Some(64));
     assert!(with("1e-5,4e-3").success());
-    let results = results(&out);
-    let templates = array(&results["templates"]);
-    let group = &array(&results["groups"])[0];
+    let found = results(&out, "results/experiment-1-continual-mixed-rates");
+    let templates = array(&found["templates"]);
+    let group = &array(&found["groups"])[0];
     let runs = array(&group["runs"]);
     assert_eq!(runs.len(), 4 * 2 * 2 + 1, "four kinds, two rates, two seeds, and the reference");
     for row in array(&group["rows"]).iter().filter(|row| row["kind"] != "reference") {
@@ -267,4 +276,163 @@ fn each_kind_is_reported_at_the_learning_rate_that_the_choosing_half_chooses() {
         let best = if end(1e-5) <= end(4e-3) { 1e-5 } else { 4e-3 };
         assert_eq!(row["learning_rate"], best, "{}", row["kind"]);
     }
+}
+
+#[test]
+fn experiments_in_one_folder_train_once_what_they_share_and_each_answers_its_question() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("experiments");
+    let run = |name: &str| {
+        let before = marks(&out);
+        let output = named(name, &out).args(["--seeds", "1"]).output().unwrap();
+        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+        let after = marks(&out);
+        assert!(before.iter().all(|mark| after.contains(mark)), "{name} has done again what was done");
+        let students =
+            |marks: &[(String, _)]| marks.iter().filter(|(name, _)| name.contains("-seed-")).count();
+        let table = String::from_utf8_lossy(&output.stdout).into_owned();
+        let results_of = if name == "map" { "map".to_owned() } else { format!("experiment-{name}") };
+        (results(&out, &format!("results/{results_of}")), table, students(&after) - students(&before))
+    };
+    let row = |group: &Value, kind: &str| -> Value {
+        array(&group["rows"]).iter().find(|row| row["kind"] == kind).unwrap().clone()
+    };
+
+    let (gradients, _, trained) = run("8");
+    assert_eq!(trained, 7, "plain, and three rules with both gradients");
+    let flops = |kind: &str| {
+        let runs = array(&gradients["groups"][0]["runs"]);
+        let run = runs.iter().find(|run| run["kind"] == kind).unwrap();
+        let at_evaluations = array(&run["flops"]);
+        assert_eq!(at_evaluations.len(), array(&run["templates"]).len());
+        assert_eq!(at_evaluations[0], 0.0);
+        let last = at_evaluations.last().unwrap().as_f64().unwrap();
+        assert!((last / run["effort"]["flops"].as_f64().unwrap() - 1.0).abs() < 1e-9, "{run}");
+        last
+    };
+    for rule in ["slm-60", "slm-30", "adaptive"] {
+        assert!(flops(&format!("{rule}-kept")) < flops(rule), "{rule}");
+    }
+    assert!(out.join("results/experiment-8/flops-continual-tiny.svg").is_file());
+
+    let (tokens, table, trained) = run("7");
+    assert_eq!(trained, 1, "random selection alone is new");
+    check_tokens(&tokens["groups"][0]);
+    assert!(table.contains("| all students |") && table.contains("H→L"), "{table}");
+
+    let (shares, _, trained) = run("2");
+    assert_eq!(trained, 0, "all of them are there");
+    assert_eq!(
+        array(&shares["groups"][0]["rows"]).len(),
+        6,
+        "plain, random, two shares, adaptive, the reference"
+    );
+
+    let (references, table, trained) = run("3");
+    assert_eq!(trained, 4, "two rules by each of two other references");
+    let general = &references["streams"]["continual-by-general"];
+    assert_eq!(general["reference_loss"], general["base_loss"], "it is the base model");
+    assert_ne!(references["streams"]["continual-by-mismatched"]["reference_loss"], general["base_loss"]);
+    assert!(table.contains("| continual | mismatched |"), "{table}");
+
+    let (schedules, _, trained) = run("4");
+    assert_eq!(trained, 4);
+    // Of the twelve steps the first keeps 80 % and the last 40.
+    let kept = row(&schedules["groups"][0], "slm-linear-0.8-0.4")["kept"]["mean"].as_f64().unwrap();
+    assert!((kept - 0.6).abs() < 0.02, "{kept}");
+
+    let (own, _, trained) = run("6");
+    assert_eq!(
+        trained,
+        5 + 2,
+        "random and four scores by the stream itself, two rules by the small reference"
+    );
+    let of_stream = |name: &str| {
+        let groups = array(&own["groups"]);
+        groups.iter().find(|group| group["stream"] == name).unwrap().clone()
+    };
+    let kept =
+        |kind: &str| row(&of_stream("continual-by-own-stream"), kind)["kept"]["mean"].as_f64().unwrap();
+    let [both, one, either] = ["intersection-70", "reference-loss-70", "union-70"].map(kept);
+    assert!(both < one && one < either && (one - 0.7).abs() < 0.01, "{both}, {one}, {either}");
+    let small = &own["streams"]["continual-by-curated-small"];
+    let flops = |stream: &Value| stream["scoring"]["flops"].as_f64().unwrap();
+    assert!(flops(small) < flops(&own["streams"]["continual"]));
+
+    let (sizes, table, trained) = run("5");
+    assert_eq!(trained, 3 * 5, "five kinds of three further sizes");
+    let parameters: Vec<u64> =
+        array(&sizes["groups"]).iter().map(|group| group["parameters"].as_u64().unwrap()).collect();
+    assert!(parameters.len() == 4 && parameters.is_sorted(), "{parameters:?}");
+    assert!(table.contains("## Over sizes"), "{table}");
+
+    let (map, table, trained) = run("map");
+    assert_eq!(trained, 4 * 4, "four kinds in four cells");
+    assert!(table.contains("| 50 % |") && table.contains("### adaptive"), "{table}");
+    check_map(&out, &map);
+}
+
+/// Both parts of the held-out tokens together are all of them, and so are the four categories.
+fn check_tokens(group: &Value) {
+    for run in array(&group["runs"]) {
+        let tokens = &run["tokens"];
+        for shares in array(&tokens["shares"]) {
+            let sum: f64 = array(&shares["shares"]).iter().map(|share| share.as_f64().unwrap()).sum();
+            assert!((sum - 1.0).abs() < 1e-9, "{shares}");
+        }
+        let math: Vec<&Value> = array(&run["curve"]).iter().filter(|eval| eval["set"] == "math").collect();
+        let losses = array(&tokens["losses"]);
+        assert_eq!(math.len(), losses.len());
+        for (eval, split) in math.into_iter().zip(losses) {
+            let all = eval["predictions"].as_f64().unwrap();
+            let kept = (0.6 * all).ceil();
+            let part = |name: &str| split[name].as_f64().unwrap();
+            let mean = (kept * part("selected") + (all - kept) * part("unselected")) / all;
+            assert!((mean - eval["loss"].as_f64().unwrap()).abs() < 1e-4, "{mean} is not of {eval}");
+        }
+    }
+}
+
+/// The file for the forecast says what the results say, and the streams hold what their names say.
+fn check_map(out: &Path, results: &Value) {
+    let file: Value =
+        serde_json::from_slice(&std::fs::read(out.join("results/map/map.json")).unwrap()).unwrap();
+    let cells = array(&file["cells"]);
+    assert_eq!(cells.len(), 4);
+    for (cell, group) in cells.iter().zip(array(&results["groups"])) {
+        let rarity = cell["rarity_percent"].as_u64().unwrap();
+        let name = format!("map-{rarity:02}-{}", cell["noise"].as_str().unwrap());
+        assert_eq!(group["setting"], name);
+        let rules = array(&cell["rules"]);
+        assert_eq!(rules.len(), 3, "{cell}");
+        for rule in rules {
+            let row = array(&group["rows"]).iter().find(|row| row["kind"] == rule["rule"]).unwrap();
+            let tokens = &row["reporting"]["tokens"];
+            assert_eq!(
+                [&rule["tokens"], &rule["low"], &rule["high"]],
+                [&tokens["value"], &tokens["low"], &tokens["high"]]
+            );
+        }
+    }
+    let texts = |name: &str| -> Vec<(String, String)> {
+        let lines = std::fs::read_to_string(out.join(format!("text-map/map-50-{name}.jsonl"))).unwrap();
+        let mathematics =
+            lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).filter_map(|line| {
+                let number = line["id"].as_str()?.split_once("-mathematics-")?.1.to_owned();
+                Some((number, line["text"].as_str()?.to_owned()))
+            });
+        let mut found: Vec<_> = mathematics.collect();
+        found.sort();
+        found
+    };
+    let (clean, wrong) = (texts("none"), texts("corrupted-30"));
+    assert!(clean.len() > 10 && clean.len() == wrong.len());
+    let words = |texts: &[(String, String)]| -> Vec<String> {
+        texts.iter().flat_map(|(_, text)| text.split_whitespace().map(str::to_owned)).collect()
+    };
+    let (clean, wrong) = (words(&clean), words(&wrong));
+    assert_eq!(clean.len(), wrong.len(), "words are changed, not added");
+    let changed = clean.iter().zip(&wrong).filter(|(one, other)| one != other).count();
+    let share = changed as f64 / clean.len() as f64;
+    assert!((0.25..0.32).contains(&share), "{share} of the words are wrong");
 }

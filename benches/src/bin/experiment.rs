@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
-use sluice_benches::experiments::{self, Interrupted, Options};
+use sluice_benches::experiments::{self, Experiment, Interrupted, Options};
 use sluice_text::output::{print_clap, print_line, say};
 use sluice_trainer::failure::{EXIT_USAGE, exit_code};
 use sluice_trainer::watch::process::{keep_freed_memory, stop_on_signals};
@@ -29,30 +29,28 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Cli {
     /// Which one
     #[arg(value_enum)]
-    experiment: Experiment,
+    experiment: Name,
     /// All of it in a few minutes, with models that learn next to nothing: to see that it works
     #[arg(long, env = "SLUICE_EXPERIMENT_QUICK")]
     quick: bool,
-    /// Only this setting (scratch, continual, continual-mixed); repeatable, in the environment separated by commas
+    /// Only this setting (of experiment 1 scratch, continual, continual-mixed; of the map map-05-unrelated and the like);
+    /// repeatable, in the environment separated by commas
     #[arg(long = "setting", env = "SLUICE_EXPERIMENT_SETTING", value_name = "NAME", value_delimiter = ',')]
     settings: Vec<String>,
-    /// The larger model of 10M parameters too: hours
-    #[arg(long, env = "SLUICE_EXPERIMENT_LARGER")]
-    larger: bool,
-    /// Shares of 80 and 40 % too, and 60 % with kept gradients
-    #[arg(long, env = "SLUICE_EXPERIMENT_SWEEP")]
-    sweep: bool,
     /// Train every kind of student at each of these learning rates, and report its best; as many times the time
     /// [default: one, 1e-3 from the base model and 2e-3 from fresh weights]
     #[arg(long, env = "SLUICE_EXPERIMENT_LEARNING_RATES", value_name = "RATE,...", value_delimiter = ',')]
     learning_rates: Vec<f64>,
-    /// So many seeds of each kind; more can be added to what is finished [default: 5 of the small size, 3 of the larger one]
+    /// So many seeds of each kind; more can be added to what is finished [default: 5 in experiment 1, 3 in the others, 2 in
+    /// experiment 5 and in the map]
     #[arg(long, env = "SLUICE_EXPERIMENT_SEEDS", value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..=100))]
     seeds: Option<u64>,
-    /// Folder of the runs; one that was interrupted goes on [default: target/experiment-1, with the names of settings and flags behind it]
+    /// Folder of the runs, which the experiments share: what is there is not trained again, and what was interrupted goes on
+    /// [default: target/experiments, with --quick target/experiments-quick]
     #[arg(long, env = "SLUICE_EXPERIMENT_OUT", value_name = "FOLDER")]
     out: Option<PathBuf>,
-    /// Folder for data, table and plots [default: benches/results/experiment-1, with --quick results in --out]
+    /// Folder for data, table and plots [default: benches/results/experiment-N with the names of settings and flags behind it,
+    /// with --quick the same in --out]
     #[arg(long, env = "SLUICE_EXPERIMENT_RESULTS", value_name = "FOLDER")]
     results: Option<PathBuf>,
     /// A checkout of Sluice, whose scripts build the text
@@ -69,11 +67,51 @@ struct Cli {
     gsm8k: Option<PathBuf>,
 }
 
+/// The experiments by their names.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Experiment {
-    /// Selected tokens against all tokens and random ones: shares, seeds, sizes, and the paper's setting
+enum Name {
+    /// Selected tokens against all tokens and random ones, with controls
     #[value(name = "1")]
-    First,
+    Rules,
+    /// How many tokens to keep
+    #[value(name = "2")]
+    Shares,
+    /// References that do not fit: of another domain, and of general text
+    #[value(name = "3")]
+    References,
+    /// Shares that change over the run
+    #[value(name = "4")]
+    Schedules,
+    /// Sizes of the student, over a factor of 36
+    #[value(name = "5")]
+    Sizes,
+    /// The stream as its own reference, and a reference smaller than the student
+    #[value(name = "6")]
+    SelfReference,
+    /// How single tokens fare: their four categories, and which losses go with those of answers
+    #[value(name = "7")]
+    Tokens,
+    /// Gradients through the kept tokens alone, over tokens and over FLOPs
+    #[value(name = "8")]
+    Gradients,
+    /// Where it pays: how rare the target is, and how much noise is inside it
+    Map,
+}
+
+impl From<Name> for Experiment {
+    fn from(name: Name) -> Self {
+        match name {
+            Name::Rules => Self::Rules,
+            Name::Shares => Self::Shares,
+            Name::References => Self::References,
+            Name::Schedules => Self::Schedules,
+            Name::Sizes => Self::Sizes,
+            Name::SelfReference => Self::SelfReference,
+            Name::Tokens => Self::Tokens,
+            Name::Gradients => Self::Gradients,
+            Name::Map => Self::Map,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -104,28 +142,23 @@ fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// Runs an experiment, or what is left of it, and prints its table.
 fn experiment(cli: Cli) -> anyhow::Result<()> {
-    let Experiment::First = cli.experiment;
+    let experiment = Experiment::from(cli.experiment);
     let stop = stop_on_signals()?;
-    let further = [
-        (cli.larger, "larger"),
-        (cli.sweep, "sweep"),
-        (!cli.learning_rates.is_empty(), "rates"),
-        (cli.quick, "quick"),
-    ];
-    let further = further.into_iter().filter_map(|(is_given, name)| is_given.then_some(name));
-    let parts = ["experiment-1"].into_iter().chain(cli.settings.iter().map(String::as_str)).chain(further);
+    let first = match experiment {
+        Experiment::Map => "map".to_owned(),
+        other => format!("experiment-{}", other.name()),
+    };
+    let rates = (!cli.learning_rates.is_empty()).then_some("rates");
+    let parts = std::iter::once(first.as_str()).chain(cli.settings.iter().map(String::as_str)).chain(rates);
     let name = parts.collect::<Vec<_>>().join("-");
-    let out = cli.out.unwrap_or_else(|| format!("target/{name}").into());
+    let folder = if cli.quick { "target/experiments-quick" } else { "target/experiments" };
+    let out = cli.out.unwrap_or_else(|| folder.into());
     let results = cli.results.unwrap_or_else(|| {
-        if cli.quick { out.join("results") } else { format!("benches/results/{name}").into() }
+        let folder = if cli.quick { out.join("results") } else { "benches/results".into() };
+        folder.join(&name)
     });
-    let mut command = "experiment 1".to_owned();
-    let flags = [
-        ("--quick", cli.quick),
-        ("--gsm8k FOLDER", cli.gsm8k.is_some()),
-        ("--larger", cli.larger),
-        ("--sweep", cli.sweep),
-    ];
+    let mut command = format!("experiment {}", experiment.name());
+    let flags = [("--quick", cli.quick), ("--gsm8k FOLDER", cli.gsm8k.is_some())];
     for (flag, _) in flags.into_iter().filter(|(_, is_given)| *is_given) {
         command = format!("{command} {flag}");
     }
@@ -140,11 +173,10 @@ fn experiment(cli: Cli) -> anyhow::Result<()> {
         command = format!("{command} --seeds {seeds}");
     }
     let options = Options {
+        experiment,
         seeds: cli.seeds,
         is_quick: cli.quick,
         settings: cli.settings,
-        has_larger: cli.larger,
-        has_sweep: cli.sweep,
         learning_rates: cli.learning_rates,
         out,
         results,

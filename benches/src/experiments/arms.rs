@@ -1,4 +1,4 @@
-//! An arm of the experiment, which is one kind of student with several seeds, and two of them compared.
+//! An arm of an experiment, which is one kind of student with several seeds, and two of them compared.
 
 use serde::Serialize;
 use sluice_trainer::model::cost::Cost;
@@ -60,7 +60,7 @@ impl Spent {
     }
 
     /// FLOPs, CPU time and wall time until so many tokens were seen, on a straight line within a step.
-    fn until(&self, tokens: f64) -> [f64; 3] {
+    pub fn until(&self, tokens: f64) -> [f64; 3] {
         let next = self.steps.partition_point(|step| (step.tokens as f64) < tokens);
         let before = next.checked_sub(1).map_or(Effort::default(), |index| self.steps[index]);
         let Some(after) = self.steps.get(next) else { return before.resources(1.0) };

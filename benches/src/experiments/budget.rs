@@ -1,4 +1,4 @@
-//! How long the experiment will take: a few steps of each size are timed before it begins, and the times of finished runs
+//! How long an experiment will take: a few steps of each size are timed before it begins, and the times of finished runs
 //! correct the estimate.
 
 use std::collections::BTreeMap;
@@ -17,7 +17,7 @@ use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, Size, Student};
 const TIMED_STEPS: usize = 3;
 /// Start of a program, reading the topic, and the checkpoints.
 const RUN_SECONDS: f64 = 3.0;
-/// What corpus, tokenizer, scoring, the controls' texts and results take beside the models, for all settings together.
+/// What corpus, tokenizer, scoring, the controls' texts and results take beside the models, for all streams together.
 const REST_SECONDS: f64 = 150.0;
 
 /// Seconds of a step and of an evaluation, by size.
@@ -33,7 +33,7 @@ impl Budget {
     pub fn measure(plan: &Plan, predictions: u64) -> Result<Self> {
         let mut costs = BTreeMap::new();
         for size in plan.sizes() {
-            costs.insert(size.name, time(size, plan.vocabulary, predictions)?);
+            costs.insert(size.name, time(size, plan.basis.vocabulary, predictions)?);
         }
         Ok(Self { costs, estimated: 0.0, taken: 0.0 })
     }
@@ -57,12 +57,15 @@ impl Budget {
             ));
         }
         let students: f64 = todo.iter().map(|student| self.of(student)).sum();
-        // The references see the curated text, of at most as many steps as the base model.
-        let evaluated =
-            plan.settings().into_iter().map(|setting| plan.eval_every(setting)).min().unwrap_or(1);
-        let models = self.seconds(plan.reference, plan.base_steps, plan.base_steps)
-            + 2.0 * self.seconds(plan.reference, plan.base_steps, evaluated);
-        let rest = if todo.len() == plan.students().len() { models + REST_SECONDS } else { REST_SECONDS };
+        let steps = plan.basis.base_steps;
+        let bases: f64 = plan.bases().into_iter().map(|size| self.seconds(size, steps, steps)).sum();
+        // A reference takes at most as many steps as a base model.
+        let references = plan.streams().into_iter().filter(|stream| !stream.setting.is_of_map());
+        let references: f64 = references
+            .map(|stream| self.seconds(plan.reference_size(stream), steps, plan.eval_every(stream)))
+            .sum();
+        let is_new = todo.len() == plan.students().len();
+        let rest = if is_new { bases + references + REST_SECONDS } else { REST_SECONDS };
         super::stages::say(&format!("{} runs to go, about {} in all", todo.len(), minutes(students + rest)));
     }
 

@@ -1,24 +1,30 @@
-//! Experiment 1 (`target/release/experiment 1`): selective language modeling against plain training and random selection,
+//! The experiments (`target/release/experiment N`): selective language modeling against plain training and random selection,
 //! from text to table and plot, through the real programs. Every part has a folder of its own and a mark once it is done, so
-//! that an experiment that was interrupted goes on.
+//! that an experiment that was interrupted goes on, and one that comes later finds what it shares with those before it.
 
 mod arms;
 mod bootstrap;
 mod budget;
+mod designs;
+mod further;
 mod gsm8k;
 mod kind;
+mod map;
 mod options;
 mod parts;
 mod plan;
 mod plot;
 mod preparation;
 mod programs;
+mod reference;
 mod results;
 mod rows;
+mod setting;
 mod stages;
 mod table;
 mod templates;
 mod texts;
+mod tokens;
 mod tried;
 
 use std::sync::Arc;
@@ -32,6 +38,7 @@ use sluice_trainer::run::files::{read_json, write_json, write_whole};
 use sluice_trainer::run::recorded::RecordedRun;
 
 use budget::Budget;
+pub use designs::Experiment;
 pub use options::Options;
 use plan::{Plan, Student};
 pub use programs::Interrupted;
@@ -49,13 +56,21 @@ pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> 
     begin(options, &plan)?;
     let mut stages = Stages::new(&programs, &plan, &options.out);
     stages.prepare(options.gsm8k.as_deref())?;
-    let students = plan.students();
+    let mut todo = Vec::new();
+    for student in plan.students() {
+        if !stages.is_student_done(&student)? {
+            todo.push(student);
+        }
+    }
     let mut budget = Budget::measure(&plan, stages.predictions_of_evaluation()?)?;
-    let todo: Vec<&Student> = students.iter().filter(|student| !stages.is_done(&student.folder())).collect();
-    budget.say_start(&plan, &todo);
-    for setting in plan.settings() {
-        stages.reference(setting)?;
-        stages.texts(setting)?;
+    let left: Vec<&Student> = todo.iter().collect();
+    budget.say_start(&plan, &left);
+    for size in plan.bases() {
+        stages.base(size)?;
+    }
+    for stream in plan.streams() {
+        stages.reference(stream)?;
+        stages.texts(stream)?;
     }
     for (done, student) in todo.iter().enumerate() {
         stages.say(&format!(
@@ -63,7 +78,7 @@ pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> 
             student.folder().display(),
             done + 1,
             todo.len(),
-            budget.left(&todo[done..])
+            budget.left(&left[done..])
         ));
         let started = std::time::Instant::now();
         stages.student(student)?;
@@ -76,34 +91,22 @@ pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> 
     write(options, &plan, &results)
 }
 
-/// What of a plan decides its runs, but for how many there are of each kind.
-fn without_seeds(mut plan: Value) -> Value {
-    for group in plan["groups"].as_array_mut().into_iter().flatten() {
-        group["seeds"] = Value::Null;
-    }
-    plan
-}
-
-/// Makes the folder of a new experiment, or sees that what is there is this one.
+/// Makes the folder of new experiments, or sees that those that are there have the same basis.
 fn begin(options: &Options, plan: &Plan) -> anyhow::Result<()> {
     std::fs::create_dir_all(&options.out)
         .with_context(|| format!("cannot create {}", options.out.display()))
         .or_usage()?;
-    let mut asked = serde_json::to_value(plan).context("cannot encode the plan")?;
+    let mut asked = serde_json::to_value(&plan.basis).context("cannot encode the plan")?;
     asked["gsm8k"] = options.gsm8k.is_some().into();
     let path = options.out.join("plan.json");
     if path.exists() {
         let before: Value = read_json(&path).or_data()?;
-        if without_seeds(before.clone()) != without_seeds(asked.clone()) {
+        if before != asked {
             let error = anyhow!(
-                "{} holds an experiment with another plan (plan.json); remove it or give another --out",
+                "{} holds experiments on another basis (plan.json); remove it or give another --out",
                 options.out.display()
             );
             return Err(error).or_usage();
-        }
-        // Seeds can be added, and left out; the runs that are there stay as they are.
-        if before != asked {
-            write_json(&path, &asked)?;
         }
         return Ok(());
     }
@@ -124,27 +127,32 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
     std::fs::create_dir_all(&options.results)
         .with_context(|| format!("cannot create {}", options.results.display()))?;
     write_json(&options.results.join("results.json"), results)?;
+    if plan.experiment == Experiment::Map {
+        write_json(&options.results.join("map.json"), &map::of(results))?;
+    }
     let table = table::markdown(results);
     write_whole(&options.results.join("README.md"), table.as_bytes())?;
     for (name, svg) in plot::all(results) {
         write_whole(&options.results.join(name), svg.as_bytes())?;
     }
-    let reference = plan.reference.config(plan.vocabulary);
     for group in &plan.groups {
-        let students = plan.students().into_iter().filter(|student| student.group == *group);
-        let runs: Vec<RecordedRun> = students
-            .filter(|student| student.seed == group.seeds[0])
-            .map(|student| {
+        let reference = plan.reference_size(group.stream).config(plan.basis.vocabulary);
+        let runs: Vec<RecordedRun> = group
+            .kinds
+            .iter()
+            .flat_map(|&kind| plan.rates().into_iter().map(move |rate| (kind, rate)))
+            .map(|(kind, learning_rate)| {
+                let student = Student { group: group.clone(), kind, learning_rate, seed: group.seeds[0] };
                 let run = RecordedRun::read(&options.out.join(student.folder()))?;
                 // All of one seed, which the title names.
-                let rate = student.learning_rate.map_or(String::new(), |rate| format!(", rate {rate}"));
-                Ok(RecordedRun { name: student.kind.name() + &rate, ..run })
+                let rate = learning_rate.map_or(String::new(), |rate| format!(", rate {rate}"));
+                Ok(RecordedRun { name: kind.name() + &rate, ..run })
             })
             .collect::<anyhow::Result<_>>()?;
-        let name = format!("{}-{}", group.setting.name(), group.size.name);
-        let page =
-            report::page(&format!("Experiment 1: {name}, seed {}", group.seeds[0]), &runs, Some(&reference));
-        write_whole(&options.out.join(format!("report-{name}.html")), page.as_bytes())?;
+        let (experiment, name) = (plan.experiment.name(), group.name());
+        let title = format!("Experiment {experiment}: {name}, seed {}", group.seeds[0]);
+        let page = report::page(&title, &runs, Some(&reference));
+        write_whole(&options.out.join(format!("report-{experiment}-{name}.html")), page.as_bytes())?;
     }
     Ok(table)
 }

@@ -2,22 +2,22 @@
 
 use std::path::PathBuf;
 
+use super::designs::Experiment;
+
 /// What is asked for.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Which experiment.
+    pub experiment: Experiment,
     /// Whether all is small.
     pub is_quick: bool,
     /// Settings to run, by name; all of them where none is named.
     pub settings: Vec<String>,
-    /// Whether the larger model is trained too.
-    pub has_larger: bool,
-    /// Whether all shares are tried.
-    pub has_sweep: bool,
     /// Learning rates of each arm, of which its best is reported; the setting's own where none is given.
     pub learning_rates: Vec<f64>,
     /// Seeds of each group; as many as the plan has where none is given.
     pub seeds: Option<u64>,
-    /// Folder of the runs.
+    /// Folder of the runs, which several experiments share.
     pub out: PathBuf,
     /// Folder of the results.
     pub results: PathBuf,

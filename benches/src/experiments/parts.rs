@@ -1,36 +1,38 @@
-//! Where the parts of an experiment lie in its folder.
+//! Where the parts of the experiments lie in their folder.
 
 use std::path::PathBuf;
 
-use super::plan::Setting;
+use super::plan::Size;
+use super::reference::{Reference, Stream};
+use super::setting::Setting;
 
 /// In the folder of each part that is done.
 pub(super) const DONE_FILE: &str = "done.json";
 
-/// There is a reference from the base model and one from fresh weights.
-fn reference_name(setting: Setting) -> &'static str {
-    let first = if setting.has_base() { Setting::Continual } else { Setting::Scratch };
-    first.name()
+/// The run that makes the base model of a size.
+pub(super) fn base_folder(size: Size) -> PathBuf {
+    PathBuf::from(format!("runs/base-{}", size.name))
 }
 
-/// The run that makes the reference of a setting.
-pub(super) fn reference_folder(setting: Setting) -> PathBuf {
-    PathBuf::from(format!("runs/reference-{}", reference_name(setting)))
+/// The base model of a size, as the daemon scores with it.
+pub(super) fn base_model_folder(size: Size) -> PathBuf {
+    PathBuf::from(format!("models/base-{}", size.name))
 }
 
-/// The run that makes the base model.
-pub(super) fn base_folder() -> PathBuf {
-    PathBuf::from("runs/base")
+/// The run that makes the reference of a stream, which is of this size.
+pub(super) fn reference_folder(stream: Stream, size: Size) -> PathBuf {
+    match stream.reference {
+        Reference::General => base_folder(size),
+        _ => PathBuf::from(format!("runs/reference-{}", stream.reference_name())),
+    }
 }
 
-/// The reference of a setting, as the daemon scores with it.
-pub(super) fn model_folder(setting: Setting) -> PathBuf {
-    PathBuf::from(format!("models/reference-{}", reference_name(setting)))
-}
-
-/// The base model, as whole documents are scored with it.
-pub(super) fn base_model_folder() -> PathBuf {
-    PathBuf::from("models/base")
+/// The reference of a stream, as the daemon scores with it.
+pub(super) fn model_folder(stream: Stream, size: Size) -> PathBuf {
+    match stream.reference {
+        Reference::General => base_model_folder(size),
+        _ => PathBuf::from(format!("models/reference-{}", stream.reference_name())),
+    }
 }
 
 /// The texts of a setting's controls.
@@ -38,7 +40,7 @@ pub(super) fn texts_folder(setting: Setting) -> PathBuf {
     PathBuf::from(format!("texts/{}", setting.name()))
 }
 
-/// What scoring the corpus of a setting took.
-pub(super) fn scoring_file(setting: Setting) -> String {
-    format!("scoring-{}.json", setting.name())
+/// What scoring the corpus of a stream took.
+pub(super) fn scoring_file(stream: Stream) -> String {
+    format!("scoring-{}.json", stream.name())
 }

@@ -11,13 +11,17 @@ use sluice_trainer::run::recorded::RecordedRun;
 
 use super::arms::{Effort, Ratios, Sample};
 use super::bootstrap::{self, Estimates};
+use super::designs::{Experiment, KEEP};
 use super::kind::Kind;
 use super::parts::{base_folder, reference_folder};
-use super::plan::{Group, Plan, SEQUENCE_LENGTH, Setting, Student, TARGET};
+use super::plan::{Group, Plan, SEQUENCE_LENGTH, Student, TARGET};
+use super::reference::{Reference, Stream};
 use super::rows::{Chosen, Row};
+use super::setting::Setting;
 use super::stages::{read_prepared, read_scoring, read_templates};
 use super::templates::{Half, Template, Templates};
 use super::texts::{Prepared, Text};
+use super::tokens;
 use super::tried::{RunResults, Tried, best_rates};
 
 /// Everything that is written down.
@@ -36,8 +40,8 @@ pub(super) struct Results {
     pub bootstrap: Bootstrap,
     /// The held-out problems.
     pub templates: Vec<Template>,
-    /// By setting, what was done before its students.
-    pub settings: BTreeMap<&'static str, SettingResults>,
+    /// By stream, what was done before its students.
+    pub streams: BTreeMap<String, StreamResults>,
     /// The students.
     pub groups: Vec<GroupResults>,
 }
@@ -50,15 +54,17 @@ pub(super) struct Bootstrap {
     pub coverage: f64,
 }
 
-/// A setting's reference, and scoring with it.
+/// A stream's reference, and scoring with it.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct SettingResults {
+pub(super) struct StreamResults {
     /// Training of the reference; of the base model too, where there is one, which plain training begins with as well.
     pub reference: Effort,
     /// Loss on held-out mathematics of the checkpoint that scores, nats.
     pub reference_loss: f64,
-    /// The step that it is of: the best on the half of the templates that chooses.
+    /// The step that it is of: the best on the half of the templates that chooses, or the last.
     pub reference_step: u64,
+    /// Loss on held-out mathematics of the base model that the reference begins with, nats.
+    pub base_loss: Option<f64>,
     /// The base model.
     pub base: Option<Effort>,
     /// Scoring of the corpus.
@@ -76,6 +82,10 @@ pub(super) struct SettingResults {
 pub(super) struct GroupResults {
     /// What they train on.
     pub setting: Setting,
+    /// Who scores it.
+    pub reference: Reference,
+    /// The name of both together.
+    pub stream: String,
     /// Their size.
     pub size: &'static str,
     /// Weights, embeddings included.
@@ -91,16 +101,22 @@ pub(super) struct GroupResults {
 }
 
 impl Results {
+    /// Whether a group has several shares of one kind, to draw a line through.
+    pub fn has_shares(&self) -> bool {
+        let shares = |group: &GroupResults| group.rows.iter().filter(|row| row.slm_keep.is_some()).count();
+        self.groups.iter().any(|group| shares(group) > 1)
+    }
+
     /// Reads the folders of a finished experiment.
     pub fn read(plan: &Plan, out: &Path, command: &str) -> Result<Self> {
         let templates = read_templates(out)?;
-        let mut settings = BTreeMap::new();
-        for setting in plan.settings() {
-            settings.insert(setting.name(), read_setting(plan, out, setting)?);
+        let mut streams = BTreeMap::new();
+        for stream in plan.streams() {
+            streams.insert(stream.name(), read_stream(plan, out, stream)?);
         }
         let mut groups = Vec::new();
         for group in &plan.groups {
-            groups.push(read_group(plan, out, group, &settings[group.setting.name()], &templates)?);
+            groups.push(read_group(plan, out, group, &streams[&group.stream.name()], &templates)?);
         }
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let bootstrap =
@@ -112,26 +128,29 @@ impl Results {
             plan: plan.clone(),
             bootstrap,
             templates: templates.list,
-            settings,
+            streams,
             groups,
         })
     }
 }
 
-fn read_setting(plan: &Plan, out: &Path, setting: Setting) -> Result<SettingResults> {
-    let cost = Cost::of(&plan.reference.config(plan.vocabulary), SEQUENCE_LENGTH);
-    let scoring = read_scoring(out, setting)?;
-    let folder = out.join(reference_folder(setting));
+fn read_stream(plan: &Plan, out: &Path, stream: Stream) -> Result<StreamResults> {
+    let size = plan.reference_size(stream);
+    let cost = Cost::of(&size.config(plan.basis.vocabulary), SEQUENCE_LENGTH);
+    let scoring = read_scoring(out, stream)?;
+    let folder = out.join(reference_folder(stream, size));
     let run = RecordedRun::read(&folder)?;
-    let best = Best::read(&folder)?.context("the reference kept no best checkpoint")?;
-    let served = run.evals(TARGET).find(|eval| eval.step == best.step);
-    let base = if setting.has_base() {
-        Some(Effort::of(&RecordedRun::read(&out.join(base_folder()))?, cost))
+    let served = if stream.reference.is_best() {
+        let best = Best::read(&folder)?.context("the reference kept no best checkpoint")?;
+        run.evals(TARGET).find(|eval| eval.step == best.step)
     } else {
-        None
+        run.evals(TARGET).last()
     };
+    let served = served.context("the reference was not evaluated where it is used")?.clone();
+    let base =
+        if stream.setting.has_base() { Some(RecordedRun::read(&out.join(base_folder(size)))?) } else { None };
     let flops = cost.scoring(scoring.model_tokens);
-    let prepared = if plan.has_own_texts(setting) { Some(read_prepared(out, setting)?) } else { None };
+    let prepared = if plan.has_own_texts(stream) { Some(read_prepared(out, stream.setting)?) } else { None };
     let document_scoring = prepared.as_ref().map(|Prepared { scoring_seconds: (seconds, cpu), .. }| Effort {
         tokens: scoring.tokens,
         // Two models of one shape read the same windows.
@@ -139,11 +158,12 @@ fn read_setting(plan: &Plan, out: &Path, setting: Setting) -> Result<SettingResu
         seconds: *seconds,
         cpu_seconds: *cpu,
     });
-    Ok(SettingResults {
+    Ok(StreamResults {
         reference: Effort::of(&run, cost),
-        reference_loss: served.context("the reference was not evaluated where it was best")?.loss,
-        reference_step: best.step,
-        base,
+        reference_loss: served.loss,
+        reference_step: served.step,
+        base_loss: base.as_ref().and_then(|base| base.evals(TARGET).last()).map(|eval| eval.loss),
+        base: base.map(|base| Effort::of(&base, cost)),
         scoring: Effort {
             tokens: scoring.tokens,
             flops,
@@ -156,11 +176,11 @@ fn read_setting(plan: &Plan, out: &Path, setting: Setting) -> Result<SettingResu
     })
 }
 
-impl SettingResults {
+impl StreamResults {
     /// The scoring that a kind of student needs before it can read its text; its tokens are those of that text.
     fn scoring_of(&self, kind: Kind) -> Effort {
         match kind {
-            Kind::Slm(..) | Kind::Adaptive(_) => self.scoring,
+            kind if kind.is_scored() => self.scoring,
             // All of the stream is scored, and a part of it is read.
             Kind::Documents(_) => self.document_scoring.map_or(Effort::default(), |scoring| Effort {
                 tokens: self.texts.get(&kind.name()).map_or(scoring.tokens, |text| text.tokens),
@@ -175,11 +195,28 @@ fn read_group(
     plan: &Plan,
     out: &Path,
     group: &Group,
-    setting: &SettingResults,
+    stream: &StreamResults,
     templates: &Templates,
 ) -> Result<GroupResults> {
-    let config = group.size.config(plan.vocabulary);
+    let config = group.size.config(plan.basis.vocabulary);
     let cost = Cost::of(&config, SEQUENCE_LENGTH);
+    let reference_size = plan.reference_size(group.stream);
+    let reference_folder = out.join(reference_folder(group.stream, reference_size));
+    let reference = RecordedRun::read(&reference_folder)?;
+    let selected = if plan.experiment == Experiment::Tokens {
+        // Every student begins with the same model.
+        let first = Student {
+            group: group.clone(),
+            kind: Kind::Plain,
+            learning_rate: plan.rates()[0],
+            seed: group.seeds[0],
+        };
+        let first = RecordedRun::read(&out.join(first.folder()))?;
+        Some(tokens::selected(&first, (&reference_folder, &reference), KEEP)?)
+    } else {
+        None
+    };
+    let looked_at = (templates, selected.as_deref());
     let mut tried = Vec::new();
     for &kind in &group.kinds {
         for learning_rate in plan.rates() {
@@ -188,16 +225,16 @@ fn read_group(
                 let student = Student { group: group.clone(), kind, learning_rate, seed };
                 runs.push((seed, RecordedRun::read(&out.join(student.folder()))?));
             }
-            let rate = learning_rate.unwrap_or_else(|| plan.learning_rate_of(group.setting));
+            let rate = learning_rate.unwrap_or_else(|| plan.learning_rate_of(group.stream.setting));
             let named = (kind.name(), Some(kind), rate);
-            tried.push(Tried::of(named, &runs, (cost, setting.scoring_of(kind)), templates)?);
+            tried.push(Tried::of(named, &runs, (cost, stream.scoring_of(kind)), looked_at)?);
         }
     }
-    if group.size == plan.reference {
-        let reference = RecordedRun::read(&out.join(reference_folder(group.setting)))?;
+    // The base model was trained before the students begin; its run is no student's.
+    if group.size == reference_size && group.stream.reference != Reference::General {
         let seed = reference.record.seed;
-        let named = ("reference".to_owned(), None, plan.learning_rate_of(group.setting));
-        tried.push(Tried::of(named, &[(seed, reference)], (cost, Effort::default()), templates)?);
+        let named = ("reference".to_owned(), None, plan.learning_rate_of(group.stream.setting));
+        tried.push(Tried::of(named, &[(seed, reference)], (cost, Effort::default()), looked_at)?);
     }
     let weights = [Half::Choosing, Half::Reporting].map(|half| weights(templates, half));
     let best = best_rates(&tried, &weights[0]);
@@ -215,7 +252,9 @@ fn read_group(
     let plain = &tried[plain];
     let rows: Vec<Row> = best.iter().map(|&index| Row::of(&tried[index], plain, &weights)).collect();
     Ok(GroupResults {
-        setting: group.setting,
+        setting: group.stream.setting,
+        reference: group.stream.reference,
+        stream: group.stream.name(),
         size: group.size.name,
         parameters: config.parameters(),
         chosen: Chosen::among(&rows),
@@ -223,6 +262,24 @@ fn read_group(
         null: bootstrap::null(&plain.arm, &weights[1]),
         runs: tried.into_iter().flat_map(|tried| tried.runs).collect(),
     })
+}
+
+impl GroupResults {
+    /// Its name, as in tables and file names.
+    pub fn name(&self) -> String {
+        format!("{}-{}", self.stream, self.size)
+    }
+
+    /// Plain training.
+    pub fn plain(&self) -> Option<&Row> {
+        self.rows.iter().find(|row| row.kind == "plain")
+    }
+
+    /// Tokens and steps of a run.
+    pub fn length(&self) -> (u64, u64) {
+        let first = self.runs.first();
+        first.map_or((0, 0), |run| (run.effort.tokens, run.curve.last().map_or(0, |eval| eval.step)))
+    }
 }
 
 /// The tokens of each template of a half; none of the others.

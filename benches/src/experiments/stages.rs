@@ -1,4 +1,4 @@
-//! The parts of the experiment, each done once: the students, and what all parts share.
+//! The parts of the experiments, each done once: the students, and what all parts share.
 
 use std::cell::OnceCell;
 use std::collections::BTreeSet;
@@ -6,17 +6,19 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use sluice_trainer::run::files::{read_json, write_json};
 use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::{Bounds, TextTokenizer};
 use sluice_trainer::training::evaluate::{EvalFile, EvalSet, read_sets};
 
 use super::parts::{DONE_FILE, base_folder, model_folder, scoring_file, texts_folder};
-use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, SHUFFLE_BUFFER, Setting, Size, Student, TARGET};
+use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, SHUFFLE_BUFFER, Size, Student, TARGET};
 use super::programs::{Programs, Running};
+use super::reference::Stream;
+use super::setting::Setting;
 use super::templates::Templates;
 use super::texts::{self, Prepared};
 use crate::process::cpu_seconds;
@@ -30,8 +32,9 @@ pub(super) const CHOOSING: &str = "math-choosing";
 const TOKENIZER: &str = "tokenizer.json";
 pub(super) const CURATED_TOPIC: &str = "curated";
 pub(super) const GENERAL_TOPIC: &str = "general";
+pub(super) const MISMATCHED_TOPIC: &str = "mismatched";
 
-/// What scoring a setting's corpus took.
+/// What scoring a stream took.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Scoring {
     /// Tokens of the documents.
@@ -84,6 +87,21 @@ impl<'a> Stages<'a> {
         self.out.join(part).join(DONE_FILE).is_file()
     }
 
+    /// Whether a student is done; one that took other steps is refused, for its numbers would not be comparable.
+    pub fn is_student_done(&self, student: &Student) -> Result<bool> {
+        let folder = student.folder();
+        if !self.is_done(&folder) {
+            return Ok(false);
+        }
+        let done: Value = read_json(&self.out.join(&folder).join(DONE_FILE))?;
+        ensure!(
+            done == length(student),
+            "{} was trained by another version of the experiment ({done}); remove it",
+            self.out.join(folder).display()
+        );
+        Ok(true)
+    }
+
     /// Tokens that an evaluation on all sets predicts.
     pub fn predictions_of_evaluation(&self) -> Result<u64> {
         let tokenizer = TextTokenizer::read(&self.tokenizer())?;
@@ -98,7 +116,7 @@ impl<'a> Stages<'a> {
     /// One student, resumed where it was interrupted.
     pub fn student(&mut self, student: &Student) -> Result<()> {
         let group = &student.group;
-        let (setting, folder) = (group.setting, student.folder());
+        let (setting, folder) = (group.stream.setting, student.folder());
         let rate = student.learning_rate.unwrap_or_else(|| self.plan.learning_rate_of(setting));
         let mut arguments = words(["run", "--schedule", "constant"]);
         arguments.extend(self.stream_flags(student)?);
@@ -106,7 +124,7 @@ impl<'a> Stages<'a> {
         arguments.extend(words(["--shuffle-buffer", &SHUFFLE_BUFFER.to_string()]));
         arguments.extend(student.kind.flags().into_iter().map(OsString::from));
         if setting.has_base() {
-            arguments.extend(["--init".into(), self.base_checkpoint()?.into()]);
+            arguments.extend(["--init".into(), self.base_checkpoint(group.size)?.into()]);
         } else {
             arguments.extend(model_flags(group.size));
         }
@@ -115,7 +133,7 @@ impl<'a> Stages<'a> {
         // A signal may have ended the program between two looks at it.
         self.programs.check()?;
         self.check_steps(&folder, group.steps)?;
-        self.done(&folder, &json!({}))
+        self.done(&folder, &length(student))
     }
 
     /// ONNX Runtime's library, for the daemon.
@@ -128,14 +146,13 @@ impl<'a> Stages<'a> {
 
     /// What a student reads: the scored topic once, or the files of its own text as often as its steps take.
     fn stream_flags(&mut self, student: &Student) -> Result<Vec<OsString>> {
-        let setting = student.group.setting;
+        let stream = student.group.stream;
         if !student.kind.has_own_text() {
-            self.score(setting)?;
-            let (_, scored) = setting.topics();
-            return Ok(words(["--topic", &scored, "--until-end"]));
+            self.score(stream)?;
+            return Ok(words(["--topic", &stream.topic(), "--until-end"]));
         }
         let name = student.kind.name();
-        let folder = self.out.join(texts_folder(setting));
+        let folder = self.out.join(texts_folder(stream.setting));
         let prepared: Prepared = read_json(&folder.join(DONE_FILE))?;
         let text = prepared
             .texts
@@ -161,16 +178,16 @@ impl<'a> Stages<'a> {
 
     /// Fills the topic of scored documents. A broker in memory forgets, so after an interruption it is done again; the model,
     /// the documents and their order are the same.
-    fn score(&mut self, setting: Setting) -> Result<()> {
-        let (documents, scored) = setting.topics();
+    fn score(&mut self, stream: Stream) -> Result<()> {
+        let (documents, scored) = (stream.setting.topic(), stream.topic());
         if self.filled.contains(&scored) {
             return Ok(());
         }
-        self.say(&format!("scoring the documents of {}", setting.name()));
-        let count = self.ingest(&documents, setting.corpus())?;
+        self.say(&format!("scoring the documents of {}", stream.name()));
+        let count = self.ingest(&documents, &self.corpus(stream.setting))?;
         let library = self.library()?;
         let servers = self.servers()?;
-        let group = format!("{documents}-scorers");
+        let group = format!("{scored}-scorers");
         let mut arguments =
             words(["--kafka-bootstrap-servers", &servers, "--kafka-documents-topic", &documents]);
         arguments.extend(words([
@@ -183,7 +200,11 @@ impl<'a> Stages<'a> {
         arguments.extend(words(["--kafka-group-id", &group, "--kafka-delivery", "at-least-once"]));
         arguments.extend(words(["--score-window-tokens", &SEQUENCE_LENGTH.to_string()]));
         arguments.extend(words(["--score-stride-tokens", &STRIDE.to_string()]));
-        arguments.extend(["--model-path".into(), self.out.join(model_folder(setting)).into()]);
+        if self.plan.needs_entropies(stream) {
+            arguments.extend(words(["--score-entropies", "true"]));
+        }
+        let model = model_folder(stream, self.plan.reference_size(stream));
+        arguments.extend(["--model-path".into(), self.out.join(model).into()]);
         let started = Instant::now();
         let mut server = self.programs.serve(&arguments, &library, &self.out.join("sluiced.log"))?;
         loop {
@@ -209,16 +230,15 @@ impl<'a> Stages<'a> {
             cpu_seconds: cpu_seconds(server.id())?,
         };
         say(&format!("{count} documents, {} tokens scored in {:.0} s", took.tokens, took.seconds));
-        write_json(&self.out.join(scoring_file(setting)), &took)?;
+        write_json(&self.out.join(scoring_file(stream)), &took)?;
         self.filled.insert(scored);
         Ok(())
     }
 
     /// Publishes a file of documents, and counts them.
-    pub(super) fn ingest(&mut self, topic: &str, file: &str) -> Result<u64> {
-        let path = self.text().join(file);
+    pub(super) fn ingest(&mut self, topic: &str, path: &Path) -> Result<u64> {
         let text =
-            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let count = text.lines().count() as u64;
         if !self.filled.contains(topic) {
             let servers = self.servers()?;
@@ -236,13 +256,12 @@ impl<'a> Stages<'a> {
             return Ok(address.clone());
         }
         let mut topics: Vec<String> = vec!["dead-letters:1".to_owned()];
-        for topic in [CURATED_TOPIC, GENERAL_TOPIC] {
-            topics.push(format!("{topic}:{}", self.plan.partitions));
+        let mut names: BTreeSet<String> =
+            [CURATED_TOPIC, GENERAL_TOPIC, MISMATCHED_TOPIC].map(str::to_owned).into();
+        for stream in self.plan.streams() {
+            names.extend([stream.setting.topic(), stream.topic()]);
         }
-        for setting in self.plan.settings() {
-            let (documents, scored) = setting.topics();
-            topics.extend([documents, scored].map(|topic| format!("{topic}:{}", self.plan.partitions)));
-        }
+        topics.extend(names.into_iter().map(|topic| format!("{topic}:{}", self.plan.basis.partitions)));
         let started = self.programs.broker(&topics)?;
         let address = started.1.clone();
         // Nobody else fills it: there is one thread.
@@ -281,8 +300,8 @@ impl<'a> Stages<'a> {
             .collect()
     }
 
-    pub(super) fn base_checkpoint(&self) -> Result<PathBuf> {
-        let base = self.out.join(base_folder());
+    pub(super) fn base_checkpoint(&self, size: Size) -> Result<PathBuf> {
+        let base = self.out.join(base_folder(size));
         sluice_trainer::run::checkpoints::latest_checkpoint(&base)?
             .with_context(|| format!("{} holds no checkpoint", base.display()))
     }
@@ -299,9 +318,25 @@ impl<'a> Stages<'a> {
         self.out.join("text")
     }
 
+    /// The texts of the map, which no other experiment needs.
+    pub(super) fn text_of_map(&self) -> PathBuf {
+        self.out.join("text-map")
+    }
+
+    /// The documents of a setting's stream.
+    pub(super) fn corpus(&self, setting: Setting) -> PathBuf {
+        let folder = if setting.is_of_map() { self.text_of_map() } else { self.text() };
+        folder.join(setting.corpus())
+    }
+
     pub(super) fn tokenizer(&self) -> PathBuf {
         self.out.join(TOKENIZER)
     }
+}
+
+/// How long a student trains: what must not differ between runs of one name.
+fn length(student: &Student) -> Value {
+    json!({ "steps": student.group.steps, "eval_every": student.group.eval_every })
 }
 
 /// The held-out problems.
@@ -319,9 +354,9 @@ pub(super) fn read_prepared(out: &Path, setting: Setting) -> Result<Prepared> {
     read_json(&out.join(texts_folder(setting)).join(DONE_FILE))
 }
 
-/// What scoring a setting took, if that is known.
-pub(super) fn read_scoring(out: &Path, setting: Setting) -> Result<Scoring> {
-    read_json(&out.join(scoring_file(setting)))
+/// What scoring a stream took, if that is known.
+pub(super) fn read_scoring(out: &Path, stream: Stream) -> Result<Scoring> {
+    read_json(&out.join(scoring_file(stream)))
 }
 
 pub(super) fn model_flags(size: Size) -> Vec<OsString> {

@@ -5,8 +5,11 @@ use std::fmt::Write;
 use sluice_trainer::run::learning_curve::AVERAGED;
 
 use super::bootstrap::{Estimate, Estimates};
-use super::plan::{BATCH_SIZE, KEEP, SEQUENCE_LENGTH, Setting, TARGET};
-use super::results::{GroupResults, Results, SettingResults};
+use super::designs::{Experiment, KEEP};
+use super::further;
+use super::plan::{BATCH_SIZE, SEQUENCE_LENGTH, TARGET};
+use super::reference::Reference;
+use super::results::{GroupResults, Results, StreamResults};
 use super::rows::{Row, Stat};
 use super::templates::Half;
 
@@ -22,13 +25,13 @@ pub(super) fn markdown(results: &Results) -> String {
 }
 
 fn write_page(page: &mut String, results: &Results) -> std::fmt::Result {
-    writeln!(page, "# Experiment 1: selected tokens against all tokens and random ones\n")?;
+    writeln!(page, "# {}\n", results.plan.experiment.title())?;
     writeln!(
         page,
         "Written by `{}` from [results.json](results.json) beside it; do not edit.",
         results.command
     )?;
-    if results.plan.is_quick {
+    if results.plan.basis.is_quick {
         writeln!(page, "\n**A smoke run: models too small and too short to say anything.**")?;
     }
     writeln!(
@@ -45,18 +48,21 @@ fn write_page(page: &mut String, results: &Results) -> std::fmt::Result {
         results.cores,
     )?;
     write_estimator(page, results)?;
-    for group in &results.groups {
-        write_group(
-            page,
-            group,
-            &results.settings[group.setting.name()],
-            !results.plan.learning_rates.is_empty(),
-        )?;
+    further::write(page, results)?;
+    // The map has so many groups that their tables would hide it; their numbers are in the data.
+    let shown = if results.plan.experiment == Experiment::Map { &[] } else { results.groups.as_slice() };
+    for group in shown {
+        write_group(page, group, &results.streams[&group.stream], results)?;
     }
     if results.has_findings {
         writeln!(page, "\nWhat this says, and why: [findings](findings.md).")?;
     }
-    writeln!(page, "\n## Shares\n\n![Tokens to plain's final loss over the share kept](tokens-over-k.svg)")?;
+    if results.has_shares() {
+        writeln!(
+            page,
+            "\n## Shares\n\n![Tokens to plain's final loss over the share kept](tokens-over-k.svg)"
+        )?;
+    }
     write_preparation(page, results)?;
     writeln!(
         page,
@@ -99,18 +105,19 @@ fn write_estimator(page: &mut String, results: &Results) -> std::fmt::Result {
 
 fn write_preparation(page: &mut String, results: &Results) -> std::fmt::Result {
     writeln!(page, "\n## Before the students\n")?;
-    writeln!(page, "| setting | what | tokens | TFLOP | wall s | CPU s | loss on held-out mathematics |")?;
+    writeln!(page, "| stream | what | tokens | TFLOP | wall s | CPU s | loss on held-out mathematics |")?;
     writeln!(page, "|---|---|---|---|---|---|---|")?;
     let mut references = vec![];
-    for (name, setting) in &results.settings {
-        let mut parts = vec![("scoring", Some(setting.scoring), "-".to_owned())];
-        parts.push(("scoring by reference and base model", setting.document_scoring, "-".to_owned()));
-        // Two settings may share one, which was paid once.
-        if !references.contains(&setting.reference) {
-            references.push(setting.reference);
-            let loss = format!("{:.3} after step {}", setting.reference_loss, setting.reference_step);
-            parts.insert(0, ("reference", Some(setting.reference), loss));
-            parts.insert(0, ("base model", setting.base, "-".to_owned()));
+    for (name, stream) in &results.streams {
+        let mut parts = vec![("scoring", Some(stream.scoring), "-".to_owned())];
+        parts.push(("scoring by reference and base model", stream.document_scoring, "-".to_owned()));
+        // Two streams may share one, which was paid once.
+        if !references.contains(&stream.reference) {
+            references.push(stream.reference);
+            let loss = format!("{:.3} after step {}", stream.reference_loss, stream.reference_step);
+            parts.insert(0, ("reference", Some(stream.reference), loss));
+            let base_loss = stream.base_loss.map_or("-".to_owned(), |loss| format!("{loss:.3}"));
+            parts.insert(0, ("base model", stream.base, base_loss));
         }
         for (what, effort, loss) in parts {
             let Some(effort) = effort else { continue };
@@ -130,31 +137,28 @@ fn write_preparation(page: &mut String, results: &Results) -> std::fmt::Result {
 fn write_group(
     page: &mut String,
     group: &GroupResults,
-    setting: &SettingResults,
-    has_rates: bool,
+    stream: &StreamResults,
+    results: &Results,
 ) -> std::fmt::Result {
-    let what = match group.setting {
-        Setting::Scratch => "from fresh weights, a fifth of the stream is mathematics",
-        Setting::Continual => "a base model of general text goes on with noisy mathematics, as in the paper",
-        Setting::ContinualMixed => "that base model goes on with a stream of which a fifth is mathematics",
+    let has_rates = !results.plan.learning_rates.is_empty();
+    let name = group.name();
+    let scorer = match group.reference {
+        Reference::Curated => String::new(),
+        other => format!("; {}", further::reference(other)),
     };
-    let name = format!("{}-{}", group.setting.name(), group.size);
-    writeln!(page, "\n## {name}: {what}\n")?;
+    writeln!(page, "\n## {name}: {}{scorer}\n", group.setting.description())?;
     let sets: Vec<&String> =
         group.rows.iter().filter(|row| row.kind == "plain").flat_map(|row| row.losses.keys()).collect();
-    let (tokens, steps) = group
-        .runs
-        .first()
-        .map_or((0, 0), |run| (run.effort.tokens, run.curve.last().map_or(0, |eval| eval.step)));
-    let plain = group.rows.iter().find(|row| row.kind == "plain");
+    let (tokens, steps) = group.length();
+    let plain = group.plain();
     if let Some(plain) =
-        plain.and_then(|row| row.losses.get(TARGET)).filter(|loss| loss.mean <= setting.reference_loss)
+        plain.and_then(|row| row.losses.get(TARGET)).filter(|loss| loss.mean <= stream.reference_loss)
     {
         writeln!(
             page,
             "**The reference is no better on the target ({:.3}) than plain training's end ({:.3}): its losses cannot tell what \
              is worth learning, and no gain can be expected.**\n",
-            setting.reference_loss, plain.mean
+            stream.reference_loss, plain.mean
         )?;
     }
     writeln!(
@@ -162,7 +166,7 @@ fn write_group(
         "{} seeds; {} parameters, {tokens} tokens in {steps} steps; the reference's loss on held-out mathematics is {:.3}.\n",
         plain.map_or(0, |row| row.runs),
         group.parameters,
-        setting.reference_loss
+        stream.reference_loss
     )?;
     let rate = |text: String| if has_rates { format!(" {text} |") } else { String::new() };
     write!(
@@ -207,11 +211,16 @@ fn write_group(
         writeln!(page, " {} | {} |", shown(row.sure, 2), shown(row.unselected_loss, 3))?;
     }
     write_costs(page, group)?;
-    write_texts(page, group, setting, steps)?;
-    write_goals(page, group)?;
+    write_texts(page, group, stream, steps)?;
+    if results.plan.experiment == Experiment::Rules {
+        write_goals(page, group)?;
+    }
     writeln!(page, "\n![Loss on held-out mathematics over tokens](loss-{name}.svg)")?;
     if group.rows.iter().any(|row| row.has_own_text) {
         writeln!(page, "\n![The same of the controls](controls-{name}.svg)")?;
+    }
+    if results.plan.experiment == Experiment::Gradients {
+        writeln!(page, "\n![Loss on held-out mathematics over FLOPs](flops-{name}.svg)")?;
     }
     Ok(())
 }
@@ -237,11 +246,11 @@ fn write_costs(page: &mut String, group: &GroupResults) -> std::fmt::Result {
 fn write_texts(
     page: &mut String,
     group: &GroupResults,
-    setting: &SettingResults,
+    stream: &StreamResults,
     steps: u64,
 ) -> std::fmt::Result {
     let controls: Vec<&Row> = group.rows.iter().filter(|row| row.has_own_text).collect();
-    if setting.texts.is_empty() || controls.is_empty() {
+    if stream.texts.is_empty() || controls.is_empty() {
         return Ok(());
     }
     writeln!(
@@ -260,7 +269,7 @@ fn write_texts(
     )?;
     writeln!(page, "|---|---|---|---|---|---|")?;
     for row in controls {
-        let Some(text) = setting.texts.get(&row.kind) else { continue };
+        let Some(text) = stream.texts.get(&row.kind) else { continue };
         let seen: Vec<u64> =
             group.runs.iter().filter(|run| run.kind == row.kind).map(|run| run.effort.tokens).collect();
         let mean = seen.iter().sum::<u64>() as f64 / seen.len().max(1) as f64;
@@ -320,7 +329,7 @@ enum Measure {
 }
 
 /// A ratio with its interval.
-fn ratio(estimate: Estimate) -> String {
+pub(super) fn ratio(estimate: Estimate) -> String {
     let text = |value: Option<f64>| value.map_or("never".to_owned(), |value| format!("{value:.2}"));
     match estimate {
         Estimate { value: None, low: None, high: None } => "never".to_owned(),
@@ -329,12 +338,12 @@ fn ratio(estimate: Estimate) -> String {
 }
 
 /// A difference of losses with its interval.
-fn difference(estimate: Estimate) -> String {
+pub(super) fn difference(estimate: Estimate) -> String {
     let text = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:+.3}"));
     format!("{} [{}, {}]", text(estimate.value), text(estimate.low), text(estimate.high))
 }
 
-fn shown(stat: Option<Stat>, decimals: usize) -> String {
+pub(super) fn shown(stat: Option<Stat>, decimals: usize) -> String {
     match stat {
         None => "–".to_owned(),
         Some(Stat { mean, deviation: Some(deviation), .. }) => {

@@ -86,7 +86,7 @@ pub(super) fn write(
             Kind::Documents(keep) => highest(&stream, &base, *keep)?,
             Kind::Oracle => (stream.iter().filter(|line| line.is_target()).cloned().collect(), None),
             // Those have no text of their own.
-            Kind::Plain | Kind::Random(_) | Kind::Slm(..) | Kind::Adaptive(_) => continue,
+            _ => continue,
         };
         let name = kind.name();
         texts.insert(name.clone(), write_text(folder, &name, &lines, excess, partitions)?);

@@ -9,6 +9,7 @@ use sluice_trainer::run::recorded::RecordedRun;
 use super::arms::{Arm, ArmRun, Effort, Ratios, Spent};
 use super::kind::Kind;
 use super::templates::{TemplateEval, Templates};
+use super::tokens::{self, TokenDynamics};
 
 /// One run.
 #[derive(Clone, Debug, Serialize)]
@@ -27,6 +28,11 @@ pub(super) struct RunResults {
     pub curve: Vec<EvalMetric>,
     /// Losses on held-out mathematics by template.
     pub templates: Vec<TemplateEval>,
+    /// FLOPs of training until each of these evaluations.
+    pub flops: Vec<f64>,
+    /// How single tokens of held-out mathematics fared, where that is asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<TokenDynamics>,
     /// Training loss of unselected tokens over the last quarter of the steps, nats.
     pub unselected_loss: Option<f64>,
     /// What it took on the reporting half to come down to the end of the plain run of its seed, over what that took; absent
@@ -46,16 +52,18 @@ pub(super) struct Tried {
 }
 
 impl Tried {
-    /// Reads the runs of a kind by seed; scoring its stream took what is given.
+    /// Reads the runs of a kind by seed; scoring its stream took what is given. Where it is known which held-out tokens
+    /// selection would keep, single tokens are looked at too.
     pub fn of(
         (kind, asked, learning_rate): (String, Option<Kind>, f64),
         recorded: &[(u64, RecordedRun)],
         (cost, scoring): (Cost, Effort),
-        templates: &Templates,
+        (templates, selected): (&Templates, Option<&[bool]>),
     ) -> Result<Self> {
         let (mut arms, mut runs) = (Vec::new(), Vec::new());
         for (seed, run) in recorded {
             let evals = templates.evaluations(run)?;
+            let spent = Spent::of(run, cost);
             runs.push(RunResults {
                 kind: kind.clone(),
                 seed: *seed,
@@ -64,10 +72,12 @@ impl Tried {
                 tokens_kept: run.steps().last().map_or(0, |step| step.tokens_kept),
                 curve: run.all_evals().cloned().collect(),
                 templates: evals.clone(),
+                flops: evals.iter().map(|eval| spent.until(eval.tokens as f64)[0]).collect(),
+                tokens: selected.map(|selected| tokens::of(run, selected)).transpose()?,
                 unselected_loss: last_quarter(run),
                 to_plain: None,
             });
-            arms.push(ArmRun { evals, spent: Spent::of(run, cost) });
+            arms.push(ArmRun { evals, spent });
         }
         Ok(Self { kind, asked, learning_rate, arm: Arm { runs: arms, scoring }, runs })
     }
