@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use sluice_tests::{binary, onnxruntime, root};
 use sluice_trainer::model::optimizer::AdamWConfig;
+use sluice_trainer::run::checkpoints::latest_checkpoint;
 
 /// Settings of the caller, which must not become settings of the runs: the scope alone would have the plain runs refused.
 const EXPORTED: [(&str, &str); 4] = [
@@ -370,6 +371,41 @@ fn experiments_in_one_folder_train_once_what_they_share_and_each_answers_its_que
     assert_eq!(trained, 4 * 4, "four kinds in four cells");
     assert!(table.contains("| 50 % |") && table.contains("### adaptive"), "{table}");
     check_map(&out, &map);
+
+    check_pretrained(&out, folder.path());
+}
+
+/// A base model of other experiments goes on as a pretrained one, with its own shape and tokenizer.
+fn check_pretrained(experiments: &Path, folder: &Path) {
+    let out = folder.join("pretrained");
+    let base = latest_checkpoint(&experiments.join("runs/base-small")).unwrap().unwrap();
+    std::fs::copy(experiments.join("tokenizer.json"), base.join("tokenizer.json")).unwrap();
+    let output = named("pretrained", &out).arg("--base").arg(&base).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let found = results(&out, "results/pretrained");
+    let group = &array(&found["groups"])[0];
+    let config: Value = serde_json::from_slice(&std::fs::read(base.join("config.json")).unwrap()).unwrap();
+    assert_eq!(found["plan"]["vocabulary"], config["vocab_size"]);
+    assert_eq!(array(&group["rows"]).len(), 4, "plain, adaptive, random and the reference");
+    let own = std::fs::read(out.join("tokenizer.json")).unwrap();
+    assert!(own == std::fs::read(base.join("tokenizer.json")).unwrap());
+    // All of them begin with that model, whose loss before the first step is one number.
+    let first =
+        |run: &Value| array(&run["curve"]).iter().find(|eval| eval["set"] == "math").unwrap()["loss"].clone();
+    let losses: Vec<Value> = array(&group["runs"]).iter().map(first).collect();
+    assert!(losses.iter().all(|loss| *loss == losses[0]), "{losses:?}");
+    assert_eq!(found["streams"]["continual"]["base_loss"], losses[0]);
+    // A path of this machine is not for others.
+    let page = std::fs::read_to_string(out.join("results/pretrained/results.json")).unwrap();
+    assert!(!page.contains(&base.display().to_string()));
+
+    let refused = |arguments: &[&str]| {
+        let mut command = named("1", &folder.join("x"));
+        command.args(arguments).stderr(Stdio::null()).status().unwrap().code()
+    };
+    assert_eq!(refused(&["--base", "/nowhere"]), Some(64), "it is of another experiment");
+    let mut nowhere = named("pretrained", &folder.join("x"));
+    assert_eq!(nowhere.args(["--base", "/nowhere"]).status().unwrap().code(), Some(64));
 }
 
 /// Both parts of the held-out tokens together are all of them, and so are the four categories.

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, ValueEnum};
 use sluice_benches::experiments::{self, Experiment, Interrupted, Options};
 use sluice_text::output::{print_clap, print_line, say};
-use sluice_trainer::failure::{EXIT_USAGE, exit_code};
+use sluice_trainer::failure::{Classify, EXIT_USAGE, exit_code};
 use sluice_trainer::watch::process::{keep_freed_memory, stop_on_signals};
 
 // As in sluice-train: the steps that are timed before the runs are to take as long as those of the runs.
@@ -46,7 +46,7 @@ struct Cli {
     #[arg(long, env = "SLUICE_EXPERIMENT_SEEDS", value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..=100))]
     seeds: Option<u64>,
     /// Folder of the runs, which the experiments share: what is there is not trained again, and what was interrupted goes on
-    /// [default: target/experiments, with --quick target/experiments-quick]
+    /// [default: target/experiments, of experiment pretrained target/experiment-pretrained, and with --quick -quick behind it]
     #[arg(long, env = "SLUICE_EXPERIMENT_OUT", value_name = "FOLDER")]
     out: Option<PathBuf>,
     /// Folder for data, table and plots [default: benches/results/experiment-N with the names of settings and flags behind it,
@@ -62,6 +62,10 @@ struct Cli {
     /// The trainer [default: sluice-train beside this program]
     #[arg(long, env = "SLUICE_EXPERIMENT_TRAINER", value_name = "FILE")]
     trainer: Option<PathBuf>,
+    /// Checkpoint of the pretrained model, as sluice-train run --init takes it, its tokenizer.json beside it
+    /// [default: SmolLM2-135M, which ops/smollm2 makes]
+    #[arg(long, env = "SLUICE_EXPERIMENT_BASE", value_name = "FOLDER")]
+    base: Option<PathBuf>,
     /// Folder with GSM8K's train.jsonl, to evaluate on as well; never trained on
     #[arg(long, env = "SLUICE_EXPERIMENT_GSM8K", value_name = "FOLDER")]
     gsm8k: Option<PathBuf>,
@@ -96,6 +100,8 @@ enum Name {
     Gradients,
     /// Where it pays: how rare the target is, and how much noise is inside it
     Map,
+    /// A pretrained model of 135M parameters goes on with the noisy stream: an hour and a half
+    Pretrained,
 }
 
 impl From<Name> for Experiment {
@@ -110,6 +116,7 @@ impl From<Name> for Experiment {
             Name::Tokens => Self::Tokens,
             Name::Gradients => Self::Gradients,
             Name::Map => Self::Map,
+            Name::Pretrained => Self::Pretrained,
         }
     }
 }
@@ -144,15 +151,22 @@ fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn experiment(cli: Cli) -> anyhow::Result<()> {
     let experiment = Experiment::from(cli.experiment);
     let stop = stop_on_signals()?;
+    let is_pretrained = experiment == Experiment::Pretrained;
+    if cli.base.is_some() && !is_pretrained {
+        let error =
+            anyhow::anyhow!("--base is the model of experiment pretrained: leave it out, or give that one");
+        return Err(error).or_usage();
+    }
     let first = match experiment {
-        Experiment::Map => "map".to_owned(),
+        Experiment::Map | Experiment::Pretrained => experiment.name().to_owned(),
         other => format!("experiment-{}", other.name()),
     };
     let rates = (!cli.learning_rates.is_empty()).then_some("rates");
     let parts = std::iter::once(first.as_str()).chain(cli.settings.iter().map(String::as_str)).chain(rates);
     let name = parts.collect::<Vec<_>>().join("-");
-    let folder = if cli.quick { "target/experiments-quick" } else { "target/experiments" };
-    let out = cli.out.unwrap_or_else(|| folder.into());
+    let folder = if is_pretrained { "target/experiment-pretrained" } else { "target/experiments" };
+    let quick = if cli.quick { "-quick" } else { "" };
+    let out = cli.out.unwrap_or_else(|| format!("{folder}{quick}").into());
     let results = cli.results.unwrap_or_else(|| {
         let folder = if cli.quick { out.join("results") } else { "benches/results".into() };
         folder.join(&name)
@@ -174,6 +188,7 @@ fn experiment(cli: Cli) -> anyhow::Result<()> {
     }
     let options = Options {
         experiment,
+        base: cli.base,
         seeds: cli.seeds,
         is_quick: cli.quick,
         settings: cli.settings,

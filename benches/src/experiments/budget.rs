@@ -7,8 +7,8 @@ use std::time::Instant;
 use anyhow::Result;
 use sluice_feed::batch::{Batch, NO_TARGET};
 use sluice_feed::random::SplitMix64;
-use sluice_trainer::model::BurnLearner;
 use sluice_trainer::model::optimizer::AdamWConfig;
+use sluice_trainer::model::{BurnLearner, ModelConfig};
 use sluice_trainer::training::learner::Learner;
 
 use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, Size, Student};
@@ -33,7 +33,7 @@ impl Budget {
     pub fn measure(plan: &Plan, predictions: u64) -> Result<Self> {
         let mut costs = BTreeMap::new();
         for size in plan.sizes() {
-            costs.insert(size.name, time(size, plan.basis.vocabulary, predictions)?);
+            costs.insert(size.name, time(plan.config(size), predictions)?);
         }
         Ok(Self { costs, estimated: 0.0, taken: 0.0 })
     }
@@ -93,8 +93,9 @@ fn minutes(seconds: f64) -> String {
 }
 
 /// Seconds of a step that keeps every token, and of an evaluation.
-fn time(size: Size, vocabulary: usize, predictions: u64) -> Result<(f64, f64)> {
-    let mut learner = BurnLearner::new(size.config(vocabulary), AdamWConfig::default(), 1)?;
+fn time(config: ModelConfig, predictions: u64) -> Result<(f64, f64)> {
+    let vocabulary = config.vocab_size;
+    let mut learner = BurnLearner::new(config, AdamWConfig::default(), 1)?;
     let batch = random_batch(vocabulary);
     let all: Vec<u32> =
         (0..).zip(&batch.targets).filter(|&(_, &target)| target != NO_TARGET).map(|(at, _)| at).collect();

@@ -29,6 +29,9 @@ const SIZES: [Size; 4] = [
     Size { name: "7M", hidden: 256, layers: 6, heads: 8 },
     Size { name: "17M", hidden: 384, layers: 8, heads: 12 },
 ];
+/// A model that somebody else has trained: its own `config.json` says its shape.
+pub const PRETRAINED: Size = Size { name: "pretrained", hidden: 0, layers: 0, heads: 0 };
+
 const SIZES_QUICK: [Size; 4] = [
     Size { name: "least", hidden: 16, layers: 1, heads: 2 },
     Size { name: "tiny", hidden: 32, layers: 2, heads: 2 },
@@ -57,6 +60,8 @@ pub enum Experiment {
     Gradients,
     /// Where it pays: how rare the target is, and how much noise is inside it.
     Map,
+    /// A real pretrained model, in the paper's setting.
+    Pretrained,
 }
 
 impl Experiment {
@@ -72,6 +77,7 @@ impl Experiment {
             Self::Tokens => "7",
             Self::Gradients => "8",
             Self::Map => "map",
+            Self::Pretrained => "pretrained",
         }
     }
 
@@ -87,6 +93,7 @@ impl Experiment {
             Self::Tokens => "Experiment 7: how single tokens fare",
             Self::Gradients => "Experiment 8: gradients through kept tokens alone",
             Self::Map => "The map: where selection pays",
+            Self::Pretrained => "A pretrained model goes on with the noisy stream",
         }
     }
 
@@ -138,6 +145,12 @@ impl Experiment {
                 vec![design.paper(Reference::Curated, &kinds, 3)]
             }
             Self::Map => design.map(),
+            Self::Pretrained => {
+                let kinds = [Plain, Adaptive(Kept), Random(KEEP)];
+                let group = design.paper(Reference::Curated, &kinds, 1);
+                let (steps, eval_every) = if is_quick { (6, 2) } else { (60, 6) };
+                vec![Group { size: PRETRAINED, steps, eval_every, ..group }]
+            }
         }
     }
 }
@@ -221,7 +234,7 @@ mod tests {
 
     use super::{Experiment, Kind, Noise, Setting};
 
-    const ALL: [Experiment; 9] = [
+    const ALL: [Experiment; 10] = [
         Experiment::Rules,
         Experiment::Shares,
         Experiment::References,
@@ -231,6 +244,7 @@ mod tests {
         Experiment::Tokens,
         Experiment::Gradients,
         Experiment::Map,
+        Experiment::Pretrained,
     ];
 
     #[test]

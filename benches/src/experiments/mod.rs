@@ -48,13 +48,21 @@ use stages::Stages;
 
 /// Runs whatever of the experiment is not done yet, and writes its results. Returns the table.
 pub fn run(options: &Options, stop: &Arc<AtomicBool>) -> anyhow::Result<String> {
-    let plan = Plan::of(options).or_usage()?;
     let programs = Programs::find(options, Arc::clone(stop))?;
+    let with_base;
+    let options = if options.experiment == Experiment::Pretrained && options.base.is_none() {
+        let base = programs.script("ops/smollm2", &["--checkpoint"])?;
+        with_base = Options { base: Some(base.into()), ..options.clone() };
+        &with_base
+    } else {
+        options
+    };
+    let plan = Plan::of(options).or_usage()?;
     if let Some(folder) = &options.gsm8k {
         gsm8k::check(folder)?;
     }
     begin(options, &plan)?;
-    let mut stages = Stages::new(&programs, &plan, &options.out);
+    let mut stages = Stages::new(&programs, &plan, (&options.out, options.base.as_deref()));
     stages.prepare(options.gsm8k.as_deref())?;
     let mut todo = Vec::new();
     for student in plan.students() {
@@ -98,6 +106,13 @@ fn begin(options: &Options, plan: &Plan) -> anyhow::Result<()> {
         .or_usage()?;
     let mut asked = serde_json::to_value(&plan.basis).context("cannot encode the plan")?;
     asked["gsm8k"] = options.gsm8k.is_some().into();
+    asked["base"] = options
+        .base
+        .as_deref()
+        .map(std::path::absolute)
+        .transpose()?
+        .map(|base| base.display().to_string())
+        .into();
     let path = options.out.join("plan.json");
     if path.exists() {
         let before: Value = read_json(&path).or_data()?;
@@ -136,7 +151,7 @@ fn write(options: &Options, plan: &Plan, results: &Results) -> anyhow::Result<St
         write_whole(&options.results.join(name), svg.as_bytes())?;
     }
     for group in &plan.groups {
-        let reference = plan.reference_size(group.stream).config(plan.basis.vocabulary);
+        let reference = plan.config(plan.reference_size(group.stream));
         let runs: Vec<RecordedRun> = group
             .kinds
             .iter()

@@ -15,6 +15,8 @@ pub struct Options {
     pub settings: Vec<String>,
     /// Learning rates of each arm, of which its best is reported; the setting's own where none is given.
     pub learning_rates: Vec<f64>,
+    /// A pretrained model to go on from, with its tokenizer, instead of base models that are trained.
+    pub base: Option<PathBuf>,
     /// Seeds of each group; as many as the plan has where none is given.
     pub seeds: Option<u64>,
     /// Folder of the runs, which several experiments share.

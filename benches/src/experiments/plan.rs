@@ -7,7 +7,7 @@ use anyhow::bail;
 use serde::Serialize;
 use sluice_trainer::model::{ModelConfig, Variant};
 
-use super::designs::Experiment;
+use super::designs::{Experiment, PRETRAINED};
 use super::kind::Kind;
 use super::options::Options;
 use super::reference::{Reference, Stream};
@@ -122,6 +122,8 @@ pub struct Basis {
     pub learning_rate: f64,
     /// Highest learning rate of models that go on from others.
     pub learning_rate_continual: f64,
+    /// The shape of the pretrained model that every model goes on from, if there is one.
+    pub pretrained: Option<ModelConfig>,
     /// Whether all is small, to see that it works and no more.
     pub is_quick: bool,
 }
@@ -148,17 +150,24 @@ impl Plan {
                 bail!("--learning-rates {rate}: give numbers above 0, each once, such as 5e-4,1e-3");
             }
         }
-        let [small_reference, reference, ..] = Experiment::sizes(options.is_quick);
         let quick = options.is_quick;
+        let pretrained = options.base.as_deref().map(ModelConfig::read).transpose()?;
+        let (small_reference, reference) = match (&pretrained, Experiment::sizes(quick)) {
+            (Some(_), _) => (PRETRAINED, PRETRAINED),
+            (None, [small, reference, ..]) => (small, reference),
+        };
+        let own_vocabulary = if quick { 1024 } else { 4096 };
         let basis = Basis {
-            vocabulary: if quick { 1024 } else { 4096 },
+            vocabulary: pretrained.as_ref().map_or(own_vocabulary, |config| config.vocab_size),
             partitions: if quick { 4 } else { 16 },
             reference,
             small_reference,
             base_steps: if quick { 12 } else { 400 },
-            reference_epochs: 3,
+            reference_epochs: if pretrained.is_some() { 2 } else { 3 },
             learning_rate: 2e-3,
-            learning_rate_continual: 1e-3,
+            // Far from its end, a model bears higher rates than one that others have trained well.
+            learning_rate_continual: if pretrained.is_some() { 2e-4 } else { 1e-3 },
+            pretrained,
             is_quick: quick,
         };
         let mut groups = options.experiment.groups(quick);
@@ -227,6 +236,11 @@ impl Plan {
         if setting.has_base() { self.basis.learning_rate_continual } else { self.basis.learning_rate }
     }
 
+    /// The shape of models of this size.
+    pub fn config(&self, size: Size) -> ModelConfig {
+        self.basis.pretrained.clone().unwrap_or_else(|| size.config(self.basis.vocabulary))
+    }
+
     /// The size of a stream's reference.
     pub fn reference_size(&self, stream: Stream) -> Size {
         match stream.reference {
@@ -257,8 +271,11 @@ impl Plan {
         self.kinds_of(stream).any(Kind::needs_entropies)
     }
 
-    /// Sizes of which a base model is needed, each once.
+    /// Sizes of which a base model is trained, each once.
     pub fn bases(&self) -> Vec<Size> {
+        if self.basis.pretrained.is_some() {
+            return vec![];
+        }
         let with_base = self.groups.iter().filter(|group| group.stream.setting.has_base());
         distinct(with_base.flat_map(|group| [self.reference_size(group.stream), group.size]))
     }

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::json;
-use sluice_trainer::run::files::write_json;
+use sluice_trainer::failure::Classify;
+use sluice_trainer::run::files::{write_json, write_whole};
 
 use super::gsm8k;
 use super::kind::Kind;
@@ -13,7 +14,7 @@ use super::parts::{DONE_FILE, base_folder, base_model_folder, model_folder, refe
 use super::plan::{SEQUENCE_LENGTH, Size};
 use super::reference::{Reference, Stream};
 use super::stages::{
-    CHECKPOINT_EVERY, CHOOSING, CURATED_TOPIC, GENERAL_TOPIC, MISMATCHED_TOPIC, STRIDE, Stages, model_flags,
+    CHOOSING, CURATED_TOPIC, GENERAL_TOPIC, MISMATCHED_TOPIC, STRIDE, Stages, TOKENIZER, model_flags,
     target_file, words,
 };
 use super::templates::{Half, write_half};
@@ -25,7 +26,8 @@ impl Stages<'_> {
         let text = self.text();
         if !self.is_done(Path::new("text")) {
             self.say("text");
-            self.build_corpus("--experiment", &text)?;
+            let part = if self.pretrained.is_some() { "--pretrained" } else { "--experiment" };
+            self.build_corpus(part, &text)?;
             if let Some(folder) = gsm8k {
                 gsm8k::write(folder, &text.join("eval-gsm8k.jsonl"))?;
             }
@@ -38,6 +40,13 @@ impl Stages<'_> {
             self.say("the texts of the map");
             self.build_corpus("--map", &map)?;
             self.done(Path::new("text-map"), &json!({}))?;
+        }
+        if let Some(pretrained) = self.pretrained.as_deref().filter(|_| !self.tokenizer().is_file()) {
+            let own = pretrained.join(TOKENIZER);
+            let bytes = std::fs::read(&own)
+                .with_context(|| format!("cannot read {}, the pretrained model's tokenizer", own.display()))
+                .or_usage()?;
+            write_whole(&self.tokenizer(), &bytes)?;
         }
         if !self.tokenizer().is_file() {
             self.say("tokenizer");
@@ -73,7 +82,7 @@ impl Stages<'_> {
         let general = self.text().join("general.jsonl");
         // At a constant rate, like the students that go on from it.
         self.train_reference(
-            (&base_folder(size), CHECKPOINT_EVERY),
+            (&base_folder(size), self.checkpoint_every()),
             (GENERAL_TOPIC, &general),
             &model_flags(size),
             &[("--epochs", "1"), ("--steps", &steps), ("--learning-rate", &rate), ("--schedule", "constant")],

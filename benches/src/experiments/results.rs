@@ -136,7 +136,7 @@ impl Results {
 
 fn read_stream(plan: &Plan, out: &Path, stream: Stream) -> Result<StreamResults> {
     let size = plan.reference_size(stream);
-    let cost = Cost::of(&size.config(plan.basis.vocabulary), SEQUENCE_LENGTH);
+    let cost = Cost::of(&plan.config(size), SEQUENCE_LENGTH);
     let scoring = read_scoring(out, stream)?;
     let folder = out.join(reference_folder(stream, size));
     let run = RecordedRun::read(&folder)?;
@@ -147,8 +147,12 @@ fn read_stream(plan: &Plan, out: &Path, stream: Stream) -> Result<StreamResults>
         run.evals(TARGET).last()
     };
     let served = served.context("the reference was not evaluated where it is used")?.clone();
-    let base =
-        if stream.setting.has_base() { Some(RecordedRun::read(&out.join(base_folder(size)))?) } else { None };
+    let is_trained = stream.setting.has_base() && plan.basis.pretrained.is_none();
+    let base = if is_trained { Some(RecordedRun::read(&out.join(base_folder(size)))?) } else { None };
+    let before = match &base {
+        Some(base) => base.evals(TARGET).last(),
+        None => run.evals(TARGET).find(|eval| eval.step == 0 && stream.setting.has_base()),
+    };
     let flops = cost.scoring(scoring.model_tokens);
     let prepared = if plan.has_own_texts(stream) { Some(read_prepared(out, stream.setting)?) } else { None };
     let document_scoring = prepared.as_ref().map(|Prepared { scoring_seconds: (seconds, cpu), .. }| Effort {
@@ -162,7 +166,7 @@ fn read_stream(plan: &Plan, out: &Path, stream: Stream) -> Result<StreamResults>
         reference: Effort::of(&run, cost),
         reference_loss: served.loss,
         reference_step: served.step,
-        base_loss: base.as_ref().and_then(|base| base.evals(TARGET).last()).map(|eval| eval.loss),
+        base_loss: before.map(|eval| eval.loss),
         base: base.map(|base| Effort::of(&base, cost)),
         scoring: Effort {
             tokens: scoring.tokens,
@@ -198,7 +202,7 @@ fn read_group(
     stream: &StreamResults,
     templates: &Templates,
 ) -> Result<GroupResults> {
-    let config = group.size.config(plan.basis.vocabulary);
+    let config = plan.config(group.size);
     let cost = Cost::of(&config, SEQUENCE_LENGTH);
     let reference_size = plan.reference_size(group.stream);
     let reference_folder = out.join(reference_folder(group.stream, reference_size));

@@ -23,13 +23,14 @@ use super::templates::Templates;
 use super::texts::{self, Prepared};
 use crate::process::cpu_seconds;
 
-/// Steps between checkpoints: what an interruption costs at most.
-pub(super) const CHECKPOINT_EVERY: u64 = 100;
+/// Steps between checkpoints: what an interruption costs at most. Those of a pretrained model take seconds each.
+const CHECKPOINT_EVERY: u64 = 100;
+const CHECKPOINT_EVERY_PRETRAINED: u64 = 20;
 /// Tokens between the starts of two windows of a long document: a quarter of a window is read twice, as context.
 pub(super) const STRIDE: usize = SEQUENCE_LENGTH / 4 * 3;
 /// The first evaluation set ([`TARGET`]), the templates that choose alone.
 pub(super) const CHOOSING: &str = "math-choosing";
-const TOKENIZER: &str = "tokenizer.json";
+pub(super) const TOKENIZER: &str = "tokenizer.json";
 pub(super) const CURATED_TOPIC: &str = "curated";
 pub(super) const GENERAL_TOPIC: &str = "general";
 pub(super) const MISMATCHED_TOPIC: &str = "mismatched";
@@ -52,6 +53,8 @@ pub(super) struct Stages<'a> {
     pub(super) programs: &'a Programs,
     pub(super) plan: &'a Plan,
     pub(super) out: PathBuf,
+    /// The pretrained model, if that is what all go on from.
+    pub(super) pretrained: Option<PathBuf>,
     broker: OnceCell<(Running, String)>,
     /// Topics that hold what they should.
     filled: BTreeSet<String>,
@@ -66,11 +69,12 @@ pub(super) fn say(text: &str) {
 }
 
 impl<'a> Stages<'a> {
-    pub fn new(programs: &'a Programs, plan: &'a Plan, out: &Path) -> Self {
+    pub fn new(programs: &'a Programs, plan: &'a Plan, (out, pretrained): (&Path, Option<&Path>)) -> Self {
         Self {
             programs,
             plan,
             out: out.to_owned(),
+            pretrained: pretrained.map(Path::to_owned),
             broker: OnceCell::new(),
             filled: BTreeSet::new(),
             started: Instant::now(),
@@ -276,7 +280,8 @@ impl<'a> Stages<'a> {
         flags.extend(words(["--seed", &seed.to_string(), "--eval-every", &eval_every.to_string()]));
         flags.extend(words(["--batch-size", &BATCH_SIZE.to_string()]));
         flags.extend(words(["--sequence-length", &SEQUENCE_LENGTH.to_string()]));
-        flags.extend(words(["--checkpoint-every", &CHECKPOINT_EVERY.to_string(), "--checkpoints-keep", "1"]));
+        let checkpoint_every = self.checkpoint_every().to_string();
+        flags.extend(words(["--checkpoint-every", &checkpoint_every, "--checkpoints-keep", "1"]));
         flags.extend(words(["--token-losses", TARGET]));
         for (name, path) in self.evaluation_files() {
             let mut value = OsString::from(format!("{name}="));
@@ -300,7 +305,16 @@ impl<'a> Stages<'a> {
             .collect()
     }
 
+    /// Steps between checkpoints.
+    pub(super) fn checkpoint_every(&self) -> u64 {
+        if self.pretrained.is_some() { CHECKPOINT_EVERY_PRETRAINED } else { CHECKPOINT_EVERY }
+    }
+
+    /// What models of a size go on from.
     pub(super) fn base_checkpoint(&self, size: Size) -> Result<PathBuf> {
+        if let Some(pretrained) = &self.pretrained {
+            return Ok(pretrained.clone());
+        }
         let base = self.out.join(base_folder(size));
         sluice_trainer::run::checkpoints::latest_checkpoint(&base)?
             .with_context(|| format!("{} holds no checkpoint", base.display()))
