@@ -190,6 +190,22 @@ fn what_is_wrong_with_a_folder_has_its_exit_code() {
     assert!(error.contains("is not an ONNX file, or is cut short"), "{error}");
     std::fs::remove_file(&file).unwrap();
     assert_eq!(inspect(folder.path()).0, 66);
+    let (code, error) = inspect(Path::new("/dev/null"));
+    assert!(code == 66 && error.contains("/dev/null is no folder"), "{code}: {error}");
+}
+
+/// As a clone of a hub's repository is without Git LFS.
+#[test]
+fn a_pointer_of_git_lfs_is_named_whichever_file_it_stands_for() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n";
+    for name in ["model.onnx", "config.json", "tokenizer.json"] {
+        let folder = copy_of("tiny-llama");
+        std::fs::write(folder.path().join(name), pointer).unwrap();
+        let output = sluiced(&["model", "inspect", folder.path().to_str().unwrap()]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(65), "{name}: {error}");
+        assert!(error.contains(&format!("{name} is a pointer of Git LFS")), "{name}: {error}");
+    }
 }
 
 /// Such a model's losses look good, and a trainer would choose by them.

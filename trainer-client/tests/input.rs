@@ -73,6 +73,22 @@ fn a_config_as_python_writes_it_is_read() {
     let output = evaluate(&place, "held-out.jsonl");
     assert_eq!(output.status.code(), Some(65), "{}", stderr(&output));
     assert!(stderr(&output).contains("\"NaN\""), "{}", stderr(&output));
+    // Of a key that stands there twice the last one counts.
+    std::fs::write(&path, format!("{{\"hidden_size\": 1, {opened}")).unwrap();
+    assert_eq!(losses(&place, "held-out.jsonl"), expected);
+}
+
+#[test]
+fn a_pointer_of_git_lfs_is_named_whichever_file_it_stands_for() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n";
+    for name in ["model.safetensors", "config.json"] {
+        let place = trained();
+        std::fs::write(place.path(&format!("run/checkpoints/step-0000002/{name}")), pointer).unwrap();
+        let output = evaluate(&place, "held-out.jsonl");
+        assert_eq!(output.status.code(), Some(65), "{name}: {}", stderr(&output));
+        let words = format!("{name} is a pointer of Git LFS");
+        assert!(stderr(&output).contains(&words), "{name}: {}", stderr(&output));
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use sluice_schemas::fingerprint::Fingerprint;
 use sluice_schemas::onnx::tensor_proto::{DataLocation, DataType};
 use sluice_schemas::onnx::{GraphProto, ModelProto, TensorProto};
 use sluice_schemas::record::Precision;
-use sluice_text::{TextTokenizer, json};
+use sluice_text::{TextTokenizer, json, refuse_pointer, refuse_pointer_in};
 
 use super::attention::{self, AttentionReport, Surroundings};
 use super::claims::Claims;
@@ -85,14 +85,15 @@ impl Model {
         }
         if !folder.is_dir() {
             bail!(
-                "the model folder {} does not exist; `model.path` must name a folder with model.onnx, \
-                 tokenizer.json and config.json",
-                folder.display()
+                "the model folder {} {}; `model.path` must name a folder with model.onnx, tokenizer.json and config.json",
+                folder.display(),
+                if folder.exists() { "is no folder" } else { "does not exist" }
             );
         }
         let path = folder.join("model.onnx");
         let bytes =
             Bytes::from(std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?);
+        refuse_pointer(&path, &bytes).exit_code(DATA)?;
         let graph_digest = Fingerprint::of_bytes(&bytes);
         let mut model = ModelProto::decode(bytes)
             .with_context(|| format!("{} is not an ONNX file, or is cut short", path.display()))
@@ -181,6 +182,7 @@ fn read_config(path: &Path) -> anyhow::Result<serde_json::Value> {
         return Ok(serde_json::json!({}));
     }
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    refuse_pointer(path, &bytes).exit_code(DATA)?;
     json::from_slice(&bytes).with_context(|| path.display().to_string()).exit_code(DATA)
 }
 
@@ -384,8 +386,10 @@ fn collect_external<'a>(graph: &'a mut GraphProto, tensors: &mut Vec<&'a mut Ten
 }
 
 fn digest_file(path: &Path) -> anyhow::Result<Fingerprint> {
-    let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let cannot_read = || format!("cannot read {}", path.display());
+    let mut file = File::open(path).with_context(cannot_read)?;
+    refuse_pointer_in(path, &mut file).with_context(cannot_read).exit_code(DATA)?;
     let mut hasher = Sha256::new();
-    std::io::copy(&mut file, &mut hasher).with_context(|| format!("cannot read {}", path.display()))?;
+    std::io::copy(&mut file, &mut hasher).with_context(cannot_read)?;
     Ok(Fingerprint::from(<[u8; 32]>::from(hasher.finalize())))
 }

@@ -9,9 +9,11 @@ mod documents;
 pub mod json;
 mod lines;
 pub mod output;
+mod pointer;
 mod tokenizer;
 
 pub use bounds::{Bounds, UnknownToken};
 pub use documents::{Documents, Fields, Format, TEXT_BYTES_MAX, Text, TextReader};
 pub use lines::FileLines;
+pub use pointer::{LfsPointer, refuse_pointer, refuse_pointer_in};
 pub use tokenizer::{EncodeError, TOKENS_MAX, TextTokenizer, TokenizerError};

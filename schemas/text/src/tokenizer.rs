@@ -9,7 +9,7 @@ use rayon::iter::{IntoParallelRefIterator as _, ParallelIterator as _};
 use sluice_schemas::fingerprint::Fingerprint;
 use tokenizers::Tokenizer;
 
-use crate::json;
+use crate::{json, refuse_pointer};
 
 /// Most tokens of one document, where nothing else bounds them.
 pub const TOKENS_MAX: usize = 4 << 20;
@@ -68,6 +68,8 @@ impl TextTokenizer {
     pub fn read(path: &Path) -> Result<Self, TokenizerError> {
         let file = std::fs::read(path)
             .map_err(|error| TokenizerError::Unreadable { path: path.to_owned(), error })?;
+        refuse_pointer(path, &file)
+            .map_err(|why| TokenizerError::Invalid { path: path.to_owned(), why: why.to_string() })?;
         Self::new(file).map_err(|why| TokenizerError::Invalid { path: path.to_owned(), why })
     }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sluice_text::json;
+use sluice_text::{json, refuse_pointer};
 
 use super::config::{
     CONFIG_FILE, INITIAL_DEVIATION, ModelConfig, Scales, Variant, default_rms_norm_eps, default_rope_theta,
@@ -209,14 +209,19 @@ impl ModelConfig {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG_FILE);
         let json = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        refuse_pointer(&path, &json)?;
         Self::from_hugging_face(&json).with_context(|| format!("cannot use {}", path.display()))
     }
 
     /// Parses a Hugging Face `config.json`. A window that slides over the tokens bounds the longest sequence: up to there
     /// it changes nothing.
     pub fn from_hugging_face(json: &[u8]) -> Result<Self> {
-        let file: HuggingFaceConfig =
-            json::from_slice(json).context("not a configuration of a language model")?;
+        // Of a key that stands there twice the last one counts, as for Python.
+        let file: HuggingFaceConfig = json::from_slice(json)
+            .or_else(|error| {
+                json::from_slice::<Value>(json).and_then(serde_json::from_value).map_err(|_| error)
+            })
+            .context("not a configuration of a language model")?;
         let family = Family::of(&file.model_type)?;
         file.refuse_what_is_not_implemented()?;
         let longest = file.max_position_embeddings.unwrap_or(match family {

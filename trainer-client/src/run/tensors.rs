@@ -10,6 +10,7 @@ use half::{bf16, f16};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use sha2::{Digest, Sha256};
 use sluice_schemas::fingerprint::Fingerprint;
+use sluice_text::refuse_pointer_in;
 
 use crate::run::files::write_through;
 
@@ -204,6 +205,7 @@ impl TensorFile {
         let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
         let damaged = || format!("{} is not a whole safetensors file: it may be damaged", path.display());
         let size = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
+        refuse_pointer_in(path, &mut file).with_context(|| format!("cannot read {}", path.display()))?;
         let mut length = [0; LENGTH_BYTES as usize];
         file.read_exact(&mut length).with_context(damaged)?;
         let length = u64::from_le_bytes(length);
