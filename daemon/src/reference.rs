@@ -12,6 +12,7 @@ use crate::device::Device;
 use crate::exit::{DATA, ExitCode as _, NO_INPUT, USAGE};
 use crate::metrics::Metrics;
 use crate::score::Scorer;
+use crate::score::graft::HeadOptions;
 use crate::score::model::Model;
 use crate::score::model_thread::ModelThread;
 use crate::score::policy::context_policy;
@@ -52,7 +53,9 @@ impl Reference {
         let policy = context_policy(new, &model)?;
         let same_session = model.identity.fingerprint == self.model.identity.fingerprint
             && new.model == old.model
-            && new.score.entropies == old.score.entropies;
+            && new.score.entropies == old.score.entropies
+            // The loss head was made for batches of at most that size.
+            && new.sizes().tokens_max <= old.sizes().tokens_max;
         let mut scorer = if same_session {
             model.forget_graph();
             self.scorer.clone()
@@ -129,7 +132,9 @@ impl Reference {
 
 fn load_model(config: &Config) -> anyhow::Result<(Model, Device)> {
     let device = config.model.device.parse::<Device>().map_err(|error| anyhow!(error)).exit_code(USAGE)?;
-    let mut model = Model::load(&config.model.path, device, config.score.entropies).exit_code(NO_INPUT)?;
+    let head =
+        HeadOptions { device, entropies: config.score.entropies, rows_max: Some(config.sizes().tokens_max) };
+    let mut model = Model::load_for(&config.model.path, head).exit_code(NO_INPUT)?;
     model.choose_class(&config.model.class, config.score.entropies)?;
     if config.model.fuse_attention {
         model.fuse_attention(&onnxruntime_library(&config.model.onnxruntime)).exit_code(NO_INPUT)?;

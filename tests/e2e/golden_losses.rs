@@ -6,6 +6,7 @@ use std::sync::Arc;
 use sluice_daemon::batch::Ladder;
 use sluice_daemon::score::Scorer;
 use sluice_daemon::score::documents::score_documents;
+use sluice_daemon::score::graft::{HeadOptions, graft};
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_schemas::record::{Bos, ContextPolicy};
@@ -41,7 +42,12 @@ fn worst_difference(name: &str, tokens_max: usize) -> f64 {
     for needed in [2, 3, 17, policy.window as usize, 150] {
         assert!(lengths.contains(&needed), "golden documents of {needed} tokens");
     }
-    let model = Model::load(&golden(name), Device::Cpu, true).unwrap();
+    let rows_max = Some(tokens_max);
+    let head = HeadOptions { device: Device::Cpu, entropies: true, rows_max };
+    let model = Model::load_for(&golden(name), head).unwrap();
+    // Where no batch has more rows than a block of logits, nothing goes round.
+    let nodes = &model.onnx.graph.as_ref().unwrap().node;
+    assert_eq!(nodes.iter().any(|node| node.op_type() == "Loop"), tokens_max > 512);
     let options =
         SessionOptions { library: onnxruntime(), device: Device::Cpu, threads: 1, device_memory_bytes: 0 };
     let mut scorer = Scorer::new(&model, &options, true).unwrap();
@@ -96,6 +102,6 @@ fn a_graph_without_logits_is_refused_by_name() {
     let bytes = std::fs::read(golden("tiny-llama").join("model.onnx")).unwrap();
     let mut model = sluice_schemas::onnx::ModelProto::decode(bytes.as_slice()).unwrap();
     model.graph.as_mut().unwrap().output[0].name = Some("hidden".to_owned());
-    let error = sluice_daemon::score::graft::graft(&mut model, Device::Cpu, false).unwrap_err().to_string();
+    let error = graft(&mut model, HeadOptions::losses(Device::Cpu)).unwrap_err().to_string();
     assert!(error.contains("no output named `logits`") && error.contains("hidden"), "{error}");
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use sluice_daemon::batch::Ladder;
 use sluice_daemon::score::Scorer;
 use sluice_daemon::score::documents::score_documents;
-use sluice_daemon::score::graft::graft;
+use sluice_daemon::score::graft::{HeadOptions, graft};
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_schemas::onnx::tensor_proto::DataLocation;
@@ -27,7 +27,7 @@ fn read(folder: &Path) -> ModelProto {
 fn refusal(spoil: fn(&mut NodeProto)) -> String {
     let mut model = read(&golden("tiny-llama"));
     spoil(model.graph.as_mut().unwrap().node.last_mut().unwrap());
-    graft(&mut model, Device::Cpu, false).unwrap_err().to_string()
+    graft(&mut model, HeadOptions::losses(Device::Cpu)).unwrap_err().to_string()
 }
 
 #[test]
@@ -49,7 +49,7 @@ fn an_input_that_is_unknown_is_refused_by_its_name() {
     }
     let input = graph.input.iter_mut().find(|input| input.name() == "position_ids").unwrap();
     input.name = Some("pixel_values".to_owned());
-    let error = graft(&mut model, Device::Cpu, false).unwrap_err().to_string();
+    let error = graft(&mut model, HeadOptions::losses(Device::Cpu)).unwrap_err().to_string();
     assert!(error.contains("input `pixel_values`, which Sluice does not know"), "{error}");
 }
 

@@ -13,9 +13,9 @@ use sluice_schemas::onnx::{
 use super::constant::{Stored, behind, scalar};
 pub use super::graft_error::GraftError;
 use super::graft_error::OPSET_MIN;
+pub use super::head::HeadOptions;
 use super::head::{self, Head, only_reshapes};
 use super::inputs;
-use crate::device::Device;
 
 /// Name of the output that is looked for.
 pub(super) const LOGITS: &str = "logits";
@@ -39,9 +39,9 @@ pub struct GraftReport {
     pub settled_inputs: Vec<(String, &'static str)>,
 }
 
-/// Replaces the `logits` of `model` by losses, and where `entropies` says so by entropies too; every other output,
-/// and what was computed for it alone, goes away. `device` decides how many rows of logits exist at one time.
-pub fn graft(model: &mut ModelProto, device: Device, entropies: bool) -> Result<GraftReport, GraftError> {
+/// Replaces the `logits` of `model` by losses, and where `options` say so by entropies too; every other output,
+/// and what was computed for it alone, goes away.
+pub fn graft(model: &mut ModelProto, options: HeadOptions) -> Result<GraftReport, GraftError> {
     let opset = model
         .opset_import
         .iter()
@@ -83,7 +83,7 @@ pub fn graft(model: &mut ModelProto, device: Device, entropies: bool) -> Result<
         columns,
         settled_inputs: Vec::new(),
     };
-    head::replace(graph, &found, entropies, (device, vocabulary.or(columns)));
+    head::replace(graph, &found, vocabulary.or(columns), options);
     report.settled_inputs = inputs::settle(graph)?;
     Ok(report)
 }

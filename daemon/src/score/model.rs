@@ -17,7 +17,7 @@ use sluice_text::{TextTokenizer, json, refuse_pointer, refuse_pointer_in};
 use super::attention::{self, AttentionReport, Surroundings};
 use super::claims::Claims;
 use super::findings::{self, Finding};
-use super::graft::{GraftReport, graft};
+use super::graft::{GraftReport, HeadOptions, graft};
 use super::identity::ModelIdentity;
 use super::inputs;
 use super::kind::{KindConfig, LogitsShape, ModelKind};
@@ -70,8 +70,14 @@ pub struct Model {
 }
 
 impl Model {
-    /// Reads the model in `folder`, grafts a loss head onto it, and fits it to what `device` can compute.
+    /// Reads the model in `folder`, grafts a loss head onto it for batches of any size, and fits it to what `device` can compute.
     pub fn load(folder: &Path, device: Device, entropies: bool) -> anyhow::Result<Self> {
+        Self::load_for(folder, HeadOptions { entropies, ..HeadOptions::losses(device) })
+    }
+
+    /// The same with a loss head made for what is known of the batches.
+    pub fn load_for(folder: &Path, options: HeadOptions) -> anyhow::Result<Self> {
+        let device = options.device;
         if folder.is_file() {
             bail!(
                 "{} is a file; `model.path` must name the folder that it lies in, {}",
@@ -119,7 +125,7 @@ impl Model {
         let is_classifier = kind_config.is_classifier(&logits);
         let segments = model.graph.as_mut().filter(|_| is_classifier).and_then(inputs::settle_token_types);
         let Rewritten { mut report, mut findings, inputs, widened } =
-            rewrite(&mut model, data_folder.as_deref(), device, entropies)
+            rewrite(&mut model, data_folder.as_deref(), options)
                 .with_context(|| path.display().to_string())
                 .exit_code(DATA)?;
 
@@ -271,20 +277,19 @@ pub struct Rewritten {
     pub widened: bool,
 }
 
-/// Grafts the loss head onto a graph whose external data lie in `data_folder`, and fits it to what `device` can compute.
+/// Grafts the loss head onto a graph whose external data lie in `data_folder`, and fits it to what the device can compute.
 pub fn rewrite(
     model: &mut ModelProto,
     data_folder: Option<&Path>,
-    device: Device,
-    entropies: bool,
+    options: HeadOptions,
 ) -> anyhow::Result<Rewritten> {
     let findings = match &model.graph {
         Some(graph) => findings::rounded_rotary_tables(graph, data_folder)?,
         None => Vec::new(),
     };
-    let report = graft(model, device, entropies)?;
+    let report = graft(model, options)?;
     let inputs = model_inputs(model);
-    let widened = device == Device::Cpu && widen(model, DataType::Bfloat16);
+    let widened = options.device == Device::Cpu && widen(model, DataType::Bfloat16);
     Ok(Rewritten { report, findings, inputs, widened })
 }
 

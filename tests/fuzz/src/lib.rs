@@ -8,6 +8,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use sluice_daemon::config::Layers;
 use sluice_daemon::device::Device;
+use sluice_daemon::score::graft::HeadOptions;
 use sluice_daemon::score::model::rewrite;
 use sluice_schemas::onnx::ModelProto;
 use sluice_schemas::record::{ScoredDocument, TokenizedDocument};
@@ -97,7 +98,8 @@ pub fn graph(data: &[u8]) {
     let Some((&first, rest)) = data.split_first() else { return };
     let Ok(mut model) = ModelProto::decode(rest) else { return };
     let device = if first & 1 == 0 { Device::Cpu } else { Device::Cuda(0) };
-    if rewrite(&mut model, None, device, first & 2 == 0).is_ok() {
+    let rows_max = (first & 4 == 0).then_some(64);
+    if rewrite(&mut model, None, HeadOptions { device, entropies: first & 2 == 0, rows_max }).is_ok() {
         let bytes = model.encode_to_vec();
         assert!(ModelProto::decode(bytes.as_slice()).is_ok());
     }

@@ -59,13 +59,14 @@ fn whatever_the_bytes_are_an_answer_comes_of_them() {
 fn a_corpus_has_what_is_right_too() {
     // Where every input is refused at once, nothing behind the first check is tried.
     use prost::Message as _;
+    use sluice_daemon::score::graft::{HeadOptions, graft};
     use sluice_schemas::record::{ScoredDocument, TokenizedDocument};
     let records = corpus("records");
     assert!(records.iter().any(|bytes| TokenizedDocument::decode(bytes.clone().into()).is_ok()));
     assert!(records.iter().any(|bytes| ScoredDocument::decode(bytes.clone().into()).is_ok()));
     let grafted = corpus("graph").iter().any(|bytes| {
         let mut model = sluice_schemas::onnx::ModelProto::decode(&bytes[1..]).unwrap();
-        sluice_daemon::score::graft::graft(&mut model, sluice_daemon::device::Device::Cpu, false).is_ok()
+        graft(&mut model, HeadOptions::losses(sluice_daemon::device::Device::Cpu)).is_ok()
     });
     assert!(grafted);
 }
