@@ -1,8 +1,9 @@
 //! What the model computes next: documents in, batches out to the model, outcomes into the ledger.
 //!
-//! One batch waits while one runs. It is put together early only where it is full; under low load, as late as
-//! possible, so that what comes meanwhile still gets in.
+//! One batch lies ready for the model while one runs. It is put together early only where it is full; under low load, as
+//! late as possible, so that what comes meanwhile still gets in.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -18,7 +19,7 @@ use crate::metrics::Metrics;
 use crate::notice::Notices;
 use crate::outcome::{MODEL_FAILED, Outcome};
 use crate::score::is_out_of_memory;
-use crate::score::model_thread::{Ask, Run};
+use crate::score::model_thread::{Ask, Place, Run};
 
 /// Documents in a row that the model may fail on before the model itself is taken to be broken.
 const FAILURES_MAX: usize = 3;
@@ -27,6 +28,20 @@ const TURN: Duration = Duration::from_millis(100);
 
 /// What a channel to the model that nobody listens to means.
 const MODEL_ENDED: &str = "the model's thread has ended";
+
+/// Batches that the model is asked for at one time: one that runs, and one that lies ready.
+const ASKED_MAX: usize = 2;
+
+/// A batch that the model is asked for.
+struct Asked {
+    place: Place,
+    /// The document of each of its windows.
+    documents: Vec<u64>,
+    /// Whether it is known that the model has begun with it.
+    is_begun: bool,
+    /// Whether it was asked for after the stop began, so that all of it is still wanted.
+    is_after_stop: bool,
+}
 
 /// Stands for no document.
 const PROBE: u64 = u64::MAX;
@@ -130,9 +145,12 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
-    /// Notes that the model has taken a window of each of `documents`.
-    fn hand_over(&mut self, documents: &[u64]) {
-        for ticket in documents.iter().filter_map(|&document| self.assembler.hand_over(document)) {
+    /// Notes that the model has begun with a batch, once for each.
+    fn hand_over(&mut self, asked: &mut Asked) {
+        if std::mem::replace(&mut asked.is_begun, true) {
+            return;
+        }
+        for ticket in asked.documents.iter().filter_map(|&document| self.assembler.hand_over(document)) {
             self.ledger.hand_over(ticket);
         }
     }
@@ -240,18 +258,17 @@ impl<'a> Dispatcher<'a> {
 
     /// Feeds the model until the source is gone and everything read is finished.
     pub fn run(mut self, jobs: &Receiver<Job>, model: &Sender<Ask>, health: &Health) -> anyhow::Result<()> {
-        // Room for what runs and for what was handed over before that came back.
-        let (answer, runs) = bounded::<Run>(2);
+        let (answer, runs) = bounded::<Run>(ASKED_MAX);
         let mut source_is_open = true;
-        // Batches that the model has taken and not given back.
-        let mut running = 0;
+        // What the model is asked for, in the order in which it answers.
+        let mut asked: VecDeque<Asked> = VecDeque::new();
         let mut waiting: Option<Batch> = None;
         let (nobody_takes, _kept_open) = bounded::<Ask>(0);
         let no_jobs = never();
         let mut beaten = Instant::now();
         loop {
             // A model that hangs must show: while it runs, only what it gives back is a sign of life.
-            if running == 0 && beaten.elapsed() >= TURN {
+            if asked.is_empty() && beaten.elapsed() >= TURN {
                 health.beat(Loop::Score);
                 beaten = Instant::now();
             }
@@ -265,46 +282,53 @@ impl<'a> Dispatcher<'a> {
                     Err(TryRecvError::Disconnected) => source_is_open = false,
                 }
             }
-            let now = Instant::now();
-            let hurry = !source_is_open || health.is_stopping() || now >= self.deadline();
-            if waiting.is_none() && (self.is_ready(running) || (running == 0 && hurry)) {
-                waiting = self.next_batch();
-            } else if health.is_stopping() {
-                // What the model has not taken by now is for the next reader.
+            for one in asked.iter_mut().filter(|one| one.place.is_empty()) {
+                self.hand_over(one);
+            }
+            if health.is_stopping() {
+                // What the model has not begun by now is for the next reader, but for the rest of what it has begun.
+                let last = asked.back().filter(|last| !last.is_after_stop);
+                if let Some(batch) = last.and_then(|last| last.place.take()) {
+                    asked.pop_back();
+                    self.retries.push(batch);
+                }
                 waiting = waiting.and_then(|batch| self.wanted(batch));
             }
-            let documents: Vec<u64> =
-                waiting.iter().flat_map(|batch| &batch.windows).map(|window| window.document).collect();
-            if !source_is_open && running == 0 && waiting.is_none() && self.is_idle() {
+            let now = Instant::now();
+            let hurry = !source_is_open || health.is_stopping() || now >= self.deadline();
+            let has_room = waiting.is_none() && asked.len() < ASKED_MAX;
+            if has_room && (self.is_ready(asked.len()) || (asked.is_empty() && hurry)) {
+                waiting = self.next_batch();
+            }
+            if !source_is_open && asked.is_empty() && waiting.is_none() && self.is_idle() {
                 return Ok(());
             }
 
-            let patience = if running == 0 && waiting.is_none() && !self.is_idle() {
+            let patience = if asked.is_empty() && waiting.is_none() && !self.is_idle() {
                 self.deadline().saturating_duration_since(now).min(TURN)
             } else {
                 TURN
             };
             let takers = if waiting.is_some() { model } else { &nobody_takes };
-            let since = self.waiting_since;
-            let ask = |batch| Ask { batch, since, answer: answer.clone() };
+            let (since, is_after_stop) = (self.waiting_since, health.is_stopping());
+            let mut ask = || -> anyhow::Result<Ask> {
+                let batch = waiting.take().context("no batch waits")?;
+                let documents = batch.windows.iter().map(|window| window.document).collect();
+                let place = Place::new(batch);
+                asked.push_back(Asked { place: place.clone(), documents, is_begun: false, is_after_stop });
+                Ok(Ask { batch: place, since, answer: answer.clone() })
+            };
             let more = if source_is_open && self.wants_more() { jobs } else { &no_jobs };
-            // What is sent is taken out only once the model has asked for it.
             select! {
-                send(takers, ask(waiting.take().context("no batch waits")?)) -> sent => {
-                    sent.ok().context(MODEL_ENDED)?;
-                    running += 1;
-                    self.hand_over(&documents);
-                }
+                // What is sent is taken out only once there is a place for it.
+                send(takers, ask()?) -> sent => sent.ok().context(MODEL_ENDED)?,
                 recv(runs) -> run => {
+                    // The model goes on with what lies ready, while what it gave back is looked at.
                     let run = run.context(MODEL_ENDED)?;
-                    running -= 1;
-                    health.beat(Loop::Score);
-                    // The model is free: what waits for it goes first, and what it gave back is looked at while it runs.
-                    if let Some(batch) = waiting.take() {
-                        model.send(ask(batch)).ok().context(MODEL_ENDED)?;
-                        running += 1;
-                        self.hand_over(&documents);
+                    if let Some(mut first) = asked.pop_front() {
+                        self.hand_over(&mut first);
                     }
+                    health.beat(Loop::Score);
                     self.finish(run)?;
                 }
                 recv(more) -> job => match job {

@@ -2,7 +2,7 @@
 //! by thread, so that what one thread has warmed another finds cold.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -12,11 +12,37 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::{Score, Scores};
 use crate::batch::Batch;
 
+/// A batch that the model is to run, which can be had back for as long as it has not begun. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Place(Arc<Mutex<Option<Batch>>>);
+
+impl Place {
+    /// A place with a batch in it.
+    pub fn new(batch: Batch) -> Self {
+        Self(Arc::new(Mutex::new(Some(batch))))
+    }
+
+    /// Takes the batch, which belongs to whoever is first.
+    pub fn take(&self) -> Option<Batch> {
+        self.lock().take()
+    }
+
+    /// Whether somebody has taken it.
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_none()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Batch>> {
+        // Nobody panics while holding it, and half a batch is never seen.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A batch to be run, and where what comes of it goes.
 #[derive(Debug)]
 pub struct Ask {
-    /// The batch.
-    pub batch: Batch,
+    /// The batch; where it was taken back, nothing is run and nothing answered.
+    pub batch: Place,
     /// Since when there is something to run.
     pub since: Instant,
     /// Has room for the answer, so that the model never waits for whoever takes it.
@@ -38,14 +64,15 @@ pub struct Run {
 
 /// A model on a thread of its own. Cloning shares it; it ends with the last of them.
 ///
-/// Batches run in the order in which they are asked for, each sender waiting for its turn: a warm-up beside the stream keeps
-/// no batch of the stream waiting for more than one of its own.
+/// Batches run in the order in which they are asked for. One lies ready while one runs, so that the model goes on without a
+/// thread being woken in between; who comes third waits for the place. So a warm-up beside the stream keeps no batch of the
+/// stream waiting for more than one of its own.
 #[derive(Clone, Debug)]
 pub struct ModelThread(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// Without room: a batch is handed over when the model asks for it.
+    /// With room for the one that lies ready.
     asks: Option<Sender<Ask>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -55,7 +82,7 @@ impl ModelThread {
     pub fn start<S: Score + 'static>(
         make: impl FnOnce() -> anyhow::Result<S> + Send + 'static,
     ) -> anyhow::Result<Self> {
-        let (asks, asked) = bounded(0);
+        let (asks, asked) = bounded(1);
         let (made, is_made) = bounded(1);
         let live = move || match make() {
             Ok(model) => {
@@ -73,7 +100,7 @@ impl ModelThread {
         Ok(Self(Arc::new(Shared { asks: Some(asks), thread: Some(thread) })))
     }
 
-    /// Where batches are asked for. A send waits until the model is free, and fails once its thread has ended.
+    /// Where batches are asked for. A send waits while another lies ready, and fails once the model's thread has ended.
     pub fn asks(&self) -> anyhow::Result<&Sender<Ask>> {
         self.0.asks.as_ref().context("the model's thread has ended")
     }
@@ -82,7 +109,7 @@ impl ModelThread {
 impl Score for ModelThread {
     fn score(&mut self, batch: &Batch) -> anyhow::Result<Scores> {
         let (answer, answered) = bounded(1);
-        let ask = Ask { batch: batch.clone(), since: Instant::now(), answer };
+        let ask = Ask { batch: Place::new(batch.clone()), since: Instant::now(), answer };
         let ended = || anyhow!("the model's thread has ended");
         self.asks()?.send(ask).map_err(|_| ended())?;
         answered.recv().map_err(|_| ended())?.scored
@@ -103,6 +130,7 @@ impl Drop for Shared {
 fn run(mut model: impl Score, asks: &Receiver<Ask>) {
     let mut free_since = Instant::now();
     for Ask { batch, since, answer } in asks {
+        let Some(batch) = batch.take() else { continue };
         let begun = Instant::now();
         let scored = catch_unwind(AssertUnwindSafe(|| model.score(&batch)));
         let panicked = scored.is_err();
@@ -139,6 +167,16 @@ mod tests {
         }
     }
 
+    /// Runs a batch until it is told to end.
+    struct Waits(Receiver<()>);
+
+    impl Score for Waits {
+        fn score(&mut self, _batch: &Batch) -> anyhow::Result<Scores> {
+            self.0.recv()?;
+            Ok(Scores { losses: vec![], entropies: vec![] })
+        }
+    }
+
     fn nothing() -> Batch {
         Batch::new(vec![], Ladder::new(8, 1))
     }
@@ -168,11 +206,38 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_that_lies_ready_can_be_had_back_until_the_model_begins() {
+        // It takes one batch at a time, and ends one when it is told to.
+        let (end, ends) = bounded(0);
+        let model = ModelThread::start(move || Ok(Waits(ends))).unwrap();
+        let (answer, answers) = bounded(2);
+        let ask = || {
+            let place = Place::new(nothing());
+            let ask = Ask { batch: place.clone(), since: Instant::now(), answer: answer.clone() };
+            model.asks().unwrap().send(ask).unwrap();
+            place
+        };
+        let first = ask();
+        while !first.is_empty() {
+            std::thread::yield_now();
+        }
+        let second = ask();
+        assert!(second.take().is_some() && second.take().is_none() && first.take().is_none());
+        end.send(()).unwrap();
+        answers.recv().unwrap();
+        // The one that was taken back is passed over, without an answer.
+        let third = ask();
+        end.send(()).unwrap();
+        answers.recv().unwrap();
+        assert!(third.is_empty() && answers.is_empty());
+    }
+
+    #[test]
     fn time_without_a_batch_counts_only_while_there_is_something_to_run() {
         let model = ModelThread::start(|| Ok(Model(current().id(), 2))).unwrap();
         let run = |since: Instant| {
             let (answer, answered) = bounded(1);
-            model.asks().unwrap().send(Ask { batch: nothing(), since, answer }).unwrap();
+            model.asks().unwrap().send(Ask { batch: Place::new(nothing()), since, answer }).unwrap();
             answered.recv().unwrap().starved
         };
         let started = Instant::now();
