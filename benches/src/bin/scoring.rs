@@ -1,6 +1,8 @@
 //! Scoring speed, side by side on the same model and the same documents:
 //!
-//! - `bare`: `Session::run` on ideal batches, in a loop that does nothing else;
+//! - `session`: `Session::run` on ideal batches, in a loop that does nothing else, of the model as it was exported and a session
+//!   as a user opens it: default options, whole logits;
+//! - `bare`: the same of the graph that the daemon makes of the model, with its options;
 //! - `daemon`: `sluiced serve` from Kafka to Kafka, exactly once;
 //! - `onnxruntime`: a Python loop with confluent-kafka, onnxruntime, whole logits and numpy;
 //! - `transformers`: Hugging Face transformers and `PyTorch`, batched and sorted by length;
@@ -17,11 +19,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser};
+use ort::session::{Session, SessionInputValue};
+use ort::value::{DynValue, TensorRef};
 use serde_json::{Value, json};
 use sluice_benches::process::{cpu_seconds, peak_bytes, thread_cpu_seconds};
 use sluice_benches::through_daemon::publish;
 use sluice_benches::workload::Lengths;
-use sluice_daemon::batch::{Ladder, plan, windows};
+use sluice_daemon::batch::{Batch, Ladder, plan, windows};
 use sluice_daemon::score::model::Model;
 use sluice_daemon::score::runtime::{Device, SessionOptions};
 use sluice_daemon::score::{Score as _, Scorer};
@@ -38,9 +42,12 @@ const LOOK: Duration = Duration::from_millis(100);
 enum Cli {
     /// Run every system once and add the round to a file.
     Round(RoundArguments),
-    /// Only `Session::run`, in this process; prints its measurement.
+    /// Only `Session::run` of the daemon's graph, in this process; prints its measurement.
     #[command(hide = true)]
     Bare(Workload),
+    /// Only `Session::run` of the model as it was exported, in this process; prints its measurement.
+    #[command(hide = true)]
+    Session(Workload),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -79,7 +86,7 @@ struct RoundArguments {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "bare,daemon,onnxruntime,transformers,transformers-onednn"
+        default_value = "session,bare,daemon,onnxruntime,transformers,transformers-onednn"
     )]
     systems: Vec<String>,
     /// JSON of all rounds; made if it is not there.
@@ -117,35 +124,94 @@ fn main() -> anyhow::Result<()> {
         Cli::Bare(workload) => {
             print_line(&bare(&workload)?.to_string())?;
         }
+        Cli::Session(workload) => {
+            print_line(&session(&workload)?.to_string())?;
+        }
         Cli::Round(arguments) => round(&arguments)?,
     }
     Ok(())
 }
 
-/// The model on batches of all documents sorted by length: nothing can feed it faster.
+/// The daemon's graph on batches of all documents sorted by length: nothing can feed it faster.
 fn bare(workload: &Workload) -> anyhow::Result<Value> {
-    let model = Model::load(&workload.model, Device::Cpu, false)?;
+    let mut model = Model::load(&workload.model, Device::Cpu, false)?;
+    model.fuse_attention(&onnxruntime())?;
     let options =
         SessionOptions { library: onnxruntime(), device: Device::Cpu, threads: 0, device_memory_bytes: 0 };
     let mut scorer = Scorer::new(&model, &options, false)?;
-    let documents = workload.documents(model.identity.vocabulary);
+    on_ideal_batches(workload, model.identity.vocabulary, |batch| {
+        let losses = scorer.score(batch)?.losses;
+        Ok(move || losses.iter().copied().map(f64::from).sum())
+    })
+}
+
+/// The model as it was exported on the same batches, in a session as a user opens it. What makes losses of its logits is not timed.
+fn session(workload: &Workload) -> anyhow::Result<Value> {
+    let vocabulary = Model::load(&workload.model, Device::Cpu, false)?.identity.vocabulary;
+    let environment = ort::init_from(onnxruntime())?.build()?;
+    let mut session = Session::builder(&environment)?.commit_from_file(workload.model.join("model.onnx"))?;
+    let names: Vec<String> = session.inputs().iter().map(|input| input.name().to_owned()).collect();
+    on_ideal_batches(workload, vocabulary, |batch| {
+        let shape = [batch.padded_rows, batch.padded_len];
+        let mut feed: Vec<(&str, SessionInputValue<'_>)> = Vec::new();
+        for name in &names {
+            let values = match name.as_str() {
+                "input_ids" => &batch.tokens,
+                "attention_mask" => &batch.attention_mask,
+                "position_ids" => &batch.position_ids,
+                other => {
+                    bail!("the model asks for `{other}`; this system feeds token ids, a mask and positions")
+                }
+            };
+            feed.push((name, TensorRef::from_array_view((shape, values.as_slice()))?.into()));
+        }
+        let mut outputs = session.run(feed)?;
+        let logits = outputs.remove("logits").context("the model gives no logits")?;
+        let (rows, targets) = (batch.target_rows.clone(), batch.targets.clone());
+        Ok(move || sum_of_losses(&logits, &rows, &targets))
+    })
+}
+
+/// The sum of the losses of these targets, each at its row of the logits `[.., vocabulary]`.
+fn sum_of_losses(logits: &DynValue, rows: &[i64], targets: &[i64]) -> f64 {
+    let (shape, values) = logits.try_extract_tensor::<f32>().expect("the logits are float32");
+    let width = shape.last().map_or(0, |&width| width as usize);
+    let loss = |(&row, &target): (&i64, &i64)| {
+        let own = &values[row as usize * width..][..width];
+        let most = own.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = own.iter().map(|&logit| f64::from(logit - most).exp()).sum();
+        sum.ln() + f64::from(most - own[target as usize])
+    };
+    rows.iter().zip(targets).map(loss).sum()
+}
+
+/// Times `run` on batches of all documents sorted by length. What it returns sums up the losses of a batch, beside the clock.
+fn on_ideal_batches<S: FnOnce() -> f64>(
+    workload: &Workload,
+    vocabulary: u32,
+    mut run: impl FnMut(&Batch) -> anyhow::Result<S>,
+) -> anyhow::Result<Value> {
+    let documents = workload.documents(vocabulary);
     let shared: Vec<Arc<[u32]>> = documents.iter().map(|tokens| tokens.as_slice().into()).collect();
     let all = (0..).zip(&shared).flat_map(|(id, tokens)| windows(id, tokens, workload.policy())).collect();
     let batches = plan(all, workload.tokens_max, Ladder::new(workload.longest, 16));
     // The largest batch, so that memory is had.
-    scorer.score(&batches[0])?;
-    let (started, cpu) = (Instant::now(), cpu_seconds(std::process::id())?);
+    run(&batches[0])?();
+    let (mut seconds, mut cpu) = (0.0, 0.0);
     let (mut sum, mut count, mut tokens, mut padded) = (0.0, 0, 0, 0);
     for batch in &batches {
-        let losses = scorer.score(batch)?.losses;
-        sum += losses.iter().copied().map(f64::from).sum::<f64>();
-        count += losses.len();
+        let (started, cpu_before) = (Instant::now(), cpu_seconds(std::process::id())?);
+        let losses = run(batch)?;
+        seconds += started.elapsed().as_secs_f64();
+        cpu += cpu_seconds(std::process::id())? - cpu_before;
+        sum += losses();
+        count += batch.targets.len();
         tokens += batch.real_tokens();
         padded += batch.padded_tokens();
     }
     Ok(json!({
-        "seconds": started.elapsed().as_secs_f64(),
-        "cpu_seconds": cpu_seconds(std::process::id())? - cpu,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
         "tokens": tokens,
         "padded_tokens": padded,
         "mean_loss": sum / count as f64,
@@ -181,7 +247,7 @@ fn round(arguments: &RoundArguments) -> anyhow::Result<()> {
     let scripts = root().join("benches/python");
     for system in &arguments.systems {
         let value = match system.as_str() {
-            "bare" => child(Command::new(&this).arg("bare").args(workload.flags()))?,
+            "session" | "bare" => child(Command::new(&this).arg(system).args(workload.flags()))?,
             "daemon" => daemon(&kafka, &run, &topic, workload, documents.len())?,
             "onnxruntime" => {
                 let out = format!("{run}.python");
@@ -208,7 +274,7 @@ fn round(arguments: &RoundArguments) -> anyhow::Result<()> {
                 child(command.env("OMP_WAIT_POLICY", "passive"))?
             }
             unknown => bail!(
-                "--systems: `{unknown}` is none of bare, daemon, onnxruntime, transformers and transformers-onednn"
+                "--systems: `{unknown}` is none of session, bare, daemon, onnxruntime, transformers and transformers-onednn"
             ),
         };
         say(format_args!("{system}: {value}"));
