@@ -7,8 +7,7 @@
 //!     Gather rows -> MatMul -> (what stood after it) -> Cast f32 -> LogSoftmax -> GatherElements(targets) -> Neg
 //! ```
 //!
-//! The cast stays: no operator of ONNX Runtime's inference builds reduces 16-bit logits to a 32-bit sum, and a sum of 16 bits is
-//! half a thousandth of a nat wrong (ADR 49).
+//! The cast stays: no operator of ONNX Runtime's inference builds takes 16-bit logits and gives losses of 32 (ADR 49).
 //!
 //! Only the rows asked for pass through the head, so padding costs nothing there, and the memory is that of one
 //! block of logits whatever the batch. Weights are never read, only referred to.
