@@ -21,7 +21,11 @@ pub(super) fn write(page: &mut String, results: &Results) -> std::fmt::Result {
         Experiment::Sizes => write_sizes(page, results),
         Experiment::Tokens => results.groups.iter().try_for_each(|group| write_tokens(page, group)),
         Experiment::Map => write_map(page, results),
-        Experiment::Rules | Experiment::Shares | Experiment::Schedules | Experiment::Gradients => Ok(()),
+        Experiment::Rules
+        | Experiment::Shares
+        | Experiment::Schedules
+        | Experiment::Gradients
+        | Experiment::Pretrained => Ok(()),
     }
 }
 

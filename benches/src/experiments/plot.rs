@@ -154,7 +154,7 @@ fn over_size(results: &Results) -> Option<(String, String)> {
 fn selected_and_others(group: &GroupResults) -> Option<(String, String)> {
     let name = group.name();
     let is_shown = |row: &Row| row.kind == "plain" || Some(&row.kind) == group.chosen.by_tokens.as_ref();
-    let split = |of: fn(&SplitLoss) -> f64, label: &str| {
+    let split = |of: fn(&SplitLoss) -> f64, label: &str| -> Vec<Series> {
         let own = means(group, &is_shown, &|run| {
             let losses = run.tokens.iter().flat_map(|tokens| &tokens.losses);
             losses.map(|at| (at.step as f64, of(at))).collect()

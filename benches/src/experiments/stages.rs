@@ -320,7 +320,7 @@ impl<'a> Stages<'a> {
             .with_context(|| format!("{} holds no checkpoint", base.display()))
     }
 
-    pub(super) fn done(&self, part: &Path, what: &serde_json::Value) -> Result<()> {
+    pub(super) fn done(&self, part: &Path, what: &Value) -> Result<()> {
         write_json(&self.out.join(part).join(DONE_FILE), what)
     }
 

@@ -190,6 +190,7 @@ fn loop_over_blocks(
 }
 
 /// Names of the values that a block of rows is computed of.
+#[derive(Clone, Copy)]
 struct Asked<'a> {
     /// Hidden states, `[batch * sequence, width]`.
     flat: &'a str,
@@ -218,7 +219,7 @@ fn loop_body(head: &NodeProto, tail: &[NodeProto], outer: &Outer, what: (bool, b
     let index = body.node("Min", &[&index, last], vec![]);
     let rows = body.node("Gather", &[asked.rows, &index], vec![]);
     let targets = body.node("Gather", &[asked.targets, &index], vec![]);
-    let of_block = Asked { rows: &rows, targets: &targets, ..*asked };
+    let of_block = Asked { rows: &rows, targets: &targets, ..**asked };
     let values = block_outputs(&mut body, head, tail, &of_block, what);
     // Always true. Handed on from the iteration before, it would be on a GPU, and each one would wait for it to come back.
     let always = raw_tensor(DataType::Bool, &[], vec![1].into());
