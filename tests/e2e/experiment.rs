@@ -389,12 +389,14 @@ fn check_pretrained(experiments: &Path, folder: &Path) {
     assert_eq!(array(&group["rows"]).len(), 4, "plain, adaptive, random and the reference");
     let own = std::fs::read(out.join("tokenizer.json")).unwrap();
     assert!(own == std::fs::read(base.join("tokenizer.json")).unwrap());
-    // All of them begin with that model, whose loss before the first step is one number.
-    let first =
-        |run: &Value| array(&run["curve"]).iter().find(|eval| eval["set"] == "math").unwrap()["loss"].clone();
-    let losses: Vec<Value> = array(&group["runs"]).iter().map(first).collect();
-    assert!(losses.iter().all(|loss| *loss == losses[0]), "{losses:?}");
-    assert_eq!(found["streams"]["continual"]["base_loss"], losses[0]);
+    // All of them begin with that model. The reference's run knows no scored topic, whose windows cut long documents otherwise.
+    let first = |run: &Value| {
+        let eval = array(&run["curve"]).iter().find(|eval| eval["set"] == "math").unwrap();
+        eval["loss"].as_f64().unwrap()
+    };
+    let losses: Vec<f64> = array(&group["runs"]).iter().map(first).collect();
+    let base_loss = found["streams"]["continual"]["base_loss"].as_f64().unwrap();
+    assert!(losses.iter().all(|loss| (loss - base_loss).abs() < 1e-3), "{base_loss}: {losses:?}");
     // A path of this machine is not for others.
     let page = std::fs::read_to_string(out.join("results/pretrained/results.json")).unwrap();
     assert!(!page.contains(&base.display().to_string()));

@@ -146,7 +146,12 @@ fn write_group(
         Reference::Curated => String::new(),
         other => format!("; {}", further::reference(other)),
     };
-    writeln!(page, "\n## {name}: {}{scorer}\n", group.setting.description())?;
+    let what = if results.plan.basis.pretrained.is_some() {
+        "a pretrained model goes on with noisy mathematics; the reference is the same model after curated mathematics".to_owned()
+    } else {
+        group.setting.description()
+    };
+    writeln!(page, "\n## {name}: {what}{scorer}\n")?;
     let sets: Vec<&String> =
         group.rows.iter().filter(|row| row.kind == "plain").flat_map(|row| row.losses.keys()).collect();
     let (tokens, steps) = group.length();
