@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -299,6 +299,7 @@ fn a_topic_is_forecast_as_its_scored_lines_say() {
     };
     let from_topic = forecast(&mut of_topic(&with_base));
     check(&from_topic, &place);
+    assert_eq!(from_topic["documents_of"], "topic sluice.scored");
     assert_eq!(from_topic["reference_model"], from_files["reference_model"]);
     let some = forecast(of_topic(&with_base).args(["--documents", "7"]));
     assert_eq!((&some["documents_read"], &some["ending"]), (&json!(7), &json!("full")));
@@ -333,8 +334,31 @@ fn a_topic_is_forecast_as_its_scored_lines_say() {
     assert_eq!(child.wait().unwrap().code(), Some(0), "{said}");
     assert!(!said.contains("error") && !said.contains("panicked"), "{said}");
 
+    a_signal_ends_it_with_what_was_found(&place);
     a_reference_that_is_worse_is_said_first(&place);
     what_is_wrong_ends_as_a_run_does(&place, servers);
+}
+
+/// Of more documents than anybody waits for.
+fn a_signal_ends_it_with_what_was_found(place: &Place) {
+    let base = place.path("base-checkpoint");
+    let mut command = place.of_files("reference", &["--init", text(&base), "--json", "--documents", "20000"]);
+    let file = place.path("by-reference.jsonl");
+    command.args((0..200).flat_map(|_| ["--files", text(&file)]));
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(said.any(|line| line.contains("1000/20000 documents")));
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let rest: Vec<String> = said.collect();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{rest:?}");
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["ending"], "stopped");
+    let read = number(&found["documents_read"]);
+    assert!((1000.0..20_000.0).contains(&read), "{read}");
+    let looked_at = number(&found["all"]["documents"]);
+    assert!(0.0 < looked_at && looked_at <= read, "{looked_at} of {read}");
 }
 
 /// With the roles exchanged the reference knows less than the model to be trained.

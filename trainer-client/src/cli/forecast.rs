@@ -95,12 +95,15 @@ pub(super) fn forecast(arguments: &ForecastArguments) -> anyhow::Result<()> {
     if sample.documents.iter().all(|document| document.tokens == 0) && sample.ending == Ending::Stopped {
         return stopped();
     }
-    let topic = source.name(&scored.topic)?;
     if sample.documents.is_empty() {
-        return Err(StreamError::EmptyTopic(topic).into());
+        return Err(StreamError::EmptyTopic(source.name(&scored.topic)?).into());
     }
     let about = About {
-        topic,
+        documents_of: match scored.files.as_slice() {
+            [] => format!("topic {}", scored.topic),
+            [file] => file.display().to_string(),
+            files => format!("{} files", files.len()),
+        },
         base_model: arguments.init.as_ref().map(|folder| folder.display().to_string()),
         sequence_length: base.as_ref().map(|(_, shape)| shape.len),
         target_sources: target_sources.clone(),

@@ -13,8 +13,8 @@ use super::sources::{AgainstBase, SourceForecast, by_source, share};
 /// What the sample was taken of, as people gave it.
 #[derive(Clone, Debug, Serialize)]
 pub struct About {
-    /// Name of the topic, or of the files.
-    pub topic: String,
+    /// What the documents are of: a topic, a file, so many files.
+    pub documents_of: String,
     /// Folder of the model that is to be trained.
     pub base_model: Option<String>,
     /// Tokens of a sequence that it was measured in.

@@ -31,7 +31,7 @@ fn sample(documents: &[(&str, &[(f32, f32)])]) -> Sample {
 
 fn about(targets: &[&str]) -> About {
     About {
-        topic: "scored".to_owned(),
+        documents_of: "topic scored".to_owned(),
         base_model: Some("base".to_owned()),
         sequence_length: Some(8),
         target_sources: targets.iter().map(|&target| target.to_owned()).collect(),

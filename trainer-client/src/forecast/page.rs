@@ -37,7 +37,7 @@ fn sample(forecast: &Forecast) -> String {
     let all = &forecast.all;
     let mut text = format!(
         "Sample: {} documents of {} ({what}), {} predicted tokens",
-        forecast.documents_read, about.topic, all.tokens
+        forecast.documents_read, about.documents_of, all.tokens
     );
     if let Some(model) = forecast.reference_model {
         text.push_str(&format!("; reference model {}", model.short()));
