@@ -64,7 +64,7 @@ fn sample(forecast: &Forecast) -> String {
 fn reference_table(forecast: &Forecast) -> String {
     let header = ["source", "documents", "tokens", "of all", "reference loss"].map(str::to_owned);
     let row = |source: &SourceForecast| {
-        let mut row = counts(source);
+        let mut row = counts(source).to_vec();
         row.push(optional(source.reference_loss, nats));
         row
     };
