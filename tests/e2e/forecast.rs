@@ -38,23 +38,30 @@ struct Place {
 }
 
 impl Place {
-    /// A base model of prose, and a reference: the base model after mathematics.
+    /// A base model of prose and a little mathematics, and a reference: the base model after mathematics alone.
     fn new() -> Self {
         let place = Self { folder: tempfile::tempdir().unwrap() };
         let mut random = fastrand::Rng::with_seed(7);
-        place.write("prose.jsonl", (0..120).map(|_| ("", prose(&mut random))));
+        let general: Vec<(&str, String)> = (0..120)
+            .map(|number| match number % 8 {
+                0 => ("", mathematics(&mut random)),
+                _ => ("", prose(&mut random)),
+            })
+            .collect();
+        place.write("general.jsonl", general);
         place.write("curated.jsonl", (0..120).map(|_| ("", mathematics(&mut random))));
         let stream: Vec<(&str, String)> = (0..DOCUMENTS)
             .map(|number| match number % 4 {
-                0 => ("math", mathematics(&mut random)),
+                // With noise inside.
+                0 => ("math", mathematics(&mut random) + &prose(&mut random)),
                 _ => ("prose", prose(&mut random)),
             })
             .collect();
         place.write("stream.jsonl", stream);
         let shape = ["--hidden-size", "32", "--layers", "1", "--heads", "2"];
-        place.train("base", "prose.jsonl", &shape);
+        place.train("base", "general.jsonl", &shape);
         let base = place.path("base-checkpoint");
-        place.train("reference", "curated.jsonl", &["--init", text(&base), "--learning-rate", "3e-3"]);
+        place.train("reference", "curated.jsonl", &["--init", text(&base), "--learning-rate", "3e-4"]);
         for model in ["base", "reference"] {
             let scored = succeeds(&mut place.sluiced(&[
                 "model",
