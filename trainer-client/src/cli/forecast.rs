@@ -74,13 +74,11 @@ pub(super) fn forecast(arguments: &ForecastArguments) -> anyhow::Result<()> {
     // What is chosen by; records of a token classifier have no losses.
     let needs = Score::Excess.needs();
     let source = scored.source(broker, Arc::clone(&tokenizer), Bounds::default(), needs, Arc::clone(&stop));
-    let base = match &arguments.init {
-        None => None,
-        Some(_) => match arguments.base(&source, &tokenizer)? {
-            Some(base) => Some(base),
-            None => return stopped(),
-        },
-    };
+    let base = arguments.base(&source, &tokenizer)?;
+    if base.is_none() && arguments.init.is_some() {
+        say_stopped();
+        return Ok(());
+    }
     let mut progress = SampleProgress::new("forecast", *documents as u64);
     let sample = Sample::read(
         source.documents(&scored.topic)?,
@@ -93,7 +91,8 @@ pub(super) fn forecast(arguments: &ForecastArguments) -> anyhow::Result<()> {
     progress.finish();
     let sample = sample?;
     if sample.documents.iter().all(|document| document.tokens == 0) && sample.ending == Ending::Stopped {
-        return stopped();
+        say_stopped();
+        return Ok(());
     }
     if sample.documents.is_empty() {
         return Err(StreamError::EmptyTopic(source.name(&scored.topic)?).into());
@@ -120,14 +119,13 @@ pub(super) fn forecast(arguments: &ForecastArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn stopped() -> anyhow::Result<()> {
+fn say_stopped() {
     say(format_args!("stopped by a signal before a token was looked at"));
-    Ok(())
 }
 
 impl ForecastArguments {
-    /// The base model, and the micro-batches that it is measured in; `None` where somebody asked to stop before the topic held
-    /// a record that says how long sequences are.
+    /// The base model, and the micro-batches that it is measured in; `None` where none was given, and where somebody asked to
+    /// stop before the topic held a record that says how long sequences are.
     fn base(
         &self,
         source: &Source,

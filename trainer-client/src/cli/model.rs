@@ -55,12 +55,11 @@ impl ModelArguments {
         seed: u64,
     ) -> anyhow::Result<BurnLearner> {
         let device = self.compute.device.open()?;
-        let learner = match &self.init {
-            Some(folder) => initial(folder, device, tokenizer, sequence_length, optimizer)?,
-            None => {
-                let config = self.config(tokenizer, sequence_length);
-                BurnLearner::new_on(device, config, optimizer, seed).or_usage()?
-            }
+        let learner = if let Some(folder) = &self.init {
+            initial(folder, device, tokenizer, sequence_length, optimizer)?
+        } else {
+            let config = self.config(tokenizer, sequence_length);
+            BurnLearner::new_on(device, config, optimizer, seed).or_usage()?
         };
         Ok(self.compute.set(learner))
     }

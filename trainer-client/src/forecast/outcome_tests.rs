@@ -98,7 +98,7 @@ fn the_adaptive_rule_keeps_its_least_share_where_nothing_is_above_0() {
 
 #[test]
 fn a_reference_that_is_no_better_is_said_in_the_first_line() {
-    let first = |found: &Forecast| page(&found).lines().next().unwrap().to_owned();
+    let first = |found: &Forecast| page(found).lines().next().unwrap().to_owned();
     let not_on = Forecast::of(&stream(), about(&["prose"]), &two_rows()).unwrap();
     assert_eq!(not_on.verdict, Verdict::NotExpectedToHelp);
     let said = first(&not_on);

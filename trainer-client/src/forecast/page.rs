@@ -35,29 +35,27 @@ fn sample(forecast: &Forecast) -> String {
         Ending::Stopped => "stopped by a signal",
     };
     let all = &forecast.all;
-    let mut text = format!(
+    let mut facts = vec![format!(
         "Sample: {} documents of {} ({what}), {} predicted tokens",
         forecast.documents_read, about.documents_of, all.tokens
-    );
-    if let Some(model) = forecast.reference_model {
-        text.push_str(&format!("; reference model {}", model.short()));
-    }
+    )];
+    facts.extend(forecast.reference_model.map(|model| format!("reference model {}", model.short())));
     if let (Some(base), Some(len)) = (&about.base_model, about.sequence_length) {
-        text.push_str(&format!("; base model {base}, in sequences of {len} tokens"));
+        facts.push(format!("base model {base}, in sequences of {len} tokens"));
     }
-    text.push('.');
+    let mut sentences = vec![format!("{}.", facts.join("; "))];
     if forecast.ending == Ending::TokensMax {
-        text.push_str(&format!(" It ends at {TOKENS_MAX} tokens, whose losses are held in memory."));
+        sentences.push(format!("It ends at {TOKENS_MAX} tokens, whose losses are held in memory."));
     }
     let compared = all.against_base.as_ref().map_or(all.tokens, |found| found.compared_tokens);
     if compared < all.tokens {
-        text.push_str(&format!(
-            " {} of the tokens are left out below, for a sequence holds less context than the reference read them with; a run \
+        sentences.push(format!(
+            "{} of the tokens are left out below, for a sequence holds less context than the reference read them with; a run \
              cannot choose them either.",
             all.tokens - compared
         ));
     }
-    text
+    sentences.join(" ")
 }
 
 /// Sources by what the reference says alone.

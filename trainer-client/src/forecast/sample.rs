@@ -188,12 +188,14 @@ impl Sample {
             for piece in pieces {
                 let number: usize =
                     piece.document.id().parse().context("documents are named by their numbers")?;
-                for position in at..at + piece.len() {
-                    if batch.targets[position] != NO_TARGET {
-                        self.add(number, losses[position], batch.reference[position])?;
+                let own = at..at + piece.len();
+                let of_models = losses[own.clone()].iter().zip(&batch.reference[own.clone()]);
+                for (&target, (&base, &reference)) in batch.targets[own.clone()].iter().zip(of_models) {
+                    if target != NO_TARGET {
+                        self.add(number, base, reference)?;
                     }
                 }
-                at += piece.len();
+                at = own.end;
             }
         }
         Ok(batch.predictions() as u64)
