@@ -53,7 +53,7 @@ fn document(source: &str, tokens: usize) -> Document {
     })
 }
 
-fn lanes(lengths: &[&[(&str, usize)]]) -> Box<Lanes> {
+fn lanes(lengths: &[&[(&str, usize)]]) -> Box<dyn DocumentStream> {
     let lane = |documents: &&[(&str, usize)]| {
         documents.iter().map(|&(source, tokens)| document(source, tokens)).collect()
     };
