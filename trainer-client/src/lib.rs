@@ -2,11 +2,13 @@
 //! from, trains on those alone, and shows what came of it.
 //!
 //! Data flows one way: `sluice_feed` -> `training` (with a model behind [`training::learner::Learner`]) -> `run` ->
-//! `report`. No room but `model` and `export` knows a tensor framework.
+//! `report`. `forecast` takes a sample of the same documents, and says before a run what selection would keep of it. No room
+//! but `model` and `export` knows a tensor framework.
 
 pub mod cli;
 pub mod export;
 pub mod failure;
+pub mod forecast;
 pub mod model;
 pub mod report;
 pub mod run;

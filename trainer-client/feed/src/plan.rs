@@ -29,6 +29,17 @@ pub enum PlanError {
     },
 }
 
+impl BatchShape {
+    /// Refuses a micro-batch that no memory holds.
+    pub fn check(self) -> Result<(), PlanError> {
+        let Self { rows, len } = self;
+        if rows.checked_mul(len).is_none_or(|cells| cells > CELLS_MAX) {
+            return Err(PlanError::Cells { rows, len });
+        }
+        Ok(())
+    }
+}
+
 /// How a feed makes micro-batches. Two feeds with the same plan over the same data give the same ones.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -67,14 +78,10 @@ impl Plan {
 
     /// Refuses sizes that are mistakes: a step or a micro-batch that no memory holds.
     pub fn check(&self) -> Result<(), PlanError> {
-        let BatchShape { rows, len } = self.shape;
         if self.micro_batches > MICRO_BATCHES_MAX {
             return Err(PlanError::MicroBatches(self.micro_batches));
         }
-        if rows.checked_mul(len).is_none_or(|cells| cells > CELLS_MAX) {
-            return Err(PlanError::Cells { rows, len });
-        }
-        Ok(())
+        self.shape.check()
     }
 
     /// Documents in the shuffle buffer of each of so many lanes.

@@ -12,9 +12,9 @@ pub(super) fn advice(error: &anyhow::Error) -> Option<&'static str> {
         | StreamError::PropertyValue(_)
         | StreamError::OwnedProperty(_) => Some("see the --property flags"),
         StreamError::NoSuchTopic { .. } => Some("the name is that of --topic"),
-        StreamError::EmptyTopic(_) => Some("--follow waits for documents"),
+        StreamError::EmptyTopic(_) => Some("`run --follow` waits for documents"),
         StreamError::Kind { found: TopicKind::Documents, .. } => {
-            Some("`run` wants scored ones: check --topic, or score it with `sluiced serve`")
+            Some("`run` and `forecast` want scored ones: check --topic, or score it with `sluiced serve`")
         }
         StreamError::Kind { found: TopicKind::Scored, .. } => {
             Some("`reference` wants tokenized ones: check --topic")
@@ -23,7 +23,7 @@ pub(super) fn advice(error: &anyhow::Error) -> Option<&'static str> {
             "`sluiced serve --score-entropies true` adds them; --score reference-entropy, intersection and union look at them",
         ),
         StreamError::NoLosses { .. } => {
-            Some("--score attribute, loss and entropy, and --objective random, need none")
+            Some("`run` needs none with --score attribute, loss and entropy, and with --objective random")
         }
         StreamError::NoAttribute { .. } => Some(
             "`sluiced serve --model-path` of a token classifier gives one; --score attribute looks at it",

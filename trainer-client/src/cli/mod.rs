@@ -2,6 +2,7 @@
 
 mod advice;
 mod arguments;
+mod forecast;
 mod inspect;
 mod model;
 mod optimization;
@@ -42,6 +43,12 @@ struct Cli {
 enum Command {
     /// Train a model on a scored topic
     Run(run::RunArguments),
+    /// Say, from a sample of a scored topic, whether selection can be expected to help
+    ///
+    /// Which sources the reference predicts better than the model that will be trained (--init), what `--keep adaptive` and
+    /// fixed shares would keep of each at the first step, and how streams like this one fared in an experiment. Reads from the
+    /// beginning, belongs to no consumer group, commits nothing and writes nothing.
+    Forecast(forecast::ForecastArguments),
     /// Train a reference model on a topic of curated tokenized documents
     Reference(reference::ReferenceArguments),
     /// Write a run's last checkpoint as an ONNX model that `sluiced serve` can load
@@ -74,6 +81,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     log_to_stderr();
     let done = match &cli.command {
         Command::Run(arguments) => run::run(arguments),
+        Command::Forecast(arguments) => forecast::forecast(arguments),
         Command::Reference(arguments) => reference::reference(arguments),
         Command::Export(arguments) => inspect::export(arguments),
         Command::Evaluate(arguments) => inspect::evaluate(arguments),

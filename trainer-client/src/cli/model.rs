@@ -54,41 +54,13 @@ impl ModelArguments {
         optimizer: AdamWConfig,
         seed: u64,
     ) -> anyhow::Result<BurnLearner> {
-        let device = self.compute.device()?;
-        let Some(folder) = &self.init else {
+        let device = self.compute.device.open()?;
+        let learner = if let Some(folder) = &self.init {
+            initial(folder, device, tokenizer, sequence_length, optimizer)?
+        } else {
             let config = self.config(tokenizer, sequence_length);
-            return BurnLearner::new_on(device, config, optimizer, seed)
-                .map(|learner| self.compute.set(learner))
-                .or_usage();
+            BurnLearner::new_on(device, config, optimizer, seed).or_usage()?
         };
-        if !folder.join(CONFIG_FILE).is_file() {
-            let error =
-                anyhow::anyhow!("{} holds no {CONFIG_FILE}; give a checkpoint to --init", folder.display());
-            return Err(error).or_usage();
-        }
-        optimizer.validate().or_usage()?;
-        let config = ModelConfig::read(folder).or_data()?;
-        if config.vocab_size < tokenizer.vocabulary() as usize {
-            return Err(anyhow::anyhow!(
-                "the model in {} has {} token rows, but the tokenizer has ids up to {}; give the tokenizer it was \
-                 trained with",
-                folder.display(),
-                config.vocab_size,
-                tokenizer.vocabulary() - 1
-            ))
-            .or_usage();
-        }
-        if config.max_position_embeddings < sequence_length {
-            return Err(anyhow::anyhow!(
-                "the model in {} reads at most {} tokens; give --sequence-length {1} or less",
-                folder.display(),
-                config.max_position_embeddings
-            ))
-            .or_usage();
-        }
-        let weights = read_weights(folder, &config).or_data()?;
-        let mut learner = BurnLearner::from_weights(config, optimizer, weights, device).or_data()?;
-        learner.carry(carried(folder, tokenizer).or_data()?);
         Ok(self.compute.set(learner))
     }
 
@@ -100,7 +72,7 @@ impl ModelArguments {
     /// Refuses a device that is not to be had, and sizes of which no model can be made. The length of a sequence may not be
     /// known yet.
     pub fn check(&self, tokenizer: &TextTokenizer, sequence_length: Option<usize>) -> anyhow::Result<()> {
-        self.compute.device()?;
+        self.compute.device.open()?;
         match &self.init {
             Some(_) => Ok(()),
             None => self.config(tokenizer, sequence_length.unwrap_or(2)).validate().or_usage(),
@@ -109,12 +81,7 @@ impl ModelArguments {
 
     /// The longest sequence that the model to start from reads; `None` where it is made to measure.
     pub fn longest_sequence(&self) -> anyhow::Result<Option<usize>> {
-        match &self.init {
-            Some(folder) if folder.join(CONFIG_FILE).is_file() => {
-                Ok(Some(ModelConfig::read(folder).or_data()?.max_position_embeddings))
-            }
-            _ => Ok(None),
-        }
+        self.init.as_deref().map_or(Ok(None), longest_sequence)
     }
 
     /// The model of a checkpoint, with its optimizer, if it is the one that these flags describe.
@@ -136,7 +103,7 @@ impl ModelArguments {
             );
             return Err(error).or_data();
         }
-        let learner = BurnLearner::open_on(self.compute.device()?, checkpoint, optimizer).or_data()?;
+        let learner = BurnLearner::open_on(self.compute.device.open()?, checkpoint, optimizer).or_data()?;
         let learner = self.compute.set(learner);
         // With --init or --branch-from the flags say nothing of the shape.
         if self.init.is_none() && !is_branch && *learner.config() != self.config(tokenizer, sequence_length) {
@@ -168,6 +135,53 @@ impl ModelArguments {
     }
 }
 
+/// The model in a folder, for this tokenizer and sequence length, with a fresh optimizer.
+pub(super) fn initial(
+    folder: &Path,
+    device: Device,
+    tokenizer: &TextTokenizer,
+    sequence_length: usize,
+    optimizer: AdamWConfig,
+) -> anyhow::Result<BurnLearner> {
+    if !folder.join(CONFIG_FILE).is_file() {
+        let error =
+            anyhow::anyhow!("{} holds no {CONFIG_FILE}; give a checkpoint to --init", folder.display());
+        return Err(error).or_usage();
+    }
+    optimizer.validate().or_usage()?;
+    let config = ModelConfig::read(folder).or_data()?;
+    if config.vocab_size < tokenizer.vocabulary() as usize {
+        return Err(anyhow::anyhow!(
+            "the model in {} has {} token rows, but the tokenizer has ids up to {}; give the tokenizer it was \
+             trained with",
+            folder.display(),
+            config.vocab_size,
+            tokenizer.vocabulary() - 1
+        ))
+        .or_usage();
+    }
+    if config.max_position_embeddings < sequence_length {
+        return Err(anyhow::anyhow!(
+            "the model in {} reads at most {} tokens; give --sequence-length {1} or less",
+            folder.display(),
+            config.max_position_embeddings
+        ))
+        .or_usage();
+    }
+    let weights = read_weights(folder, &config).or_data()?;
+    let mut learner = BurnLearner::from_weights(config, optimizer, weights, device).or_data()?;
+    learner.carry(carried(folder, tokenizer).or_data()?);
+    Ok(learner)
+}
+
+/// The longest sequence that the model in a folder reads; `None` where there is none.
+pub(super) fn longest_sequence(folder: &Path) -> anyhow::Result<Option<usize>> {
+    if !folder.join(CONFIG_FILE).is_file() {
+        return Ok(None);
+    }
+    Ok(Some(ModelConfig::read(folder).or_data()?.max_position_embeddings))
+}
+
 /// What goes along with the weights of `folder`; what belongs to its tokenizer only where that is the one given.
 fn carried(folder: &Path, tokenizer: &TextTokenizer) -> anyhow::Result<Carried> {
     let carried = Carried::read(folder)?;
@@ -176,16 +190,35 @@ fn carried(folder: &Path, tokenizer: &TextTokenizer) -> anyhow::Result<Carried> 
     Ok(if is_same { carried } else { carried.without_tokenizer() })
 }
 
-/// Where and how to compute.
+/// Where to compute, and in which precision.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Computation")]
-pub(super) struct ComputeArguments {
+pub(super) struct DeviceArguments {
     /// cpu, cuda or cuda:N; the latter need a build with --features cuda
     #[arg(long, env = "SLUICE_TRAIN_DEVICE", default_value_t = DeviceName::Cpu)]
     device: DeviceName,
     /// What products of matrices are computed in; weights, sums and softmaxes are f32 in any case
     #[arg(long, env = "SLUICE_TRAIN_PRECISION", value_enum, default_value_t = Precision::F32)]
     pub precision: Precision,
+}
+
+impl DeviceArguments {
+    /// The device, once it has answered.
+    pub fn open(&self) -> anyhow::Result<Device> {
+        let mut probe = std::process::Command::new(std::env::current_exe().or_unavailable()?);
+        match self.device.open(probe.arg("probe-device")) {
+            Err(error @ DeviceError::NotBuilt) => Err(error).or_usage(),
+            device => device.or_unavailable(),
+        }
+    }
+}
+
+/// Where and how to compute a step.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Computation")]
+pub(super) struct ComputeArguments {
+    #[command(flatten)]
+    pub device: DeviceArguments,
     /// Keep the layers' inputs alone for the backward pass and run each layer forward once more: less memory, more time,
     /// the same bits
     #[arg(long, env = "SLUICE_TRAIN_RECOMPUTE_ACTIVATIONS")]
@@ -193,18 +226,9 @@ pub(super) struct ComputeArguments {
 }
 
 impl ComputeArguments {
-    /// The device, once it has answered.
-    fn device(&self) -> anyhow::Result<Device> {
-        let mut probe = std::process::Command::new(std::env::current_exe().or_unavailable()?);
-        match self.device.open(probe.arg("probe-device")) {
-            Err(error @ DeviceError::NotBuilt) => Err(error).or_usage(),
-            device => device.or_unavailable(),
-        }
-    }
-
     /// The same learner, which computes as these flags say.
     fn set(&self, mut learner: BurnLearner) -> BurnLearner {
-        learner.compute_in(self.precision);
+        learner.compute_in(self.device.precision);
         learner.recompute_activations(self.recompute_activations);
         learner
     }

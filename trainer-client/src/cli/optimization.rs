@@ -56,19 +56,26 @@ impl From<UnequalContextsName> for UnequalContexts {
     }
 }
 
+/// How large a micro-batch is.
+#[derive(Args, Clone, Copy, Debug)]
+pub(super) struct BatchArguments {
+    /// Sequences in a micro-batch
+    #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = between::<1, CELLS_MAX>)]
+    pub batch_size: usize,
+    /// Tokens in a sequence [default: as many as the window that the first record was scored in; 256 without a reference]
+    #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", value_parser = between::<2, CELLS_MAX>)]
+    pub sequence_length: Option<usize>,
+}
+
 /// How to learn.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Training")]
 pub(super) struct OptimizationArguments {
-    /// Sequences in a micro-batch
-    #[arg(long, env = "SLUICE_TRAIN_BATCH_SIZE", default_value_t = 16, value_parser = between::<1, CELLS_MAX>)]
-    pub batch_size: usize,
+    #[command(flatten)]
+    pub batch: BatchArguments,
     /// Micro-batches whose gradients make one optimizer step; they come from the topic's partitions in turn
     #[arg(long, env = "SLUICE_TRAIN_ACCUMULATE", default_value_t = 1, value_parser = between::<1, MICRO_BATCHES_MAX>)]
     pub accumulate: usize,
-    /// Tokens in a sequence [default: as many as the window that the first record was scored in; 256 without a reference]
-    #[arg(long, env = "SLUICE_TRAIN_SEQUENCE_LENGTH", value_parser = between::<2, CELLS_MAX>)]
-    pub sequence_length: Option<usize>,
     /// What happens to tokens that a sequence cannot hold the reference's context of, where its windows are longer
     #[arg(long, env = "SLUICE_TRAIN_UNEQUAL_CONTEXTS", value_enum, default_value_t = UnequalContextsName::Mask)]
     unequal_contexts: UnequalContextsName,

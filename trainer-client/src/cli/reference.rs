@@ -98,8 +98,8 @@ pub(super) fn reference(arguments: &ReferenceArguments) -> anyhow::Result<()> {
         topic: topic.clone(),
         extent,
         shape: BatchShape {
-            rows: optimization.batch_size,
-            len: optimization.sequence_length.unwrap_or(SEQUENCE_LENGTH_WITHOUT_REFERENCE),
+            rows: optimization.batch.batch_size,
+            len: optimization.batch.sequence_length.unwrap_or(SEQUENCE_LENGTH_WITHOUT_REFERENCE),
         },
         packing,
         micro_batches: optimization.accumulate,

@@ -1,23 +1,20 @@
 //! `sluice-train run`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use clap::Args;
 use serde_json::{Value, json};
 use sluice_feed::pack::BatchShape;
 use sluice_feed::plan::Plan as FeedPlan;
-use sluice_feed::stream::{Decoder, Extent, StreamError, TopicKind};
-use sluice_schemas::fingerprint::Fingerprint;
-use sluice_schemas::names;
+use sluice_feed::stream::Extent;
 use sluice_text::output::say;
 
 use super::arguments::{BrokerArguments, OutputArguments};
 use super::model::ModelArguments;
-use super::optimization::OptimizationArguments;
+use super::optimization::{BatchArguments, OptimizationArguments};
 use super::selection::SelectionArguments;
-use super::source::Source;
+use super::source::{ScoredArguments, Source};
 use super::training::{described, plan, say_begun, set_up, stream_settings, train};
 use crate::failure::{Classify, Failure};
 use crate::run::folder::recorded;
@@ -28,24 +25,11 @@ use crate::training::learner::Learner;
 use crate::training::setup::Begun;
 use crate::watch::process::stop_on_signals;
 
-/// A longer window than any model's is a slip of whoever wrote the record.
-const SEQUENCE_LENGTH_MAX: usize = 1 << 20;
-/// More tokens in a micro-batch than most machines hold the activations of.
-const MICRO_BATCH_TOKENS_MANY: usize = 1 << 17;
-
 /// Arguments of `sluice-train run`.
 #[derive(Args, Clone, Debug)]
 pub(super) struct RunArguments {
-    /// Topic of scored documents
-    #[arg(long, env = "SLUICE_TRAIN_TOPIC", default_value = names::SCORED_TOPIC)]
-    topic: String,
-    /// Read scored documents from these files instead of Kafka, a partition each: lines of `sluiced model score`, as they are
-    /// or compressed; in the environment one a line
-    #[arg(long, env = "SLUICE_TRAIN_FILES", value_name = "FILE", num_args = 1.., value_delimiter = '\n', conflicts_with_all = ["topic", "follow"])]
-    files: Vec<PathBuf>,
-    /// The tokenizer.json that the documents were made with
-    #[arg(long, env = "SLUICE_TRAIN_TOKENIZER", value_name = "FILE")]
-    tokenizer: PathBuf,
+    #[command(flatten)]
+    scored: ScoredArguments,
     /// Optimizer steps
     #[arg(long, env = "SLUICE_TRAIN_STEPS", value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
@@ -53,7 +37,7 @@ pub(super) struct RunArguments {
     #[arg(long, env = "SLUICE_TRAIN_UNTIL_END", conflicts_with = "follow")]
     until_end: bool,
     /// Wait for further documents at the end of the topic (this is the default)
-    #[arg(long, env = "SLUICE_TRAIN_FOLLOW")]
+    #[arg(long, env = "SLUICE_TRAIN_FOLLOW", conflicts_with = "files")]
     follow: bool,
     /// Passes over the topic; implies --until-end
     #[arg(long, env = "SLUICE_TRAIN_EPOCHS", conflicts_with = "follow", value_parser = clap::value_parser!(u64).range(1..))]
@@ -71,15 +55,6 @@ pub(super) struct RunArguments {
         hide_default_value = true
     )]
     shuffle_buffer: usize,
-    /// Fingerprint of a reference model whose losses are accepted; repeatable, in the environment one a line
-    /// [default: that of the first record]
-    #[arg(
-        long = "reference-model",
-        env = "SLUICE_TRAIN_REFERENCE_MODEL",
-        value_name = "SHA256",
-        value_delimiter = '\n'
-    )]
-    reference_models: Vec<Fingerprint>,
     #[command(flatten)]
     selection: SelectionArguments,
     #[command(flatten)]
@@ -106,28 +81,19 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let schedule = optimization.schedule(arguments.steps, model.is_trained(output))?;
     let packing = optimization.packing()?;
     let extent = arguments.extent();
-    files::check(&arguments.files).or_usage()?;
+    files::check(&arguments.scored.files).or_usage()?;
     let stop = stop_on_signals()?;
     let broker = arguments.broker.broker()?;
     let telemetry = output.telemetry()?;
     let broker = broker.observed(Arc::new(telemetry.clone()));
-    let tokenizer = Arc::new(TextTokenizer::read(&arguments.tokenizer)?);
+    let tokenizer = Arc::new(TextTokenizer::read(&arguments.scored.tokenizer)?);
     // Before the broker is asked for anything.
-    model.check(&tokenizer, optimization.sequence_length)?;
+    model.check(&tokenizer, optimization.batch.sequence_length)?;
     output.output().check()?;
-    let decoder = Decoder::new(TopicKind::Scored, tokenizer.fingerprint(), tokenizer.vocabulary())
-        .needing(objective.needs())
-        .allowing(&arguments.reference_models);
-    let source = Source {
-        broker,
-        files: arguments.files.clone(),
-        decoder,
-        kind: TopicKind::Scored,
-        tokenizer: Arc::clone(&tokenizer),
-        bounds: output.bounds.bounds(&tokenizer)?,
-        stop: Arc::clone(&stop),
-    };
-    let topic = source.name(&arguments.topic)?;
+    let bounds = output.bounds.bounds(&tokenizer)?;
+    let source =
+        arguments.scored.source(broker, Arc::clone(&tokenizer), bounds, objective.needs(), Arc::clone(&stop));
+    let topic = source.name(&arguments.scored.topic)?;
     let Some(len) = arguments.sequence_length(&source, extent)? else {
         say(format_args!("stopped by a signal before the topic held a record"));
         return Ok(());
@@ -135,7 +101,7 @@ pub(super) fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let feed_plan = FeedPlan {
         topic: topic.clone(),
         extent,
-        shape: BatchShape { rows: optimization.batch_size, len },
+        shape: BatchShape { rows: optimization.batch.batch_size, len },
         packing,
         micro_batches: optimization.accumulate,
         shuffle_buffer: arguments.shuffle_buffer,
@@ -167,7 +133,8 @@ impl RunArguments {
     /// Tokens of a sequence: as given, as the run that is gone on with has them, or as many as the reference's windows
     /// hold, which the first record of the topic says. `None` where the run was asked to stop before there was one.
     fn sequence_length(&self, source: &Source, extent: Extent) -> anyhow::Result<Option<usize>> {
-        if let Some(given) = self.optimization.sequence_length {
+        let BatchArguments { batch_size, sequence_length } = self.optimization.batch;
+        if let Some(given) = sequence_length {
             return Ok(Some(given));
         }
         if self.output.resume
@@ -175,44 +142,13 @@ impl RunArguments {
         {
             return Ok(Some(record.sequence_length));
         }
-        let context = source.first_context(&self.topic, extent)?;
-        let Some(context) = context else {
-            let is_stopped = source.stop.load(Ordering::Relaxed);
-            return if is_stopped {
-                Ok(None)
-            } else {
-                Err(StreamError::EmptyTopic(source.name(&self.topic)?).into())
-            };
-        };
-        let window = context.window as usize;
-        let longest = self.model.longest_sequence()?.unwrap_or(window);
-        let len = window.min(longest);
-        if !(2..=SEQUENCE_LENGTH_MAX).contains(&len) {
-            let error = format!(
-                "the first record of {:?} was scored in windows of {window} tokens: give --sequence-length",
-                self.topic
-            );
-            return Err(Failure::Data(error).into());
-        }
-        let tokens = len * self.optimization.batch_size;
-        if tokens > MICRO_BATCH_TOKENS_MANY {
-            tracing::warn!(
-                "a micro-batch of {} sequences of {len} tokens, the reference's windows, holds {tokens} tokens: where memory is \
-                 short, give a smaller --batch-size or a shorter --sequence-length",
-                self.optimization.batch_size
-            );
-        }
-        tracing::info!(
-            window,
-            "sequences of {len} tokens, by the reference model's windows (--sequence-length)"
-        );
-        Ok(Some(len))
+        source.sequence_length(&self.scored.topic, extent, self.model.longest_sequence()?, batch_size)
     }
 
     fn extent(&self) -> Extent {
         match self.epochs {
             Some(epochs) => Extent::UntilEnd { epochs },
-            None if self.until_end || !self.files.is_empty() => Extent::UntilEnd { epochs: 1 },
+            None if self.until_end || !self.scored.files.is_empty() => Extent::UntilEnd { epochs: 1 },
             None => Extent::Follow,
         }
     }
@@ -221,7 +157,7 @@ impl RunArguments {
         let mut settings = stream_settings(topic, &self.broker);
         settings["extent"] = json!(self.extent());
         settings["shuffle_buffer"] = self.shuffle_buffer.into();
-        let allowed: Vec<String> = self.reference_models.iter().map(ToString::to_string).collect();
+        let allowed: Vec<String> = self.scored.reference_models.iter().map(ToString::to_string).collect();
         settings["reference_models"] = allowed.into();
         settings
     }

@@ -69,7 +69,7 @@ pub(super) fn described(
     let own = [
         ("model", encode(serde_json::to_value(learner.config()))?),
         ("optimizer", encode(serde_json::to_value(optimization.optimizer()))?),
-        ("precision", encode(serde_json::to_value(model.compute.precision))?),
+        ("precision", encode(serde_json::to_value(model.compute.device.precision))?),
     ];
     let settings = own.into_iter().chain(settings).map(|(name, value)| (name.to_owned(), value));
     Ok(Described { command, settings: settings.collect() })

@@ -1,6 +1,7 @@
 //! Runs compared on one self-contained HTML page, readable without scripts, network or prior knowledge.
 
 mod categories;
+pub mod columns;
 mod curves;
 pub mod dynamics;
 mod html;

@@ -1,5 +1,6 @@
 //! The headline table, on the page and in the terminal.
 
+use super::columns::columns;
 use super::html::{Html, PALETTE, count, duration, escape, percent};
 use super::summary::{Comparison, RunSummary};
 use crate::run::learning_curve::AVERAGED;
@@ -210,25 +211,7 @@ pub(super) fn text(comparison: &Comparison<'_>) -> String {
             .map(|cell| if cell.is_best { format!("{}*", cell.text) } else { cell.text.clone() })
             .collect()
     }));
-    let columns = lines[0].len();
-    let widths: Vec<usize> = (0..columns)
-        .map(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0))
-        .collect();
-    let mut text = String::new();
-    for line in &lines {
-        let padded: Vec<String> = line
-            .iter()
-            .zip(&widths)
-            .enumerate()
-            .map(
-                |(column, (cell, &width))| {
-                    if column < 2 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
-                },
-            )
-            .collect();
-        text.push_str(padded.join("  ").trim_end());
-        text.push('\n');
-    }
+    let mut text = columns(&lines, 2);
     text.push_str("* lowest of its column\n");
     for finding in findings(comparison) {
         text.push_str(&finding);

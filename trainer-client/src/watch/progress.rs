@@ -4,6 +4,7 @@ use std::io::Write;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use sluice_text::output::say;
 
 use crate::run::metrics::StepMetric;
 
@@ -29,15 +30,8 @@ pub struct Progress {
 impl Progress {
     /// A bar over `steps` steps.
     pub fn new(label: &str, steps: u64) -> Self {
-        let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
-        if let Ok(style) =
-            ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} [{elapsed}<{eta}] {wide_msg}")
-        {
-            bar.set_style(style);
-        }
-        bar.set_prefix(label.to_owned());
         Self {
-            bar,
+            bar: bar(label, steps),
             is_silent: false,
             steps,
             started: Instant::now(),
@@ -94,10 +88,55 @@ impl Progress {
     fn is_due(&self, step: u64) -> bool {
         step == 1 || step == self.steps || step.is_multiple_of((self.steps / LINES).max(1))
     }
+
     fn print(&self, line: &str) {
         if !self.is_silent {
             // A closed terminal or pipe is no reason to end a run, as `eprintln!` would.
             let _ = writeln!(std::io::stderr(), "{line}");
         }
     }
+}
+
+/// Shows how much of a sample has been read.
+#[derive(Debug)]
+pub struct SampleProgress {
+    bar: ProgressBar,
+    documents_max: u64,
+    /// Documents that had been read when a line was printed last.
+    said: u64,
+}
+
+impl SampleProgress {
+    /// A bar over `documents_max` documents.
+    pub fn new(label: &str, documents_max: u64) -> Self {
+        Self { bar: bar(label, documents_max), documents_max, said: 0 }
+    }
+
+    /// Shows that so many documents have been read, and so many of their tokens looked at.
+    pub fn read(&mut self, documents: u64, tokens: u64) {
+        let message = format!("documents · {tokens} tokens");
+        self.bar.set_position(documents);
+        if self.bar.is_hidden() && documents - self.said >= (self.documents_max / LINES).max(1) {
+            self.said = documents;
+            let (label, of) = (self.bar.prefix(), self.documents_max);
+            say(format_args!("{label} {documents}/{of} {message}"));
+        }
+        self.bar.set_message(message);
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn bar(label: &str, len: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(len), ProgressDrawTarget::stderr());
+    if let Ok(style) =
+        ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} [{elapsed}<{eta}] {wide_msg}")
+    {
+        bar.set_style(style);
+    }
+    bar.set_prefix(label.to_owned());
+    bar
 }
