@@ -4,6 +4,9 @@ use super::estimate::Standing;
 use super::sources::{ADAPTIVE, SourceForecast};
 use super::words::{list, percent, with_interval};
 
+/// Share of the tokens from which on a target that nobody has named is most of the stream.
+const MOST: f64 = 0.5;
+
 /// Without the model that is to be trained.
 pub(super) fn no_base_model(command: &str) -> String {
     format!(
@@ -53,8 +56,8 @@ pub(super) fn not_expected(targets: &[&SourceForecast]) -> String {
     )
 }
 
-/// Where the reference is better on these sources.
-pub(super) fn may_help(better: &[&SourceForecast], all: &SourceForecast) -> String {
+/// Where the reference is better on these sources, which were named or found.
+pub(super) fn may_help(better: &[&SourceForecast], all: &SourceForecast, are_named: bool) -> String {
     let names: Vec<&str> = better.iter().map(|source| source.source.as_str()).collect();
     let share: f64 = better.iter().map(|source| source.share_of_tokens).sum();
     let kept_of = |source: &SourceForecast| {
@@ -62,9 +65,14 @@ pub(super) fn may_help(better: &[&SourceForecast], all: &SourceForecast) -> Stri
     };
     let kept = kept_of(all).map_or(0.0, |kept| kept.share_of_source);
     let there: f64 = better.iter().filter_map(|source| kept_of(source)).map(|kept| kept.share_of_kept).sum();
+    let most = if share > MOST && !are_named {
+        " That is most of the stream, so there is little to leave out: name what the run is for with --target-source."
+    } else {
+        ""
+    };
     format!(
         "Selection may help on {} ({} of the tokens): the reference is better there than the base model. `--keep adaptive` \
-         would begin with {} of all tokens, and {} of those lie there.",
+         would begin with {} of all tokens, and {} of those lie there.{most}",
         list(&names),
         percent(share),
         percent(kept),
