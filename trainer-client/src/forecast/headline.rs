@@ -42,15 +42,15 @@ pub(super) fn not_expected(targets: &[&SourceForecast]) -> String {
             let Some(found) = &source.against_base else { return format!("{name}no token can be compared") };
             let what = match (found.excess.standing(), found.excess.low) {
                 (Standing::Worse, _) => "it is worse",
-                (_, None) => "too few documents to tell",
+                (_, None) => "too few documents to tell, see --documents",
                 _ => "it is not shown to be better",
             };
             format!("{name}{what}, mean excess {}", with_interval(&found.excess))
         })
         .collect();
     format!(
-        "Selection cannot be expected to help on {}: the reference is not better there than the base model ({}), so its losses \
-         do not say what is worth learning there.",
+        "Selection cannot be expected to help on {}: the sample does not show the reference to be better there than the base \
+         model ({}), and where it is not, its losses do not say what is worth learning.",
         list(&names),
         found.join("; ")
     )
@@ -98,9 +98,9 @@ pub(super) fn limits(has_base: bool, map: Option<&str>) -> Vec<String> {
     }
     if let Some(model) = map {
         limits.push(format!(
-            "The map is of one small model ({model}), word problems from templates among other text, and one learning rate: it says \
-             which way such streams went there, and gives no number for yours. A ratio whose interval overlaps the null says \
-             nothing."
+            "The map is of one small model ({model}), word problems from templates among other text, and one learning rate: it \
+             says which way such streams went there, and gives no number for yours. A ratio whose interval overlaps the null \
+             says nothing."
         ));
     }
     limits
