@@ -196,9 +196,31 @@ fn a_topic_is_forecast_as_its_scored_lines_say() {
     assert_eq!(child.wait().unwrap().code(), Some(0), "{said}");
     assert!(!said.contains("error") && !said.contains("panicked"), "{said}");
 
+    a_run_keeps_at_its_first_step_what_was_forecast(&place, &from_files);
     a_signal_ends_it_with_what_was_found(&place);
     a_reference_that_is_worse_is_said_first(&place);
     what_is_wrong_ends_as_a_run_does(&place, servers);
+}
+
+/// Of a step that holds the whole stream.
+fn a_run_keeps_at_its_first_step_what_was_forecast(place: &Place, found: &Value) {
+    let (file, base) = (place.path("by-reference.jsonl"), place.path("base-checkpoint"));
+    for rule in ["adaptive", "0.3"] {
+        let out = place.path(&format!("run-{rule}"));
+        let mut run = sluice_train(&["run", "--files", text(&file), "--init", text(&base), "--keep", rule]);
+        run.args(["--tokenizer", text(&tokenizer()), "--out", text(&out)]);
+        succeeds(run.args(["--batch-size", "400", "--steps", "1"]));
+        let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let mut lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let step = lines.find(|line| line["type"] == "step").unwrap();
+        assert_eq!(step["scored"], found["all"]["compared_tokens"], "the step holds all of it");
+        for source in found["sources"].as_array().unwrap() {
+            let own = &step["sources"][word(&source["source"])];
+            assert_eq!(own["scored"], source["compared_tokens"]);
+            let difference = number(&own["kept"]) - number(&source["kept"][rule]["tokens"]);
+            assert!(difference.abs() <= 1.0, "{rule}: {own} is not {source}");
+        }
+    }
 }
 
 /// Of more documents than anybody waits for.

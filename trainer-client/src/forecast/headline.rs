@@ -4,6 +4,9 @@ use super::estimate::Standing;
 use super::sources::{ADAPTIVE, SourceForecast};
 use super::words::{list, percent, with_interval};
 
+/// Share of the tokens from which on a target that nobody has named is most of the stream.
+const MOST: f64 = 0.5;
+
 /// Without the model that is to be trained.
 pub(super) fn no_base_model(command: &str) -> String {
     format!(
@@ -39,22 +42,22 @@ pub(super) fn not_expected(targets: &[&SourceForecast]) -> String {
             let Some(found) = &source.against_base else { return format!("{name}no token can be compared") };
             let what = match (found.excess.standing(), found.excess.low) {
                 (Standing::Worse, _) => "it is worse",
-                (_, None) => "too few documents to tell",
+                (_, None) => "too few documents to tell, see --documents",
                 _ => "it is not shown to be better",
             };
             format!("{name}{what}, mean excess {}", with_interval(&found.excess))
         })
         .collect();
     format!(
-        "Selection cannot be expected to help on {}: the reference is not better there than the base model ({}), so its losses \
-         do not say what is worth learning there.",
+        "Selection cannot be expected to help on {}: the sample does not show the reference to be better there than the base \
+         model ({}), and where it is not, its losses do not say what is worth learning.",
         list(&names),
         found.join("; ")
     )
 }
 
-/// Where the reference is better on these sources.
-pub(super) fn may_help(better: &[&SourceForecast], all: &SourceForecast) -> String {
+/// Where the reference is better on these sources, which were named or found.
+pub(super) fn may_help(better: &[&SourceForecast], all: &SourceForecast, are_named: bool) -> String {
     let names: Vec<&str> = better.iter().map(|source| source.source.as_str()).collect();
     let share: f64 = better.iter().map(|source| source.share_of_tokens).sum();
     let kept_of = |source: &SourceForecast| {
@@ -62,9 +65,14 @@ pub(super) fn may_help(better: &[&SourceForecast], all: &SourceForecast) -> Stri
     };
     let kept = kept_of(all).map_or(0.0, |kept| kept.share_of_source);
     let there: f64 = better.iter().filter_map(|source| kept_of(source)).map(|kept| kept.share_of_kept).sum();
+    let most = if share > MOST && !are_named {
+        " That is most of the stream, so there is little to leave out: name what the run is for with --target-source."
+    } else {
+        ""
+    };
     format!(
         "Selection may help on {} ({} of the tokens): the reference is better there than the base model. `--keep adaptive` \
-         would begin with {} of all tokens, and {} of those lie there.",
+         would begin with {} of all tokens, and {} of those lie there.{most}",
         list(&names),
         percent(share),
         percent(kept),
@@ -90,9 +98,9 @@ pub(super) fn limits(has_base: bool, map: Option<&str>) -> Vec<String> {
     }
     if let Some(model) = map {
         limits.push(format!(
-            "The map is of one small model ({model}), word problems from templates among other text, and one learning rate: it says \
-             which way such streams went there, and gives no number for yours. A ratio whose interval overlaps the null says \
-             nothing."
+            "The map is of one small model ({model}), word problems from templates among other text, and one learning rate: it \
+             says which way such streams went there, and gives no number for yours. A ratio whose interval overlaps the null \
+             says nothing."
         ));
     }
     limits

@@ -4,10 +4,10 @@
 use serde::Serialize;
 use sluice_schemas::fingerprint::Fingerprint;
 
-use super::estimate::Standing;
+use super::estimate::{Estimate, Standing};
 use super::headline;
 use super::map::{Map, Noise, RuleRatio};
-use super::sample::{Ending, Sample};
+use super::sample::{DocumentSums, Ending, Sample};
 use super::sources::{AgainstBase, SourceForecast, by_source, share};
 
 /// What the sample was taken of, as people gave it.
@@ -45,6 +45,8 @@ pub enum Verdict {
 pub struct Target {
     /// Their names.
     pub sources: Vec<String>,
+    /// Mean excess in nats of all of them together, over the tokens that are compared.
+    pub excess: Estimate,
     /// Share of the sample's predicted tokens that is in their documents.
     pub share_of_tokens: f64,
     /// Share of the tokens there, as far as they are compared, that the base model predicts better.
@@ -129,9 +131,8 @@ impl Forecast {
             sample.documents.len(),
             all.tokens
         );
-        let target =
-            sample.has_base.then(|| Target::of(&sources, &about.target_sources, all.tokens)).flatten();
-        let (verdict, headline) = verdict(&sources, &all, &about, sample);
+        let target = sample.has_base.then(|| Target::of(sample, &sources, &about.target_sources)).flatten();
+        let (verdict, headline) = verdict(sample, (&sources, &all), target.as_ref(), &about);
         let row = target.as_ref().and_then(|target| MapRow::near(map, target.share_of_tokens));
         let is_map_measured = !map.cells.is_empty();
         Ok(Self {
@@ -152,7 +153,7 @@ impl Forecast {
 }
 
 impl Target {
-    fn of(sources: &[SourceForecast], named: &[String], tokens: u64) -> Option<Self> {
+    fn of(sample: &Sample, sources: &[SourceForecast], named: &[String]) -> Option<Self> {
         let is_target = |source: &&SourceForecast| {
             if named.is_empty() {
                 standing(source) == Some(Standing::Better)
@@ -161,13 +162,22 @@ impl Target {
             }
         };
         let own: Vec<&SourceForecast> = sources.iter().filter(is_target).collect();
+        let names = sample.names.names();
+        let is_own = |document: &&DocumentSums| {
+            own.iter().any(|source| source.source == names[usize::from(document.source)])
+        };
+        let sums: Vec<(f64, u64)> =
+            sample.documents.iter().filter(is_own).map(DocumentSums::excess).collect();
+        let excess = Estimate::of(&sums)?;
         let compared: Vec<&AgainstBase> =
             own.iter().filter_map(|source| source.against_base.as_ref()).collect();
         let below_zero: f64 =
             compared.iter().map(|found| found.share_below_zero * found.compared_tokens as f64).sum();
         let compared_tokens: u64 = compared.iter().map(|found| found.compared_tokens).sum();
-        (compared_tokens > 0).then(|| Self {
+        let tokens = sources.iter().map(|source| source.tokens).sum();
+        Some(Self {
             sources: own.iter().map(|source| source.source.clone()).collect(),
+            excess,
             share_of_tokens: share(own.iter().map(|source| source.tokens).sum(), tokens),
             share_below_zero: below_zero / compared_tokens as f64,
         })
@@ -198,12 +208,13 @@ fn standing(source: &SourceForecast) -> Option<Standing> {
     source.against_base.as_ref().map(|found| found.excess.standing())
 }
 
-/// What it comes to, and that in words.
+/// What it comes to, and that in words. A source that was named and has too few documents for an interval is judged by all that
+/// were named.
 fn verdict(
-    sources: &[SourceForecast],
-    all: &SourceForecast,
-    about: &About,
     sample: &Sample,
+    (sources, all): (&[SourceForecast], &SourceForecast),
+    target: Option<&Target>,
+    about: &About,
 ) -> (Verdict, String) {
     if !sample.has_base {
         return (Verdict::NoBaseModel, headline::no_base_model(&about.with_base));
@@ -217,7 +228,13 @@ fn verdict(
     if !unseen.is_empty() {
         return (Verdict::TargetNotSeen, headline::not_seen(&unseen, sources, sample.documents.len()));
     }
-    let is_better = |source: &&SourceForecast| standing(source) == Some(Standing::Better);
+    let all_named = target.filter(|_| are_named).map(|target| target.excess.standing());
+    let is_better = |source: &&SourceForecast| {
+        let found = source.against_base.as_ref().map(|found| found.excess);
+        let is_too_few = found.is_some_and(|excess| excess.low.is_none());
+        let standing = if is_too_few { all_named } else { found.map(|excess| excess.standing()) };
+        standing == Some(Standing::Better)
+    };
     let (better, others): (Vec<&SourceForecast>, Vec<&SourceForecast>) =
         candidates.into_iter().partition(is_better);
     // Of all sources some are always worse; of those that were named none may be.
@@ -225,7 +242,7 @@ fn verdict(
         let named = if are_named { others.as_slice() } else { &[] };
         return (Verdict::NotExpectedToHelp, headline::not_expected(named));
     }
-    (Verdict::MayHelp, headline::may_help(&better, all))
+    (Verdict::MayHelp, headline::may_help(&better, all, are_named))
 }
 
 #[cfg(test)]

@@ -122,6 +122,32 @@ fn a_reference_that_is_no_better_is_said_in_the_first_line() {
 }
 
 #[test]
+fn small_sources_that_are_named_together_are_judged_together() {
+    let better: &[(f32, f32)] = &[(9.0, 1.0); 3];
+    let worse: &[(f32, f32)] = &[(1.0, 9.0); 3];
+    let mut documents = vec![("a", better), ("b", better), ("a", better), ("b", better), ("a", better)];
+    let both = Forecast::of(&sample(&documents), about(&["a", "b"]), &no_map()).unwrap();
+    assert_eq!(both.verdict, Verdict::MayHelp);
+    let one = Forecast::of(&sample(&documents), about(&["a"]), &no_map()).unwrap();
+    assert_eq!(one.verdict, Verdict::NotExpectedToHelp);
+    documents.extend([("b", worse); 5]);
+    let both = Forecast::of(&sample(&documents), about(&["a", "b"]), &no_map()).unwrap();
+    assert_eq!(both.verdict, Verdict::NotExpectedToHelp);
+}
+
+#[test]
+fn a_reference_that_is_better_on_most_of_the_stream_leaves_little_out() {
+    let better: &[(f32, f32)] = &[(9.0, 1.0); 3];
+    let said = |targets: &[&str]| {
+        Forecast::of(&sample(&[("a", better); 9]), about(targets), &no_map()).unwrap().headline
+    };
+    assert!(said(&[]).contains("That is most of the stream"), "{}", said(&[]));
+    assert!(!said(&["a"]).contains("most of the stream"), "{}", said(&["a"]));
+    let on_math = Forecast::of(&stream(), about(&[]), &no_map()).unwrap().headline;
+    assert!(!on_math.contains("most of the stream"), "{on_math}");
+}
+
+#[test]
 fn a_target_that_is_not_in_the_sample_is_named_with_what_is() {
     let found = Forecast::of(&stream(), about(&["math", "maths"]), &two_rows()).unwrap();
     assert_eq!(found.verdict, Verdict::TargetNotSeen);

@@ -59,6 +59,13 @@ pub struct DocumentSums {
     pub base: f64,
 }
 
+impl DocumentSums {
+    /// Sum of the excess loss in nats over the tokens that are compared, and how many these are.
+    pub fn excess(&self) -> (f64, u64) {
+        (self.base - self.reference, self.compared)
+    }
+}
+
 /// Losses in nats of each token that both models predict under the same context; three lists of one length.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Compared {

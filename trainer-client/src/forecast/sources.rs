@@ -159,8 +159,7 @@ fn choose(compared: &Compared, rule: &str) -> anyhow::Result<Vec<u32>> {
 
 /// What is known of the documents of the source with this index, or of all.
 fn against_base(documents: &[&DocumentSums], tallies: &Tallies, index: Option<usize>) -> Option<AgainstBase> {
-    let sums: Vec<(f64, u64)> =
-        documents.iter().map(|document| (document.base - document.reference, document.compared)).collect();
+    let sums: Vec<(f64, u64)> = documents.iter().map(|document| document.excess()).collect();
     let excess = Estimate::of(&sums)?;
     let compared_tokens: u64 = sums.iter().map(|(_, tokens)| tokens).sum();
     let count = |counts: &[u64]| index.map_or_else(|| counts.iter().sum(), |index| counts[index]);
