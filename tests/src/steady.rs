@@ -19,8 +19,9 @@ const PARTITIONS: i32 = 4;
 const DOCUMENTS: usize = 4096;
 const TOKENS: std::ops::Range<usize> = 20..800;
 const VOCABULARY: u32 = 512;
-/// Records that wait for the daemon, at least while the load keeps up and at most.
-const BACKLOG: usize = 20_000;
+/// Records that wait for the daemon, at least while the load keeps up and at most: more than librdkafka reads ahead (64 MiB), so
+/// that what it holds does not go up and down with the load.
+const BACKLOG: usize = 100_000;
 /// Each topic keeps so much of a partition, in segments of so much.
 const KEPT: [(&str, &str); 2] = [("retention.bytes", "200000000"), ("segment.bytes", "50000000")];
 const SAMPLE: Duration = Duration::from_secs(5);
