@@ -24,14 +24,14 @@ struct Cell {
     rarity_percent: u8,
     /// What stands inside them beside it.
     noise: String,
-    rules: Vec<Rule>,
+    rules: Vec<RuleRatio>,
     /// Plain training against itself with other seeds: the ends of the interval.
     null: [Option<f64>; 2],
 }
 
 /// Tokens to plain training's end, over plain training's; absent is never.
 #[derive(Clone, Debug, Serialize)]
-struct Rule {
+struct RuleRatio {
     rule: String,
     tokens: Option<f64>,
     low: Option<f64>,
@@ -53,7 +53,7 @@ pub(super) fn of(results: &Results) -> Map {
         let Estimate { low, high, .. } = group.null.tokens;
         let rules = rules(group).map(|row| {
             let Estimate { value, low, high } = row.reporting.tokens;
-            Rule { rule: row.kind.clone(), tokens: value, low, high }
+            RuleRatio { rule: row.kind.clone(), tokens: value, low, high }
         });
         Some(Cell { rarity_percent, noise: noise.name(), rules: rules.collect(), null: [low, high] })
     });

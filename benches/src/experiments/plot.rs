@@ -132,7 +132,7 @@ fn over_size(results: &Results) -> Option<(String, String)> {
             match series.iter_mut().find(|series| series.label == row.kind) {
                 Some(series) => series.points.push(point),
                 None => {
-                    series.push(Series { label: row.kind.clone(), style: series.len(), points: vec![point] })
+                    series.push(Series { label: row.kind.clone(), style: series.len(), points: vec![point] });
                 }
             }
         }
