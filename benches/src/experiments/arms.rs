@@ -5,7 +5,7 @@ use sluice_trainer::model::cost::Cost;
 use sluice_trainer::run::learning_curve::{LearningCurve, Point};
 use sluice_trainer::run::recorded::RecordedRun;
 
-use super::plan::{BATCH_SIZE, SEQUENCE_LENGTH};
+use super::group::{BATCH_SIZE, SEQUENCE_LENGTH};
 use super::templates::TemplateEval;
 
 /// What something took.

@@ -11,7 +11,8 @@ use sluice_trainer::model::optimizer::AdamWConfig;
 use sluice_trainer::model::{BurnLearner, ModelConfig};
 use sluice_trainer::training::learner::Learner;
 
-use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, Size, Student};
+use super::group::{BATCH_SIZE, SEQUENCE_LENGTH, Size};
+use super::plan::{Plan, Student};
 
 /// Steps that are timed of each size, after one that is not.
 const TIMED_STEPS: usize = 3;

@@ -3,8 +3,8 @@
 use serde::{Serialize, Serializer};
 use sluice_trainer::model::Backward;
 
+use super::group::{Group, PRETRAINED, Size};
 use super::kind::{Kind, OwnScore};
-use super::plan::{Group, Size};
 use super::reference::{Reference, Stream};
 use super::setting::{Noise, Setting};
 
@@ -29,9 +29,6 @@ const SIZES: [Size; 4] = [
     Size { name: "7M", hidden: 256, layers: 6, heads: 8 },
     Size { name: "17M", hidden: 384, layers: 8, heads: 12 },
 ];
-/// A model that somebody else has trained: its own `config.json` says its shape.
-pub const PRETRAINED: Size = Size { name: "pretrained", hidden: 0, layers: 0, heads: 0 };
-
 const SIZES_QUICK: [Size; 4] = [
     Size { name: "least", hidden: 16, layers: 1, heads: 2 },
     Size { name: "tiny", hidden: 32, layers: 2, heads: 2 },

@@ -4,13 +4,13 @@ use std::fmt::Write;
 
 use sluice_trainer::report::dynamics::Category;
 
+use super::cells::{difference, ratio, shown};
 use super::designs::Experiment;
 use super::map;
 use super::plan::TARGET;
 use super::reference::Reference;
 use super::results::{GroupResults, Results};
 use super::rows::{Row, stat};
-use super::table::{difference, ratio, shown};
 use super::tokens::correlation;
 use super::tried::RunResults;
 

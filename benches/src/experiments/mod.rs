@@ -5,8 +5,10 @@
 mod arms;
 mod bootstrap;
 mod budget;
+mod cells;
 mod designs;
 mod further;
+mod group;
 mod gsm8k;
 mod kind;
 mod map;

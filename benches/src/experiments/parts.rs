@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::plan::Size;
+use super::group::Size;
 use super::reference::{Reference, Stream};
 use super::setting::Setting;
 

@@ -8,10 +8,10 @@ use serde_json::json;
 use sluice_trainer::failure::Classify;
 use sluice_trainer::run::files::{write_json, write_whole};
 
+use super::group::{SEQUENCE_LENGTH, Size};
 use super::gsm8k;
 use super::kind::Kind;
 use super::parts::{DONE_FILE, base_folder, base_model_folder, model_folder, reference_folder, texts_folder};
-use super::plan::{SEQUENCE_LENGTH, Size};
 use super::reference::{Reference, Stream};
 use super::stages::{
     CHOOSING, CURATED_TOPIC, GENERAL_TOPIC, MISMATCHED_TOPIC, STRIDE, Stages, TOKENIZER, model_flags,

@@ -14,8 +14,9 @@ use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::{Bounds, TextTokenizer};
 use sluice_trainer::training::evaluate::{EvalFile, EvalSet, read_sets};
 
+use super::group::{BATCH_SIZE, SEQUENCE_LENGTH, Size};
 use super::parts::{DONE_FILE, base_folder, model_folder, scoring_file, texts_folder};
-use super::plan::{BATCH_SIZE, Plan, SEQUENCE_LENGTH, SHUFFLE_BUFFER, Size, Student, TARGET};
+use super::plan::{Plan, SHUFFLE_BUFFER, Student, TARGET};
 use super::programs::{Programs, Running};
 use super::reference::Stream;
 use super::setting::Setting;

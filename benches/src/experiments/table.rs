@@ -4,13 +4,15 @@ use std::fmt::Write;
 
 use sluice_trainer::run::learning_curve::AVERAGED;
 
-use super::bootstrap::{Estimate, Estimates};
+use super::bootstrap::Estimates;
+use super::cells::{difference, ratio, shown};
 use super::designs::{Experiment, KEEP};
 use super::further;
-use super::plan::{BATCH_SIZE, SEQUENCE_LENGTH, TARGET};
+use super::group::{BATCH_SIZE, SEQUENCE_LENGTH};
+use super::plan::TARGET;
 use super::reference::Reference;
 use super::results::{GroupResults, Results, StreamResults};
-use super::rows::{Row, Stat};
+use super::rows::Row;
 use super::templates::Half;
 
 /// Goals of the project's issue: tokens and FLOPs to plain training's end, and how much lower the loss is to be, nats.
@@ -331,43 +333,4 @@ enum Measure {
     Tokens,
     Flops,
     Difference,
-}
-
-/// A ratio with its interval.
-pub(super) fn ratio(estimate: Estimate) -> String {
-    let text = |value: Option<f64>| value.map_or("never".to_owned(), |value| format!("{value:.2}"));
-    match estimate {
-        Estimate { value: None, low: None, high: None } => "never".to_owned(),
-        Estimate { value, low, high } => format!("{} [{}, {}]", text(value), text(low), text(high)),
-    }
-}
-
-/// A difference of losses with its interval.
-pub(super) fn difference(estimate: Estimate) -> String {
-    let text = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:+.3}"));
-    format!("{} [{}, {}]", text(estimate.value), text(estimate.low), text(estimate.high))
-}
-
-pub(super) fn shown(stat: Option<Stat>, decimals: usize) -> String {
-    match stat {
-        None => "–".to_owned(),
-        Some(Stat { mean, deviation: Some(deviation), .. }) => {
-            format!("{mean:.decimals$} ± {deviation:.decimals$}")
-        }
-        Some(Stat { mean, .. }) => format!("{mean:.decimals$}"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{Estimate, difference, ratio};
-
-    #[test]
-    fn what_never_happened_is_said_so() {
-        let estimate = |value, low, high| Estimate { value, low, high };
-        assert_eq!(ratio(estimate(Some(0.414), Some(0.3), Some(0.5))), "0.41 [0.30, 0.50]");
-        assert_eq!(ratio(estimate(Some(0.9), Some(0.75), None)), "0.90 [0.75, never]");
-        assert_eq!(ratio(Estimate::default()), "never");
-        assert_eq!(difference(estimate(Some(-0.2), Some(-0.25), Some(0.01))), "-0.200 [-0.250, +0.010]");
-    }
 }

@@ -12,7 +12,8 @@ use sluice_trainer::run::recorded::RecordedRun;
 use sluice_trainer::text::{Bounds, TextTokenizer};
 use sluice_trainer::training::evaluate::{EvalFile, EvalSet};
 
-use super::plan::{BATCH_SIZE, TARGET};
+use super::group::BATCH_SIZE;
+use super::plan::TARGET;
 
 /// What a template's problems are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
