@@ -193,7 +193,7 @@ fn correlations(runs: &[&RunResults]) -> String {
 
 /// A table for each rule: rarity of the target downwards, noise inside it to the right.
 fn write_map(page: &mut String, results: &Results) -> std::fmt::Result {
-    let mut rules: Vec<&str> = Vec::new();
+    let rules = map::rule_names(results);
     let (mut rarities, mut noises) = (Vec::new(), Vec::new());
     for group in &results.groups {
         let Some((rarity, noise)) = map::place(group) else { continue };
@@ -202,11 +202,6 @@ fn write_map(page: &mut String, results: &Results) -> std::fmt::Result {
         }
         if !noises.contains(&noise) {
             noises.push(noise);
-        }
-        for row in map::rules(group) {
-            if !rules.contains(&row.kind.as_str()) {
-                rules.push(&row.kind);
-            }
         }
     }
     writeln!(

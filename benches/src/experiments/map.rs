@@ -68,6 +68,17 @@ pub(super) fn place(group: &GroupResults) -> Option<(u8, Noise)> {
     }
 }
 
+/// The names of all rules, each once.
+pub(super) fn rule_names(results: &Results) -> Vec<&str> {
+    let mut names: Vec<&str> = Vec::new();
+    for row in results.groups.iter().flat_map(rules) {
+        if !names.contains(&row.kind.as_str()) {
+            names.push(&row.kind);
+        }
+    }
+    names
+}
+
 /// Its rules.
 pub(super) fn rules(group: &GroupResults) -> impl Iterator<Item = &Row> {
     group.rows.iter().filter(|row| row.is_scored)

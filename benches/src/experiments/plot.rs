@@ -122,6 +122,14 @@ fn over_flops(group: &GroupResults) -> Option<(String, String)> {
     chart.standalone().map(|svg| (format!("flops-{name}.svg"), svg))
 }
 
+/// Adds a point to the line of that name, which begins with it where there is none.
+fn add_point(series: &mut Vec<Series>, label: &str, point: (f64, f64)) {
+    match series.iter_mut().find(|series| series.label == label) {
+        Some(series) => series.points.push(point),
+        None => series.push(Series { label: label.to_owned(), style: series.len(), points: vec![point] }),
+    }
+}
+
 /// Tokens to plain training's end over the size of the student, a line for each rule.
 fn over_size(results: &Results) -> Option<(String, String)> {
     let mut series: Vec<Series> = Vec::new();
@@ -129,12 +137,7 @@ fn over_size(results: &Results) -> Option<(String, String)> {
         for row in group.rows.iter().filter(|row| row.is_scored) {
             let Some(ratio) = row.reporting.tokens.value else { continue };
             let point = ((group.parameters as f64).log10(), ratio);
-            match series.iter_mut().find(|series| series.label == row.kind) {
-                Some(series) => series.points.push(point),
-                None => {
-                    series.push(Series { label: row.kind.clone(), style: series.len(), points: vec![point] });
-                }
-            }
+            add_point(&mut series, &row.kind, point);
         }
     }
     let chart = LineChart {
@@ -183,23 +186,13 @@ fn selected_and_others(group: &GroupResults) -> Option<(String, String)> {
 
 /// Tokens to plain training's end over the share of the target, a picture for each rule and in it a line for each noise.
 fn over_rarity(results: &Results) -> Vec<(String, String)> {
-    let mut rules: Vec<&str> = Vec::new();
-    for row in results.groups.iter().flat_map(map::rules) {
-        if !rules.contains(&row.kind.as_str()) {
-            rules.push(&row.kind);
-        }
-    }
     let plot = |rule: &str| {
         let mut series: Vec<Series> = Vec::new();
         for group in &results.groups {
             let (rarity, noise) = map::place(group)?;
             let row = map::rules(group).find(|row| row.kind == rule)?;
             let Some(ratio) = row.reporting.tokens.value else { continue };
-            let (label, point) = (noise.name(), (f64::from(rarity).log10(), ratio));
-            match series.iter_mut().find(|series| series.label == label) {
-                Some(series) => series.points.push(point),
-                None => series.push(Series { label, style: series.len(), points: vec![point] }),
-            }
+            add_point(&mut series, &noise.name(), (f64::from(rarity).log10(), ratio));
         }
         let chart = LineChart {
             title: &format!("Tokens to plain training's final loss over the share of the target, {rule}"),
@@ -213,7 +206,7 @@ fn over_rarity(results: &Results) -> Vec<(String, String)> {
         };
         chart.standalone().map(|svg| (format!("map-{rule}.svg"), svg))
     };
-    rules.into_iter().filter_map(plot).collect()
+    map::rule_names(results).into_iter().filter_map(plot).collect()
 }
 
 fn ratios(results: &Results) -> Vec<Series> {
