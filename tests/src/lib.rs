@@ -5,6 +5,7 @@ mod broker;
 mod cluster;
 mod daemon;
 mod elections;
+pub mod experiments;
 mod group;
 mod kafka;
 mod machine;
