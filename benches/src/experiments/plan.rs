@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use serde::Serialize;
 use sluice_trainer::model::ModelConfig;
 
@@ -91,7 +91,8 @@ impl Plan {
             }
         }
         let quick = options.is_quick;
-        let pretrained = options.base.as_deref().map(ModelConfig::read).transpose()?;
+        let pretrained = options.base.as_deref().map(ModelConfig::read).transpose();
+        let pretrained = pretrained.context("give the folder of a checkpoint to --base")?;
         let (small_reference, reference) = match (&pretrained, Experiment::sizes(quick)) {
             (Some(_), _) => (PRETRAINED, PRETRAINED),
             (None, [small, reference, ..]) => (small, reference),
